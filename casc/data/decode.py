@@ -1,0 +1,112 @@
+"""Decoding, in one place, so that sharding, training, evaluation and drawing see one image."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image
+
+from casc.errors import UserError
+
+MAX_PIXELS = 2**27
+"""Larger images are refused: a small file may claim a size that fills the memory."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""What Pillow may try. Shards hold the first three; the others are converted when sharding."""
+
+
+class ImageError(UserError):
+    """An image can't be decoded. The message gives the reason, the caller adds the file."""
+
+
+def decode_image(data: bytes, orientation: int = 1) -> np.ndarray:
+    """Decode an image to RGB.
+
+    Grayscale, palette and CMYK images are converted; alpha is dropped; 16-bit grayscale
+    keeps its upper 8 bits (as OpenCV's colour reading does, which the reference uses); of
+    an animation the first frame counts. An EXIF orientation in the file is not looked at.
+
+    Args:
+        data: the file's bytes.
+        orientation: EXIF orientation 1 to 8 to undo, as the shard's sample says.
+
+    Returns:
+        `[h, w, 3]` uint8, C-contiguous.
+
+    Raises:
+        ImageError: when the data isn't an image that can be decoded completely.
+    """
+    with open_image(data) as image:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                array = _rgb(image)
+        except ImageError:
+            raise
+        except Exception as error:  # Pillow's decoders raise whatever they stumble upon
+            raise ImageError(f"can't be decoded: {_reason(error)}") from None
+    return np.ascontiguousarray(orient(array, orientation))
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open an image without decoding it: format, size and mode are known, pixels aren't.
+
+    Raises:
+        ImageError: when the data isn't an image, or is one that is too large.
+    """
+    if not data:
+        raise ImageError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of damaged metadata and of sizes that are checked here anyway.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"not an image in a known format ({', '.join(FORMATS)})") from None
+    except Exception as error:
+        raise ImageError(f"can't be opened: {_reason(error)}") from None
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"has no pixels ({width} x {height})")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"is too large ({width} x {height}, more than {MAX_PIXELS} pixels)")
+    return image
+
+
+def orient(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn and mirror stored pixels `[h, w, ...]` upright, as EXIF's orientation 1 to 8 says.
+
+    Raises:
+        ValueError: on any other orientation.
+    """
+    if orientation == 1:
+        return array
+    if orientation == 2:
+        return array[:, ::-1]
+    if orientation == 3:
+        return array[::-1, ::-1]
+    if orientation == 4:
+        return array[::-1]
+    if orientation == 5:
+        return array.swapaxes(0, 1)
+    if orientation == 6:
+        return array.swapaxes(0, 1)[:, ::-1]
+    if orientation == 7:
+        return array.swapaxes(0, 1)[::-1, ::-1]
+    if orientation == 8:
+        return array.swapaxes(0, 1)[::-1]
+    raise ValueError(f"orientation: expected 1 to 8, got {orientation}")
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I;16"):
+        sixteen = np.asarray(image)
+        image = Image.fromarray((sixteen >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ImageError(f"holds 32-bit values (mode {image.mode}) that have no 8-bit meaning")
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

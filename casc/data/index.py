@@ -1,0 +1,289 @@
+"""The shard index: what is in a folder of shards, and the shapes that training compiles for.
+
+`data_tools shard` writes it, everything that trains or evaluates reads it. It holds facts
+about the data only; where the folder lies is known to whoever opened it.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from casc.errors import UserError
+
+FORMAT = "casc-shards"
+VERSION = 1
+INDEX_NAME = "index.json"
+_REMEDY = "make the shards again with `data_tools shard`"
+
+
+@dataclass(frozen=True)
+class Category:
+    """A class. Its position in `Index.categories` is the label that the model learns."""
+
+    id: int
+    """COCO's category id."""
+    name: str
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Images of similar aspect, which share one canvas and so one compiled step."""
+
+    name: str
+    min_aspect: float
+    """Width over height is more than this; 0 in the bucket of the tallest images."""
+    max_aspect: float | None
+    """Width over height is at most this; None (infinity) in that of the widest."""
+    height: int
+    """Input canvas in pixels: the largest stored height among the bucket's images."""
+    width: int
+    """Input canvas in pixels: the largest stored width."""
+    instances: int
+    """Most trainable objects in one image, at least 1: the ground-truth capacity G."""
+    edges: int
+    """Most polygon edges of one trainable object, at least 1: the edge capacity E."""
+    samples: int
+    """Images of the bucket, evaluation-only ones included."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file, which holds images of one bucket."""
+
+    name: str
+    """Path inside the folder of the index, with forward slashes."""
+    bucket: int
+    """Position in `Split.buckets`."""
+    train: bool
+    """False where the images are for evaluation only."""
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images that one annotation file lists."""
+
+    samples: int
+    train_samples: int
+    buckets: tuple[Bucket, ...]
+    shards: tuple[Shard, ...]
+    report: dict[str, Any] = field(default_factory=dict)
+    """What sharding dropped or repaired, as counts and ids."""
+    source: str = ""
+    """Digest of the annotation file, the images and the settings that the shards come from."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """All of `index.json`."""
+
+    categories: tuple[Category, ...]
+    splits: dict[str, Split]
+
+
+def read_index(path: str | os.PathLike[str]) -> Index:
+    """Read `index.json`, given its path or the folder that it lies in.
+
+    Raises:
+        UserError: when there is no index, or it isn't one that this version understands.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / INDEX_NAME
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; make shards with `data_tools shard COCO`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: can't be read ({error})") from None
+    return parse_index(text, str(file))
+
+
+def parse_index(text: str, name: str = INDEX_NAME) -> Index:
+    """Parse the text of an index; `name` is what errors call the file.
+
+    Raises:
+        UserError: naming the file and the field.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not valid JSON ({error}); {_REMEDY}") from None
+    top = _Fields(name, "", data)
+    found = top.get("format", str)
+    if found != FORMAT:
+        raise UserError(f"{name}: format is {found!r}, expected {FORMAT!r}; {_REMEDY}")
+    version = top.get("version", int)
+    if version != VERSION:
+        remedy = "update casc" if version > VERSION else _REMEDY
+        raise UserError(f"{name}: version is {version}, this casc reads {VERSION}; {remedy}")
+    categories = tuple(
+        Category(id=entry.get("id", int), name=entry.get("name", str))
+        for entry in top.list("categories")
+    )
+    if len({category.id for category in categories}) != len(categories):
+        raise UserError(f"{name}: categories: an id occurs twice; {_REMEDY}")
+    splits = {key: _split(entry) for key, entry in top.dict("splits").items()}
+    return Index(categories, splits)
+
+
+def format_index(index: Index) -> str:
+    """Give the text of `index.json`; equal indexes give equal text."""
+    data = {"format": FORMAT, "version": VERSION, **asdict(index)}
+    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def write_index(path: str | os.PathLike[str], index: Index) -> None:
+    """Write `index.json`, given its path or folder, so that a reader never sees half of it."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / INDEX_NAME
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.write(format_index(index))
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def canvas(bucket: Bucket, short: int, long: int, divisor: int = 32) -> tuple[int, int]:
+    """Give the canvas `(H, W)` that holds every image of a bucket once it is resized.
+
+    An image is scaled by `min(long / max(w, h), short / min(w, h))`, as the reference does,
+    so the canvas follows from the bucket's range of aspects, not from the images in it:
+    all data sets sharded alike compile to the same shapes.
+
+    Args:
+        bucket: whose aspect range counts.
+        short: pixels that the shorter side is scaled to, unless
+        long: pixels is exceeded by the longer side.
+        divisor: both sides are rounded up to a multiple of it.
+
+    Raises:
+        UserError: when `short`, `long` and `divisor` aren't positive or `short > long`.
+    """
+    if short < 1 or divisor < 1 or long < short:
+        raise UserError(
+            f"canvas: need 1 <= short <= long and divisor >= 1, "
+            f"got short {short}, long {long}, divisor {divisor}"
+        )
+    widest = math.inf if bucket.max_aspect is None else bucket.max_aspect
+    tallest = math.inf if bucket.min_aspect == 0 else 1 / bucket.min_aspect
+    return (
+        _round_up(_longest(tallest, short, long), divisor),
+        _round_up(_longest(widest, short, long), divisor),
+    )
+
+
+def _longest(aspect: float, short: int, long: int) -> float:
+    """Longest that a side gets in images where it is up to `aspect` times the other side."""
+    return min(long, short * aspect) if aspect >= 1 else min(short, long * aspect)
+
+
+def _round_up(length: float, divisor: int) -> int:
+    # Images are rounded to whole pixels before they are padded. The small term keeps an
+    # image whose own arithmetic rounds the other way at exactly half a pixel inside.
+    pixels = int(length + 0.5 + 1e-6)
+    return max(divisor, math.ceil(pixels / divisor) * divisor)
+
+
+class _Fields:
+    """A JSON object that knows its place in the file, for errors that name the field."""
+
+    def __init__(self, file: str, where: str, data: object) -> None:
+        self.file, self.where = file, where
+        if not isinstance(data, dict):
+            raise self.error("", "an object", data)
+        self.data = cast("dict[str, Any]", data)
+
+    def error(self, key: str, expected: str, found: object) -> UserError:
+        place = ".".join(part for part in (self.where, key) if part) or "top level"
+        shown = repr(found)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        return UserError(f"{self.file}: {place}: expected {expected}, got {shown}; {_REMEDY}")
+
+    def get(self, key: str, kind: type, *, least: float | None = None) -> Any:
+        if key not in self.data:
+            raise self.error(key, f"a field of type {kind.__name__}", None)
+        value = self.data[key]
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self.error(key, kind.__name__, value)
+        if least is not None and not (math.isfinite(value) and value >= least):
+            raise self.error(key, f"at least {least}", value)
+        return value
+
+    def list(self, key: str) -> "list[_Fields]":
+        entries: list[Any] = self.get(key, list)
+        place = ".".join(part for part in (self.where, key) if part)
+        return [_Fields(self.file, f"{place}[{i}]", entry) for i, entry in enumerate(entries)]
+
+    def dict(self, key: str) -> "dict[str, _Fields]":
+        entries: dict[str, Any] = self.get(key, dict)
+        place = ".".join(part for part in (self.where, key) if part)
+        return {name: _Fields(self.file, f"{place}.{name}", e) for name, e in entries.items()}
+
+
+def _split(fields: _Fields) -> Split:
+    buckets = tuple(_bucket(entry) for entry in fields.list("buckets"))
+    shards = tuple(_shard(entry, len(buckets)) for entry in fields.list("shards"))
+    if len({shard.name for shard in shards}) != len(shards):
+        raise UserError(f"{fields.file}: {fields.where}.shards: a name occurs twice; {_REMEDY}")
+    split = Split(
+        samples=fields.get("samples", int, least=0),
+        train_samples=fields.get("train_samples", int, least=0),
+        buckets=buckets,
+        shards=shards,
+        report=fields.get("report", dict),
+        source=fields.get("source", str) if "source" in fields.data else "",
+    )
+    listed = sum(shard.samples for shard in shards)
+    if listed != split.samples:
+        raise fields.error("samples", f"{listed}, the sum over the shards", split.samples)
+    trained = sum(shard.samples for shard in shards if shard.train)
+    if trained != split.train_samples:
+        expected = f"{trained}, the sum over the shards to train on"
+        raise fields.error("train_samples", expected, split.train_samples)
+    return split
+
+
+def _bucket(fields: _Fields) -> Bucket:
+    last = fields.data.get("max_aspect", 0) is None
+    low = fields.get("min_aspect", float, least=0)
+    high = None if last else fields.get("max_aspect", float, least=0)
+    if high is not None and high <= low:
+        raise fields.error("max_aspect", f"more than min_aspect {low}", high)
+    return Bucket(
+        name=fields.get("name", str),
+        min_aspect=low,
+        max_aspect=high,
+        height=fields.get("height", int, least=1),
+        width=fields.get("width", int, least=1),
+        instances=fields.get("instances", int, least=1),
+        edges=fields.get("edges", int, least=1),
+        samples=fields.get("samples", int, least=0),
+    )
+
+
+def _shard(fields: _Fields, buckets: int) -> Shard:
+    name = fields.get("name", str)
+    # An index may come from elsewhere; it must not make anybody read outside its folder.
+    if not name or "\\" in name or name.startswith("/") or ".." in name.split("/"):
+        raise fields.error("name", "a path inside the folder", name)
+    bucket = fields.get("bucket", int, least=0)
+    if bucket >= buckets:
+        raise fields.error("bucket", f"less than {buckets}, the number of buckets", bucket)
+    return Shard(
+        name=name,
+        bucket=bucket,
+        train=fields.get("train", bool),
+        samples=fields.get("samples", int, least=1),
+        bytes=fields.get("bytes", int, least=1),
+        sha256=fields.get("sha256", str),
+    )

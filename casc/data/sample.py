@@ -1,0 +1,149 @@
+"""Samples: the images of a shard with what there is to learn from them.
+
+A shard is a plain tar. Each sample is two members that share a key, the image id in 12
+digits: the image's own bytes, and a JSON with its annotations.
+
+Legend: g trainable objects of an image, e polygon edges of an object, h x w stored size.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from casc.data.decode import decode_image
+from casc.errors import UserError
+
+
+class Sample(NamedTuple):
+    """A decoded image and its trainable objects, in pixels of the stored image."""
+
+    image: np.ndarray
+    """[h, w, 3] uint8 RGB."""
+    boxes: np.ndarray
+    """[g, 4] float32 xyxy, not clipped to the image."""
+    labels: np.ndarray
+    """[g] int64, 0-based."""
+    edges: list[np.ndarray]
+    """g arrays [e, 4] float32 (x0, y0, x1, y1); the non-zero winding rule gives the mask."""
+    segmentations: list[Any]
+    """g COCO segmentations (polygon lists or RLE dicts), for mask targets from bitmaps."""
+    image_id: int
+
+
+def read_sample(image_bytes: bytes, json_bytes: bytes) -> Sample:
+    """Decode a sample's two members; crowds and all else that isn't trained on are left out.
+
+    Raises:
+        ImageError: when the image can't be decoded or has another size than the JSON says.
+    """
+    record = json.loads(json_bytes)
+    image = decode_image(image_bytes, record["orientation"])
+    if image.shape[:2] != (record["height"], record["width"]):
+        raise UserError(
+            f"{record['file_name']}: decodes to {image.shape[1]} x {image.shape[0]}, its JSON "
+            f"says {record['width']} x {record['height']}; run `data_tools check`"
+        )
+    objects = [a for a in record["annotations"] if a["train"]]
+    return Sample(
+        image=image,
+        boxes=np.array([a["box"] for a in objects], np.float32).reshape(-1, 4),
+        labels=np.array([a["label"] for a in objects], np.int64),
+        edges=[annotation_edges(a) for a in objects],
+        segmentations=[a["segmentation"] for a in objects],
+        image_id=record["image_id"],
+    )
+
+
+def annotation_edges(annotation: dict[str, Any]) -> np.ndarray:
+    """Give the polygon edges `[e, 4]` float32 of a sample JSON's annotation.
+
+    Polygons may run either way, so each part is turned to positive area, and the non-zero
+    rule gives their union. `rings`, traced from an RLE, say by their direction whether they
+    bound the mask (positive area) or a hole in it (negative), and are left as they are.
+    """
+    if "rings" in annotation:
+        return polygon_edges(annotation["rings"], keep_direction=True)
+    return polygon_edges(annotation["segmentation"])
+
+
+def polygon_edges(parts: Sequence[Sequence[float]], *, keep_direction: bool = False) -> np.ndarray:
+    """Give the edges `[e, 4]` float32 (x0, y0, x1, y1) of closed polygons.
+
+    Edges of no length (a first point repeated at the end) and parts of fewer than three
+    points are left out.
+
+    Args:
+        parts: polygons as flat lists `[x0, y0, x1, y1, ...]` in pixels.
+        keep_direction: leave the direction of parts as it is. Otherwise each part is turned
+            to positive area: clockwise as seen on the screen, where y points down.
+    """
+    edges = [np.zeros((0, 4), np.float32)]
+    for part in parts:
+        if len(part) < 6:
+            continue
+        start = np.asarray(part, np.float64).reshape(-1, 2)
+        if not keep_direction and signed_area(start) < 0:
+            start = start[::-1]
+        both = np.concatenate([start, np.roll(start, -1, axis=0)], axis=1).astype(np.float32)
+        edges.append(both[(both[:, :2] != both[:, 2:]).any(axis=1)])
+    return np.concatenate(edges)
+
+
+def signed_area(points: np.ndarray) -> float:
+    """Give the area of a polygon `[n, 2]` in pixels squared by the shoelace formula.
+
+    It is positive where the points run clockwise on the screen, where y points down.
+    """
+    x, y = (points - points[:1]).T
+    return float(x @ np.roll(y, -1) - np.roll(x, -1) @ y) / 2
+
+
+def iter_tar(
+    source: str | os.PathLike[str] | BinaryIO,
+) -> Iterator[tuple[str, bytes, bytes]]:
+    """Yield `(key, image bytes, JSON bytes)` of a shard's samples in order.
+
+    The tar is read as a stream, so a pipe or a download will do as `source`.
+
+    Raises:
+        UserError: when the tar is damaged, ends early, or isn't in pairs of members.
+    """
+    name = "shard" if hasattr(source, "read") else str(source)
+    try:
+        opened = open(source, "rb") if isinstance(source, (str, os.PathLike)) else source  # noqa: SIM115, PTH123
+    except OSError as error:
+        raise UserError(f"{name}: can't be opened ({error.strerror})") from None
+    try:
+        yield from _pairs(opened, name)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{name}: not a complete tar file ({error})") from None
+    finally:
+        if opened is not source:
+            opened.close()
+
+
+def _pairs(stream: BinaryIO | io.BufferedReader, name: str) -> Iterator[tuple[str, bytes, bytes]]:
+    pending: tuple[str, bytes] | None = None
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is None:
+                raise UserError(f"{name}: {member.name!r} is not a plain file")
+            data = content.read()
+            if len(data) != member.size:
+                raise UserError(f"{name}: {member.name!r} is cut short")
+            key, _, extension = member.name.partition(".")
+            if pending is None and extension != "json":
+                pending = key, data
+            elif pending is not None and extension == "json" and pending[0] == key:
+                yield key, pending[1], data
+                pending = None
+            else:
+                raise UserError(f"{name}: {member.name!r} is not one of a pair of image and JSON")
+    if pending is not None:
+        raise UserError(f"{name}: ends after the image {pending[0]!r}, its JSON is missing")
