@@ -308,7 +308,7 @@ def _region(
             raise ValueError(f"draw_instances: mask {i} is {mask.shape}, the image {size}")
         y = ((np.arange(picture[0]) + 0.5) / scale[1]).astype(int)
         x = ((np.arange(picture[1]) + 0.5) / scale[0]).astype(int)
-        rows, columns = _span(mask.any(axis=1)[y]), _span(mask.any(axis=0)[x])
+        rows, columns = _span(mask.max(axis=1)[y]), _span(mask.max(axis=0)[x])
         return mask[y[rows]][:, x[columns]], (rows.start, columns.start)
     parts = [] if polygons is None else [p for p in polygons[i] if len(p) >= 6]
     if not parts:
