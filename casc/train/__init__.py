@@ -1,0 +1,1 @@
+"""Training: state, schedule, checkpoints and the loop."""

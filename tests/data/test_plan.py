@@ -1,0 +1,207 @@
+import itertools
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from casc.data.index import Bucket, Shard, Split
+from casc.data.plan import (
+    EpochPlan,
+    hash64,
+    noise_seed,
+    plan_epoch,
+    plan_evaluation,
+    worker_steps,
+    worker_windows,
+)
+from casc.errors import UserError
+
+
+def make_split(shards: list[tuple[int, int, bool]], buckets: int | None = None) -> Split:
+    """A split from (bucket, samples, train) of each shard."""
+    number = max(b for b, _, _ in shards) + 1 if buckets is None else buckets
+    return Split(
+        samples=sum(n for _, n, _ in shards),
+        train_samples=sum(n for _, n, train in shards if train),
+        buckets=tuple(Bucket(f"b{i}", 0, None, 8, 8, 1, 1, 0) for i in range(number)),
+        shards=tuple(
+            Shard(f"{i:06d}.tar", b, train, n, 1, "") for i, (b, n, train) in enumerate(shards)
+        ),
+    )
+
+
+def trace(plan: EpochPlan, rank: int, start: int = 0) -> dict[int, tuple[int, list]]:
+    """Per step, the bucket and the (shard, index) that the rank's workers draw for it."""
+    steps = {}
+    for worker in range(plan.workers):
+        draws = {}
+        for step, bucket in worker_steps(plan, worker, start):
+            if bucket not in draws:
+                draws[bucket] = drawn(plan, bucket, rank, worker, start)
+            steps[step] = bucket, [next(draws[bucket]) for _ in range(plan.batch)]
+        for rest in draws.values():
+            assert next(rest, None) is None, "a worker reads what no step needs"
+    return dict(sorted(steps.items()))
+
+
+def drawn(plan: EpochPlan, bucket: int, rank: int, worker: int, start: int):
+    for window in worker_windows(plan, bucket, rank, worker, start):
+        held = [(s.shard, i) for s in window.segments for i in range(s.start, s.stop)]
+        assert len(held) <= plan.window
+        for at in window.order:
+            yield held[at]
+
+
+plans = st.fixed_dictionaries(
+    {
+        "shards": st.lists(
+            st.tuples(st.integers(0, 4), st.integers(1, 40), st.booleans()), min_size=1, max_size=12
+        ),
+        "seed": st.integers(0, 2**63),
+        "epoch": st.integers(0, 300),
+        "world": st.integers(1, 6) | st.sampled_from([16, 64]),
+        "batch": st.integers(1, 5),
+        "workers": st.integers(0, 4) | st.just(8),
+        "window": st.integers(1, 50),
+    }
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(plans, st.data())
+def test_epoch(case, data):
+    split = make_split(case.pop("shards"), buckets=5)
+    if not split.train_samples:
+        with pytest.raises(UserError, match="no training samples"):
+            plan_epoch(split, **case)
+        return
+    plan = plan_epoch(split, **case)
+    ranks = [trace(plan, rank) for rank in range(case["world"])]
+    # All ranks take the same steps in the same buckets.
+    for steps in ranks:
+        assert list(steps) == list(range(plan.steps))
+        assert [bucket for bucket, _ in steps.values()] == plan.buckets.tolist()
+    # Every training sample once; repeats fill less than one step of each bucket.
+    seen = Counter(pick for steps in ranks for _, picks in steps.values() for pick in picks)
+    extra = Counter()
+    for i, shard in enumerate(split.shards):
+        for at in range(shard.samples):
+            assert (seen[i, at] >= 1) == shard.train
+            extra[shard.bucket] += max(seen[i, at] - 1, 0)
+    assert [extra[b] for b in range(5)] == plan.wrapped
+    assert all(0 <= n < case["world"] * case["batch"] for n in plan.wrapped)
+    # A sample is drawn at a step of its own bucket.
+    for steps in ranks:
+        for bucket, picks in steps.values():
+            assert all(split.shards[shard].bucket == bucket for shard, _ in picks)
+    # Resuming at any step gives the tail.
+    start = data.draw(st.integers(0, plan.steps))
+    rank = data.draw(st.integers(0, case["world"] - 1))
+    tail = trace(plan_epoch(split, **case), rank, start)
+    assert tail == {step: v for step, v in ranks[rank].items() if step >= start}
+
+
+def test_orders_differ_between_epochs_and_seeds():
+    split = make_split([(b, 50, True) for b in (0, 0, 1, 1, 1)])
+    common = {"world": 2, "batch": 2, "workers": 2, "window": 16}
+    runs = {
+        (seed, epoch): trace(plan_epoch(split, seed=seed, epoch=epoch, **common), 0)
+        for seed in (0, 1)
+        for epoch in (0, 1, 2)
+    }
+    assert len({str(run) for run in runs.values()}) == 6
+    assert len({str([b for b, _ in run.values()]) for run in runs.values()}) == 6
+
+
+def test_reading_is_sequential_in_large_blocks():
+    """A worker's segments continue one another or start a shard, apart from its first."""
+    split = make_split([(0, 64, True)] * 40)
+    plan = plan_epoch(split, seed=3, epoch=0, world=4, batch=2, workers=2, window=100)
+    for rank in range(4):
+        for worker in range(2):
+            windows = list(worker_windows(plan, 0, rank, worker))
+            segments = [s for window in windows for s in window.segments]
+            for before, after in itertools.pairwise(segments):
+                joined = (after.shard, after.start) == (before.shard, before.stop)
+                assert joined or (before.stop == 64 and after.start == 0)
+            assert len({s.shard for s in segments}) <= 40 / 8 + 2
+
+
+def test_draws_are_shuffled_evenly():
+    """Over many epochs, a sample comes at every time of an epoch equally often."""
+    split = make_split([(0, 16, True)] * 8)
+    times = np.array(
+        [
+            step
+            for epoch in range(200)
+            for step, (_, picks) in trace(
+                plan_epoch(
+                    split, seed=0, epoch=epoch, world=1, batch=4, workers=0, window=32
+                ), 0
+            ).items()
+            if (0, 0) in picks
+        ]
+    )  # fmt: skip
+    counts = np.bincount(times // 8, minlength=4)
+    assert counts.sum() == 200
+    assert counts.min() > 25  # expected 50 each, 4 standard deviations below
+
+
+def test_arguments_out_of_range():
+    split = make_split([(0, 3, True)])
+    with pytest.raises(UserError, match="batch must be at least 1"):
+        plan_epoch(split, seed=0, epoch=0, world=1, batch=0, workers=0)
+    with pytest.raises(UserError, match="batch must be at least 1"):
+        plan_evaluation(split, batch=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    plans.map(lambda case: case["shards"]),
+    st.integers(1, 6),
+    st.integers(1, 7),
+    st.integers(0, 5),
+)
+def test_evaluation_sees_every_sample_once(shards, world, batch, workers):
+    split = make_split(shards)
+    seen = Counter()
+    for rank in range(world):
+        for worker in range(max(workers, 1)):
+            for bucket, segments in plan_evaluation(
+                split, batch=batch, world=world, rank=rank, workers=workers, worker=worker
+            ):
+                assert 1 <= sum(s.stop - s.start for s in segments) <= batch
+                for segment in segments:
+                    assert split.shards[segment.shard].bucket == bucket
+                    seen.update((segment.shard, i) for i in range(segment.start, segment.stop))
+    assert seen == Counter((i, k) for i, (_, n, _) in enumerate(shards) for k in range(n))
+
+
+def test_hash_is_splitmix64():
+    """The generator's published first outputs for seed 1234567 (Vigna's splitmix64.c)."""
+    golden = 0x9E3779B97F4A7C15
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [hash64(1234567 + i * golden) for i in range(3)] == expected
+
+
+def test_noise_seed():
+    seeds = [noise_seed(s, e, i) for s in range(4) for e in range(20) for i in range(200)]
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert len(set(seeds)) > 0.999 * len(seeds)
+    bits = (np.array(seeds)[:, None] >> np.arange(31)) & 1
+    assert np.abs(bits.mean(0) - 0.5).max() < 0.02
+    assert noise_seed(-1, 0, -5) == noise_seed(-1, 0, -5)
+
+
+@pytest.mark.parametrize("world", [64])
+def test_a_large_plan_is_quick(world):
+    """10 million samples in 40,000 shards."""
+    split = make_split([(i % 6, 250, True) for i in range(40_000)])
+    start = time.perf_counter()
+    plan = plan_epoch(split, seed=0, epoch=0, world=world, batch=2, workers=8)
+    assert plan.steps >= 10_000_000 // (world * 2)
+    next(worker_windows(plan, 5, 63, 7, plan.steps // 2))
+    assert time.perf_counter() - start < 2
