@@ -1,0 +1,118 @@
+"""Box geometry: areas, overlaps, and the delta coding that regression learns.
+
+Boxes are [..., 4] float32 in pixels, (x1, y1, x2, y2), x to the right and y down,
+with continuous corners: width is x2 - x1, without the old "+ 1".
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# Widths and heights may change by at most this factor's logarithm either way in one
+# decoding, so that an untrained head can't overflow exp(); mmdet's wh_ratio_clip = 16/1000.
+MAX_LOG_RATIO = abs(math.log(16 / 1000))
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Areas in square pixels.
+
+    Args:
+        boxes: [..., 4] xyxy.
+
+    Returns:
+        [...], of the boxes' dtype.
+    """
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def iou_matrix(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of every box of `a` with every box of `b`.
+
+    The union is clamped at 1e-6, so two empty boxes overlap by 0 and nothing is NaN.
+
+    Args:
+        a: [..., N, 4] xyxy.
+        b: [..., M, 4] xyxy.
+
+    Returns:
+        [..., N, M] float32 in [0, 1].
+    """
+    a, b = a[..., :, None, :], b[..., None, :, :]
+    width = torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])
+    height = torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])
+    intersection = width.clamp(min=0) * height.clamp(min=0)
+    union = area(a) + area(b) - intersection
+    return intersection / union.clamp(min=1e-6)
+
+
+def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
+    """Deltas (dx, dy, dw, dh) that move `boxes` onto `targets`, divided by `stds`.
+
+    Appendix C of "Rich feature hierarchies" (Girshick et al., 2014). Sides are clamped
+    at 1e-6 pixels so that padded rows give finite numbers, which the losses then mask.
+
+    Args:
+        boxes: [..., 4] xyxy.
+        targets: [..., 4] xyxy.
+        stds: standard deviations of the four deltas.
+
+    Returns:
+        [..., 4].
+    """
+    x, y, w, h = _centre_form(boxes)
+    tx, ty, tw, th = _centre_form(targets)
+    w, h, tw, th = (side.clamp(min=1e-6) for side in (w, h, tw, th))
+    deltas = ((tx - x) / w, (ty - y) / h, (tw / w).log(), (th / h).log())
+    return torch.stack([d / std for d, std in zip(deltas, stds, strict=True)], dim=-1)
+
+
+def decode(
+    boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float], size: Tensor | None
+) -> Tensor:
+    """Move `boxes` by `deltas`; the inverse of `encode`.
+
+    Args:
+        boxes: [B, N, 4] xyxy (or [N, 4] to share them over the batch).
+        deltas: [B, N, 4], in units of `stds`.
+        stds: standard deviations of the four deltas.
+        size: [B, 2] image height and width in pixels to clip to, or None not to clip.
+
+    Returns:
+        [B, N, 4] xyxy.
+    """
+    x, y, w, h = _centre_form(boxes)
+    dx, dy, dw, dh = (d * std for d, std in zip(deltas.unbind(-1), stds, strict=True))
+    w_new = w * dw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    h_new = h * dh.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    x_new, y_new = x + w * dx, y + h * dy
+    moved = torch.stack(
+        [
+            x_new - w_new * 0.5,
+            y_new - h_new * 0.5,
+            x_new + w_new * 0.5,
+            y_new + h_new * 0.5,
+        ],
+        dim=-1,
+    )
+    return moved if size is None else clip(moved, size)
+
+
+def clip(boxes: Tensor, size: Tensor) -> Tensor:
+    """Clip boxes to their images.
+
+    Args:
+        boxes: [B, N, 4] xyxy.
+        size: [B, 2] height and width in pixels.
+
+    Returns:
+        [B, N, 4] with 0 <= x <= width and 0 <= y <= height.
+    """
+    limit = size.flip(-1).repeat(1, 2)[:, None]
+    return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def _centre_form(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centre x, centre y, width and height, each [...]."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return (x1 + x2) * 0.5, (y1 + y2) * 0.5, x2 - x1, y2 - y1

@@ -1,0 +1,55 @@
+"""Masked losses: sums over the entries that count; the caller divides.
+
+Entries that don't count give exactly zero loss and gradient, whatever they hold, so a
+batch without a single object trains like any other.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Sum of sigmoid cross-entropies where `mask` holds.
+
+    Args:
+        logits: [...] float32.
+        targets: [...] bool or float32 in [0, 1].
+        mask: broadcastable to [...], bool.
+
+    Returns:
+        Scalar float32.
+    """
+    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+    return torch.where(mask, loss, 0.0).sum()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Sum of softmax cross-entropies where `mask` holds.
+
+    Args:
+        logits: [N, C] float32.
+        labels: [N] int64.
+        mask: [N] bool.
+
+    Returns:
+        Scalar float32.
+    """
+    return torch.where(mask, F.cross_entropy(logits, labels, reduction="none"), 0.0).sum()
+
+
+def smooth_l1(prediction: Tensor, target: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Sum over coordinates of the smooth L1 loss where `mask` holds (Fast R-CNN, eq. 3).
+
+    Args:
+        prediction: [..., 4] float32.
+        target: [..., 4] float32.
+        mask: [...] bool.
+        beta: where the square turns into a line.
+
+    Returns:
+        Scalar float32.
+    """
+    difference = torch.where(mask[..., None], prediction - target, 0.0).abs()
+    square = 0.5 * difference * difference / beta
+    return torch.where(difference < beta, square, difference - 0.5 * beta).sum()

@@ -1,0 +1,44 @@
+"""Noise as a function: every random number of a step follows from one seed per image.
+
+The numbers come from an integer hash rather than a generator, so they are the same on
+every device, rank and world size, eager or compiled, and can be made inside the graph.
+
+Legend: B images, N numbers.
+"""
+
+import torch
+from torch import Tensor
+
+# What a number is for; distinct purposes of one image must not share their noise.
+FLIP, RPN, STAGE = 1, 2, 16  # stage k uses STAGE + k
+
+_MASK = 0xFFFFFFFF
+
+
+def uniform(seed: Tensor, purpose: int, count: int) -> Tensor:
+    """Uniform numbers in [0, 1), 24 bits each.
+
+    Args:
+        seed: [B] int64 in [0, 2**32).
+        purpose: one of this module's constants.
+        count: N, numbers per image.
+
+    Returns:
+        [B, N] float32.
+    """
+    stream = _mix(_mix(seed) ^ (purpose * 0x9E3779B1 & _MASK))
+    index = _mix(torch.arange(count, device=seed.device))
+    return (_mix(stream[:, None] ^ index) >> 8).to(torch.float32) * 2.0**-24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers, held in int64, that changes half the bits.
+
+    Xor-shift and multiply with the constants of C. Wellons' hash-prospector search. The
+    second constant is written minus 2**32: then no product leaves int64.
+    """
+    x = x ^ (x >> 16)
+    x = (x * 0x21F0AAAD) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * (0xD35A2D97 - 2**32)) & _MASK
+    return x ^ (x >> 15)

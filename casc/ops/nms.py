@@ -1,0 +1,73 @@
+"""Non-maximum suppression with an output of fixed size.
+
+torchvision's operator returns as many boxes as survive, so its result's shape depends
+on the data. Here it is wrapped in an operator of our own whose result is padded: the
+compiler sees fixed shapes, and the host reads nothing on the CPU.
+
+Legend: B images, N boxes, K kept.
+"""
+
+import torch
+from torch import Tensor
+
+
+def batched_nms(
+    boxes: Tensor, scores: Tensor, group: Tensor, valid: Tensor, *, iou: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Suppress within groups (levels or classes), best score first.
+
+    Groups are kept apart by shifting each by (largest coordinate + 1) pixels, as mmcv
+    does; the shifted coordinates' rounding is part of the reference's numbers.
+
+    Args:
+        boxes: [B, N, 4] float32 xyxy.
+        scores: [B, N] float32.
+        group: [N] or [B, N] int64.
+        valid: [B, N] bool; invalid boxes neither survive nor suppress.
+        iou: a box goes if it overlaps a better one by more than this.
+        count: K.
+
+    Returns:
+        index [B, K] int64 into N, by falling score (0 where padded), and
+        kept [B, K] bool.
+    """
+    boxes, scores = boxes.detach(), scores.detach()
+    largest = torch.where(valid[..., None], boxes, 0.0).amax(dim=(1, 2), keepdim=True)
+    shifted = boxes + group.to(boxes.dtype).expand_as(scores)[..., None] * (largest + 1)
+    index, survivors = nms(shifted, scores, valid, iou, count)
+    slot = torch.arange(count, device=boxes.device)
+    return index, slot < survivors[:, None]
+
+
+@torch.library.custom_op("casc::nms", mutates_args=(), device_types=("cpu", "cuda"))
+def nms(
+    boxes: Tensor, scores: Tensor, valid: Tensor, iou: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Greedy suppression per image by torchvision's kernel.
+
+    Args:
+        boxes: [B, N, 4] float32 xyxy.
+        scores: [B, N] float32.
+        valid: [B, N] bool.
+        iou: suppress above this overlap.
+        count: K.
+
+    Returns:
+        index [B, K] int64 and number of survivors [B] int64, at most K.
+    """
+    from torchvision.ops import nms as torchvision_nms
+
+    index = boxes.new_zeros((boxes.shape[0], count), dtype=torch.long)
+    survivors = boxes.new_zeros((boxes.shape[0],), dtype=torch.long)
+    for image in range(boxes.shape[0]):
+        candidates = valid[image].nonzero()[:, 0]
+        keep = torchvision_nms(boxes[image, candidates], scores[image, candidates], iou)[:count]
+        index[image, : keep.shape[0]] = candidates[keep]
+        survivors[image] = keep.shape[0]
+    return index, survivors
+
+
+@nms.register_fake
+def _(boxes: Tensor, scores: Tensor, valid: Tensor, iou: float, count: int):
+    shape = (boxes.shape[0], count)
+    return boxes.new_empty(shape, dtype=torch.long), boxes.new_empty(shape[:1], dtype=torch.long)

@@ -1,0 +1,269 @@
+"""RoIAlign over a feature pyramid (He et al., Mask R-CNN, 2017; aligned, average).
+
+Every RoI reads the level that suits its size (FPN, eq. 1). Two ways to sample:
+
+- "fixed": a 2x2 grid of bilinear samples per cell, as one weighted embedding bag over
+  the flattened pyramid. Index and weight tables are plain functions of the boxes, and
+  every shape is static.
+- "adaptive": the reference's grid of ceil(side / cells) samples per cell, by
+  torchvision's operator, hidden in one of ours.
+
+Legend: B images, R RoIs, C channels, L levels, P all pixels of all levels, O output cells
+per side, T taps per output cell.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Sampling = Literal["fixed", "adaptive"]
+
+# A RoI of sqrt(area) below 2 * 56 pixels reads the finest level; each doubling goes one up.
+FINEST_SIDE = 56.0
+GRID = 2
+
+
+class Pyramid(NamedTuple):
+    """A feature pyramid in the form that RoIAlign reads."""
+
+    levels: list[Tensor]
+    """L tensors [B, C, H_l, W_l]."""
+    pixels: Tensor
+    """[B * P, C], the same values flattened (image, level, y, x)."""
+    strides: tuple[int, ...]
+    """Pixels per cell of each level."""
+
+
+def flatten_pyramid(levels: list[Tensor], strides: tuple[int, ...]) -> Pyramid:
+    """Lay all levels out as rows of channels, once for every RoIAlign of the step."""
+    batch, channels = levels[0].shape[:2]
+    rows = [level.permute(0, 2, 3, 1).reshape(batch, -1, channels) for level in levels]
+    return Pyramid(levels, torch.cat(rows, dim=1).reshape(-1, channels), strides)
+
+
+def roi_levels(boxes: Tensor, count: int) -> Tensor:
+    """The pyramid level of each RoI: floor(log2(sqrt(area) / 56)), clamped.
+
+    Args:
+        boxes: [R, 4] xyxy in pixels.
+        count: L.
+
+    Returns:
+        [R] int64 in [0, L).
+    """
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    side = (width * height).clamp(min=0).sqrt()
+    return torch.floor(torch.log2(side / FINEST_SIDE + 1e-6)).clamp(0, count - 1).long()
+
+
+def roi_align(
+    pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int, sampling: Sampling
+) -> Tensor:
+    """Features of each RoI on a `cells` x `cells` grid.
+
+    Args:
+        pyramid: from `flatten_pyramid`.
+        boxes: [R, 4] float32 xyxy in pixels of the canvas; no gradient flows to them.
+        image: [R] int64, each RoI's image in the batch.
+        cells: O.
+        sampling: "fixed" or "adaptive".
+
+    Returns:
+        [R, C, O, O] of the features' dtype; channels_last in memory for "fixed".
+    """
+    boxes = boxes.detach()
+    level = roi_levels(boxes, len(pyramid.levels))
+    if sampling == "adaptive":
+        rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
+        scales = [1 / stride for stride in pyramid.strides]
+        return _adaptive(pyramid.levels, rois, level, scales, cells)
+    sizes = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
+    index, weight = _taps(boxes, image, level, sizes, pyramid.strides, cells)
+    rows = _bag(pyramid.pixels, index, weight.to(pyramid.pixels.dtype))
+    return rows.reshape(boxes.shape[0], cells, cells, -1).permute(0, 3, 1, 2)
+
+
+def _taps(
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    sizes: list[tuple[int, int]],
+    strides: tuple[int, ...],
+    cells: int,
+) -> tuple[Tensor, Tensor]:
+    """Rows of `Pyramid.pixels` and their weights: [R * O * O, T] int64 and float32."""
+    per_image = sum(h * w for h, w in sizes)
+    offsets = [sum(h * w for h, w in sizes[:i]) for i in range(len(sizes))]
+    height = _by_level(level, [h for h, _ in sizes])
+    width = _by_level(level, [w for _, w in sizes])
+    start = _by_level(level, offsets) + image * per_image
+    scaled = boxes / _by_level(level, list(strides)).to(boxes.dtype)[:, None] - 0.5
+    y, y_weight = _axis_taps(scaled[:, 1], scaled[:, 3], height, cells)
+    x, x_weight = _axis_taps(scaled[:, 0], scaled[:, 2], width, cells)
+    # [R, O, 1, t, 1] against [R, 1, O, 1, t], t taps per axis.
+    index = y[:, :, None, :, None] * width[:, None, None, None, None] + x[:, None, :, None, :]
+    index = index + start[:, None, None, None, None]
+    weight = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
+    taps = (2 * GRID) ** 2
+    return index.reshape(-1, taps), weight.reshape(-1, taps)
+
+
+def _axis_taps(low: Tensor, high: Tensor, size: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Positions and weights along one axis, two neighbours for each sample.
+
+    A sample more than a cell outside the map counts as 0; within that margin it reads
+    the border.
+
+    Args:
+        low: [R] first edge of the RoI in cells of its level, shifted by -0.5.
+        high: [R] last edge.
+        size: [R] cells of the level along this axis.
+        cells: O.
+
+    Returns:
+        [R, O, 2 * GRID] int64 and float32.
+    """
+    samples = cells * GRID
+    step = (torch.arange(samples, device=low.device, dtype=low.dtype) + 0.5) / GRID
+    at = low[:, None] + step * ((high - low) / cells)[:, None]
+    last = (size - 1)[:, None].to(at.dtype)
+    counts = (at >= -1) & (at <= last + 1)
+    at = torch.minimum(at.clamp(min=0), last)
+    floor = at.floor()
+    fraction = at - floor
+    position = torch.stack([floor, torch.minimum(floor + 1, last)], dim=-1).long()
+    weight = torch.stack([1 - fraction, fraction], dim=-1) * counts[..., None] / GRID
+    shape = (low.shape[0], cells, 2 * GRID)
+    return position.reshape(shape), weight.reshape(shape)
+
+
+def _by_level(level: Tensor, values: list[int]) -> Tensor:
+    """values[level] without a table on the device: [R] int64."""
+    result = torch.full_like(level, values[0])
+    for i, value in enumerate(values[1:], start=1):
+        result = torch.where(level == i, value, result)
+    return result
+
+
+# An operator of our own around embedding_bag: inside a compiled graph the generated code
+# would write through an output that the CPU kernel leaves empty in bfloat16.
+@torch.library.custom_op("casc::bag", mutates_args=())
+def _bag(pixels: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    return F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)
+
+
+@_bag.register_fake
+def _(pixels: Tensor, index: Tensor, weight: Tensor):
+    return pixels.new_empty((index.shape[0], pixels.shape[1]))
+
+
+@torch.library.custom_op("casc::bag_backward", mutates_args=())
+def _bag_backward(grad: Tensor, index: Tensor, weight: Tensor, rows: int) -> Tensor:
+    bags, taps = index.shape
+    owner = torch.arange(bags, device=grad.device)[:, None].expand(bags, taps).reshape(-1)
+    sizes = torch.full((bags,), taps, dtype=torch.long, device=grad.device)
+    return torch.ops.aten._embedding_bag_dense_backward(
+        grad.contiguous(), index.reshape(-1), owner, sizes, sizes, rows, False, 0, weight.reshape(-1)
+    )
+
+
+@_bag_backward.register_fake
+def _(grad: Tensor, index: Tensor, weight: Tensor, rows: int):
+    return grad.new_empty((rows, grad.shape[1]))
+
+
+def _bag_setup(ctx, inputs, output) -> None:
+    pixels, index, weight = inputs
+    ctx.save_for_backward(index, weight)
+    ctx.rows = pixels.shape[0]
+
+
+def _bag_grad(ctx, grad: Tensor):
+    index, weight = ctx.saved_tensors
+    return _bag_backward(grad, index, weight, ctx.rows), None, None
+
+
+_bag.register_autograd(_bag_grad, setup_context=_bag_setup)
+
+
+# The RoIs of one level are as many as the data has it: that stays inside the operator.
+@torch.library.custom_op("casc::roi_align_adaptive", mutates_args=(), device_types=("cpu", "cuda"))
+def _adaptive(
+    levels: list[Tensor], rois: Tensor, level: Tensor, scales: list[float], cells: int
+) -> Tensor:
+    import torchvision  # noqa: F401  (registers torch.ops.torchvision)
+
+    result = levels[0].new_empty((rois.shape[0], levels[0].shape[1], cells, cells))
+    for i, (features, scale) in enumerate(zip(levels, scales, strict=True)):
+        rows = (level == i).nonzero()[:, 0]
+        aligned = torch.ops.torchvision.roi_align(
+            features.float().contiguous(), rois[rows], scale, cells, cells, 0, True
+        )
+        result[rows] = aligned.to(result.dtype)
+    return result
+
+
+@_adaptive.register_fake
+def _(levels: list[Tensor], rois: Tensor, level: Tensor, scales: list[float], cells: int):
+    return levels[0].new_empty((rois.shape[0], levels[0].shape[1], cells, cells))
+
+
+@torch.library.custom_op(
+    "casc::roi_align_adaptive_backward", mutates_args=(), device_types=("cpu", "cuda")
+)
+def _adaptive_backward(
+    grad: Tensor, rois: Tensor, level: Tensor, scales: list[float], shape: list[int], cells: int
+) -> list[Tensor]:
+    import torchvision  # noqa: F401
+
+    batch, channels, *sides = shape
+    grads = []
+    for i, scale in enumerate(scales):
+        rows = (level == i).nonzero()[:, 0]
+        height, width = sides[2 * i : 2 * i + 2]
+        grads.append(
+            torch.ops.torchvision._roi_align_backward(
+                grad[rows].float().contiguous(),
+                rois[rows],
+                scale,
+                cells,
+                cells,
+                batch,
+                channels,
+                height,
+                width,
+                0,
+                True,
+            ).to(grad.dtype)
+        )
+    return grads
+
+
+@_adaptive_backward.register_fake
+def _(
+    grad: Tensor, rois: Tensor, level: Tensor, scales: list[float], shape: list[int], cells: int
+):
+    batch, channels, *sides = shape
+    return [
+        grad.new_empty((batch, channels, sides[2 * i], sides[2 * i + 1]))
+        for i in range(len(scales))
+    ]
+
+
+def _adaptive_setup(ctx, inputs, output) -> None:
+    levels, rois, level, scales, cells = inputs
+    ctx.save_for_backward(rois, level)
+    sides = [int(side) for features in levels for side in features.shape[2:]]
+    ctx.shape = [*levels[0].shape[:2], *sides]
+    ctx.scales, ctx.cells = scales, cells
+
+
+def _adaptive_grad(ctx, grad: Tensor):
+    rois, level = ctx.saved_tensors
+    grads = _adaptive_backward(grad, rois, level, ctx.scales, ctx.shape, ctx.cells)
+    return grads, None, None, None, None
+
+
+_adaptive.register_autograd(_adaptive_grad, setup_context=_adaptive_setup)

@@ -1,0 +1,230 @@
+"""Region proposal network (Ren et al., 2015) over a pyramid: head, loss, proposals.
+
+Legend: B images, A anchors of all levels in the order (level, y, x, ratio), G ground-truth
+capacity, K proposals.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from casc import losses
+from casc.anchors import AnchorConfig, inside
+from casc.boxes import decode, encode
+from casc.layers import Params, conv, new_weight, normal_001
+from casc.matching import Matches, Sample, match_anchors, sample, take
+from casc.ops.nms import batched_nms
+
+PREFIX = "rpn_head"
+STDS = (1.0, 1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class RPNConfig:
+    """The region proposal network."""
+
+    channels: int = 256
+    """Channels of its 3x3 convolution."""
+    positive_iou: float = 0.7
+    """An anchor is an object from this overlap on."""
+    negative_iou: float = 0.3
+    """An anchor is background below this overlap; in between it is ignored."""
+    low_quality_iou: float = 0.3
+    """Each object also claims its best anchors, if they overlap at least this much."""
+    samples: int = 256
+    """Anchors per image in the loss."""
+    positive_fraction: float = 0.5
+    """The most of them that may be positive."""
+    beta: float = 1 / 9
+    """Where the smooth L1 loss turns linear."""
+    nms_iou: float = 0.7
+    """Proposals that overlap a better one by more go."""
+    train_pre_nms: int = 2000
+    """Best anchors per level that enter suppression when training."""
+    train_proposals: int = 2000
+    """Proposals per image when training."""
+    test_pre_nms: int = 1000
+    """The same at inference."""
+    test_proposals: int = 1000
+    """The same at inference."""
+
+
+class RPNOutput(NamedTuple):
+    """The head's predictions, float32."""
+
+    logits: Tensor
+    """[B, A]."""
+    deltas: Tensor
+    """[B, A, 4]."""
+
+
+class RPNTargets(NamedTuple):
+    """What the loss compares with."""
+
+    matches: Matches
+    """Of all A anchors."""
+    sample: Sample
+    """The anchors in the loss."""
+
+
+class Proposals(NamedTuple):
+    """Candidate boxes, best first."""
+
+    boxes: Tensor
+    """[B, K, 4] xyxy pixels of the canvas, 0 where padded."""
+    scores: Tensor
+    """[B, K] in [0, 1], 0 where padded."""
+    valid: Tensor
+    """[B, K] bool."""
+
+
+def rpn_head(params: Params, levels: list[Tensor]) -> RPNOutput:
+    """Objectness and deltas of every anchor, the same head on each level."""
+    logits, deltas = [], []
+    for features in levels:
+        batch = features.shape[0]
+        x = F.relu(conv(params, f"{PREFIX}.rpn_conv", features, padding=1))
+        score = conv(params, f"{PREFIX}.rpn_cls", x)
+        delta = conv(params, f"{PREFIX}.rpn_reg", x)
+        logits.append(score.permute(0, 2, 3, 1).reshape(batch, -1).float())
+        deltas.append(delta.permute(0, 2, 3, 1).reshape(batch, -1, 4).float())
+    return RPNOutput(torch.cat(logits, dim=1), torch.cat(deltas, dim=1))
+
+
+def rpn_targets(
+    config: RPNConfig,
+    anchors: Tensor,
+    size: Tensor,
+    gt_boxes: Tensor,
+    gt_valid: Tensor,
+    keys: Tensor,
+) -> RPNTargets:
+    """Match anchors that lie inside their image and draw the loss's sample.
+
+    Args:
+        config: thresholds and counts.
+        anchors: [A, 4] xyxy.
+        size: [B, 2] image height and width in pixels.
+        gt_boxes: [B, G, 4] xyxy.
+        gt_valid: [B, G] bool.
+        keys: [B, A] noise in [0, 1).
+
+    Returns:
+        Matches and sample.
+    """
+    matches = match_anchors(
+        anchors,
+        inside(anchors, size),
+        gt_boxes,
+        gt_valid,
+        positive_iou=config.positive_iou,
+        negative_iou=config.negative_iou,
+        low_quality_iou=config.low_quality_iou,
+    )
+    drawn = sample(
+        matches.positive,
+        matches.negative,
+        keys,
+        count=config.samples,
+        max_positive=_max_positive(config),
+    )
+    return RPNTargets(matches, drawn)
+
+
+def rpn_losses(
+    config: RPNConfig, output: RPNOutput, anchors: Tensor, targets: RPNTargets, gt_boxes: Tensor
+) -> dict[str, Tensor]:
+    """Objectness and box loss, both over the number of sampled anchors of the batch.
+
+    The reference counts at least one positive and one negative per image.
+
+    Returns:
+        Scalars `loss_rpn_cls` and `loss_rpn_bbox`.
+    """
+    index, valid, positive = targets.sample
+    per_image = [(m.sum(dim=1)).clamp(min=1) for m in (positive, valid & ~positive)]
+    count = (per_image[0] + per_image[1]).sum().to(torch.float32)
+    logits = take(output.logits, index)
+    loss_cls = losses.binary_cross_entropy(logits, positive, valid)
+    # Positives come first in a sample: only so many rows can have a box loss.
+    index, positive = (t[:, : _max_positive(config)] for t in (index, positive))
+    goal = encode(anchors[index], take(gt_boxes, take(targets.matches.gt, index)), STDS)
+    loss_bbox = losses.smooth_l1(take(output.deltas, index), goal, positive, config.beta)
+    return {"loss_rpn_cls": loss_cls / count, "loss_rpn_bbox": loss_bbox / count}
+
+
+def propose(
+    config: RPNConfig,
+    output: RPNOutput,
+    anchors: list[Tensor],
+    size: Tensor,
+    *,
+    train: bool,
+) -> Proposals:
+    """The best boxes over all levels after suppression; no gradient.
+
+    Per level the best anchors are decoded and clipped, empty boxes dropped; one
+    suppression within levels, then the best by score over all of them.
+
+    Args:
+        config: counts and the suppression's threshold.
+        output: of the head.
+        anchors: per level [A_l, 4] xyxy.
+        size: [B, 2] image height and width in pixels.
+        train: whether the training or the inference counts hold.
+
+    Returns:
+        K proposals per image.
+    """
+    pre_nms = config.train_pre_nms if train else config.test_pre_nms
+    count = config.train_proposals if train else config.test_proposals
+    boxes, scores, groups = [], [], []
+    counts = [level.shape[0] for level in anchors]
+    level_logits = output.logits.detach().split(counts, dim=1)
+    level_deltas = output.deltas.detach().split(counts, dim=1)
+    for i, (level, logits, deltas) in enumerate(
+        zip(anchors, level_logits, level_deltas, strict=True)
+    ):
+        score, best = logits.sigmoid().topk(min(pre_nms, level.shape[0]), dim=1)
+        boxes.append(decode(level[best], take(deltas, best), STDS, size))
+        scores.append(score)
+        groups.append(torch.full_like(best[0], i))
+    all_boxes, all_scores = torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
+    sides = all_boxes[..., 2:] - all_boxes[..., :2]
+    index, kept = batched_nms(
+        all_boxes,
+        all_scores,
+        torch.cat(groups),
+        (sides > 0).all(dim=-1),
+        iou=config.nms_iou,
+        count=count,
+    )
+    return Proposals(
+        torch.where(kept[..., None], take(all_boxes, index), 0.0),
+        torch.where(kept, take(all_scores, index), 0.0),
+        kept,
+    )
+
+
+def init_rpn(
+    config: RPNConfig,
+    anchors: AnchorConfig,
+    in_channels: int,
+    params: Params,
+    generator: torch.Generator,
+) -> None:
+    """Add fresh RPN parameters: N(0, 0.01), zero biases."""
+    for name, out, channels, kernel in (
+        ("rpn_conv", config.channels, in_channels, 3),
+        ("rpn_cls", len(anchors.ratios), config.channels, 1),
+        ("rpn_reg", 4 * len(anchors.ratios), config.channels, 1),
+    ):
+        shape = (out, channels, kernel, kernel)
+        new_weight(params, f"{PREFIX}.{name}", shape, normal_001, generator, bias=out)
+
+
+def _max_positive(config: RPNConfig) -> int:
+    return int(config.samples * config.positive_fraction)

@@ -1,0 +1,23 @@
+"""Ground truth as the detector sees it: padded, in pixels of the canvas.
+
+Legend: B images, G ground-truth capacity, E edge capacity, H x W canvas.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Targets(NamedTuple):
+    """Padded ground truth of a batch, resized and flipped with its images."""
+
+    boxes: Tensor
+    """[B, G, 4] float32 xyxy, 0 where padded."""
+    labels: Tensor
+    """[B, G] int64 in [0, classes), 0 where padded."""
+    valid: Tensor
+    """[B, G] bool."""
+    edges: Tensor
+    """[B, G, E, 4] float32 polygon edges (x0, y0, x1, y1); padding has zero length."""
+    bitmaps: Tensor | None = None
+    """[B, G, H, W] uint8 masks, only for `mask_target="bitmap"`."""

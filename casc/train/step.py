@@ -1,0 +1,159 @@
+"""The training step's losses and the detection step, compiled for one canvas.
+
+A step is a pure function of (parameters, buffers, batch): resize and flip, the network,
+matching, sampling, losses. With `mask_head.capacity="counted"` it is two graphs with one
+read in between: the number of positives decides how many RoIs the mask heads run on.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from casc import detector
+from casc import noise as noises
+from casc.anchors import AnchorConfig
+from casc.data.augment import ImageConfig, prepare
+from casc.data.batch import Batch
+from casc.detector import Detections, DetectorConfig, Inputs
+from casc.layers import Params
+from casc.mask_head import MaskRois, pack
+from casc.ops.roi_align import Pyramid
+from casc.targets import Targets
+
+LossStep = Callable[[Params, Params, Batch], tuple[Tensor, dict[str, Tensor]]]
+DetectStep = Callable[[Params, Params, Batch], Detections]
+
+# Shares of the full mask capacity that a counted step may run on. Each is one shape, so
+# one compilation at most; sixteenths would follow the count closer but compile longer.
+CAPACITY_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
+
+class Compute(NamedTuple):
+    """How to compute: belongs to the device, not to the model."""
+
+    dtype: torch.dtype = torch.float32
+    """Of activations; parameters, boxes, targets and losses stay float32."""
+    memory_format: torch.memory_format = torch.contiguous_format
+    """Of images and 4-d parameters."""
+    compile: bool = True
+    """Whether to compile; eager gives the same numbers up to rounding."""
+
+
+def make_loss_step(
+    config: DetectorConfig, image: ImageConfig, canvas: tuple[int, int], compute: Compute
+) -> LossStep:
+    """The losses of a batch whose images fit `canvas`.
+
+    Args:
+        config: the detector.
+        image: resize, flip and normalisation.
+        canvas: (H, W) in pixels.
+        compute: dtype, memory format, compiled or not.
+
+    Returns:
+        f(params, buffers, batch) -> (total, measures): the scalar to differentiate, and
+        detached float32 scalars on the device by name.
+    """
+
+    def boxes(
+        params: Params, buffers: Params, batch: Batch
+    ) -> tuple[dict[str, Tensor], Pyramid, list[MaskRois], Targets]:
+        inputs = training_inputs(batch, image, canvas, compute)
+        anchors = anchor_count(config.anchors, canvas)
+        noise = detector.draw_noise(config, batch.seed, anchors, batch.valid.shape[1])
+        features = detector.extract(params, buffers, config, inputs.image)
+        losses, rois = detector.box_branch(params, config, features, inputs, noise)
+        return losses, features.pyramid, rois, inputs.targets
+
+    def masks(
+        params: Params, stage: int, pyramid: Pyramid, rois: MaskRois, targets: Targets
+    ) -> Tensor:
+        return detector.mask_branch(params, config, stage, pyramid, rois, targets)
+
+    def full(
+        params: Params, buffers: Params, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, pyramid, rois, targets = boxes(params, buffers, batch)
+        for stage in range(len(config.stages)):
+            losses[f"s{stage}.loss_mask"] = masks(params, stage, pyramid, rois[stage], targets)
+        return detector.total(losses), {k: v.detach() for k, v in losses.items()}
+
+    if config.mask_head.capacity == "full":
+        return _maybe_compile(full, compute)
+
+    box_step = _maybe_compile(boxes, compute)
+    mask_step = _maybe_compile(masks, compute)
+
+    def counted(
+        params: Params, buffers: Params, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, pyramid, rois, targets = box_step(params, buffers, batch)
+        # The step's only read: everything after it has a shape that depends on it.
+        counts = torch.stack([r.valid.sum() for r in rois]).tolist()
+        for stage, (r, count) in enumerate(zip(rois, counts, strict=True)):
+            packed = pack(r, mask_capacity(count, r.valid.shape[0]))
+            losses[f"s{stage}.loss_mask"] = mask_step(params, stage, pyramid, packed, targets)
+        return detector.total(losses), {k: v.detach() for k, v in losses.items()}
+
+    return counted
+
+
+def make_detect_step(
+    config: DetectorConfig, image: ImageConfig, canvas: tuple[int, int], compute: Compute
+) -> DetectStep:
+    """Detections of a batch whose images fit `canvas`; one graph, no gradient.
+
+    Returns:
+        f(params, buffers, batch) -> Detections in pixels of the stored images.
+    """
+
+    def run(params: Params, buffers: Params, batch: Batch) -> Detections:
+        inputs = prepare(batch, None, image, canvas, compute.dtype, compute.memory_format)
+        return detector.detect(params, buffers, config, inputs)
+
+    step = _maybe_compile(run, compute)
+
+    def detect(params: Params, buffers: Params, batch: Batch) -> Detections:
+        with torch.no_grad():
+            return step(params, buffers, batch)
+
+    return detect
+
+
+def training_inputs(
+    batch: Batch, image: ImageConfig, canvas: tuple[int, int], compute: Compute
+) -> Inputs:
+    """What the network sees when training: the batch on its canvas, mirrored by its noise."""
+    flip = noises.uniform(batch.seed, noises.FLIP, 1)[:, 0] < image.flip
+    return prepare(batch, flip, image, canvas, compute.dtype, compute.memory_format)
+
+
+def mask_capacity(count: int, full: int) -> int:
+    """The smallest capacity of the ladder that holds `count` of at most `full` RoIs."""
+    ladder = (max(1, round(share * full)) for share in CAPACITY_SHARES)
+    return next(capacity for capacity in ladder if capacity >= count)
+
+
+def anchor_count(anchors: AnchorConfig, canvas: tuple[int, int]) -> int:
+    """Anchors of all levels of a canvas."""
+    height, width = canvas
+    cells = 0
+    for stride in anchors.strides:
+        cells += -(-height // stride) * -(-width // stride)
+    return cells * len(anchors.ratios)
+
+
+def to_format(params: Params, memory_format: torch.memory_format) -> Params:
+    """Copies of the parameters with 4-d weights in `memory_format`, other ones as they are."""
+    return {
+        k: v.contiguous(memory_format=memory_format) if v.dim() == 4 else v
+        for k, v in params.items()
+    }
+
+
+def _maybe_compile(function: Callable, compute: Compute) -> Callable:
+    if not compute.compile:
+        return function
+    return torch.compile(function, fullgraph=True, dynamic=False)
