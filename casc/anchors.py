@@ -33,7 +33,9 @@ def base_anchors(config: AnchorConfig, level: int, device: torch.device) -> Tens
     # One number per ratio, filled in rather than copied from the host: a copy would be
     # a transfer in every step.
     halves = [(0.5 * side / math.sqrt(r), 0.5 * side * math.sqrt(r)) for r in config.ratios]
-    rows = [torch.stack([torch.full((), v, device=device) for v in (-w, -h, w, h)]) for w, h in halves]
+    rows = [
+        torch.stack([torch.full((), v, device=device) for v in (-w, -h, w, h)]) for w, h in halves
+    ]
     return torch.stack(rows)
 
 

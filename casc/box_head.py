@@ -141,8 +141,8 @@ def box_losses(
     """Classification and box loss, both over all samples of the batch.
 
     Returns:
-        Scalars `loss_cls` and `loss_bbox`, weighted, and `acc`, the share of samples whose
-        best class is right.
+        Scalars `loss_cls` and `loss_bbox`, weighted, and `acc`, the percentage of samples
+        whose best class is right.
     """
     count = rois.valid.sum().clamp(min=1).to(torch.float32)
     labels, valid = rois.labels.flatten(), rois.valid.flatten()
@@ -156,7 +156,7 @@ def box_losses(
     return {
         "loss_cls": stage.loss_weight * loss_cls / count,
         "loss_bbox": stage.loss_weight * loss_bbox / count,
-        "acc": hits.sum() / count,
+        "acc": 100 * hits.sum() / count,
     }
 
 

@@ -301,9 +301,7 @@ def mask_branch(
     return config.stages[stage].loss_weight * loss
 
 
-def detect(
-    params: Params, buffers: Params, config: DetectorConfig, inputs: Inputs
-) -> Detections:
+def detect(params: Params, buffers: Params, config: DetectorConfig, inputs: Inputs) -> Detections:
     """Detections with masks; `inputs.targets` isn't read.
 
     Each stage scores the RoIs that it was given; the mean of the three stages' logits is

@@ -46,9 +46,7 @@ def polygon_targets(edges: Tensor, boxes: Tensor, cells: int) -> Tensor:
 
 
 @torch.library.custom_op("casc::bitmap_targets", mutates_args=(), device_types=("cpu", "cuda"))
-def bitmap_targets(
-    bitmaps: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, cells: int
-) -> Tensor:
+def bitmap_targets(bitmaps: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, cells: int) -> Tensor:
     """The reference's targets: RoIAlign of the object's bitmap, on from one half.
 
     Args:

@@ -52,9 +52,7 @@ def out_channels(config: ResNetConfig) -> list[int]:
     return [config.width * 2**stage * expansion for stage in range(4)]
 
 
-def resnet(
-    params: Params, buffers: Params, config: ResNetConfig, image: Tensor
-) -> list[Tensor]:
+def resnet(params: Params, buffers: Params, config: ResNetConfig, image: Tensor) -> list[Tensor]:
     """Feature maps C2 to C5.
 
     Args:

@@ -132,14 +132,20 @@ def plan_epoch(
         mine = np.flatnonzero((bucket_of == bucket) & train)
         mine = mine[_shuffled(len(mine), hash64(seed, epoch, _SHARDS, bucket))]
         lines.append(_line(mine, samples))
-    per_step = world * batch
-    steps = [-(-line.length // per_step) for line in lines]
+    steps = [-(-line.length // (world * batch)) for line in lines]
     if not sum(steps):
         raise UserError("the split has no training samples")
     kind = np.min_scalar_type(len(lines) - 1)
     buckets = np.repeat(np.arange(len(lines), dtype=kind), steps)
     buckets = buckets[_shuffled(len(buckets), hash64(seed, epoch, _STEPS))]
     return EpochPlan(seed, epoch, world, batch, max(workers, 1), window, buckets, tuple(lines))
+
+
+def steps_per_epoch(split: Split, *, world: int, batch: int) -> int:
+    """How many steps `plan_epoch` will have: each bucket's batches, the last one filled up."""
+    bucket_of, samples, train = _columns(split)
+    counts = np.bincount(bucket_of, samples * train, minlength=len(split.buckets))
+    return int(np.ceil(counts / (world * batch)).sum())
 
 
 def worker_steps(plan: EpochPlan, worker: int, start: int = 0) -> Iterator[tuple[int, int]]:

@@ -165,7 +165,15 @@ def _bag_backward(grad: Tensor, index: Tensor, weight: Tensor, rows: int) -> Ten
     owner = torch.arange(bags, device=grad.device)[:, None].expand(bags, taps).reshape(-1)
     sizes = torch.full((bags,), taps, dtype=torch.long, device=grad.device)
     return torch.ops.aten._embedding_bag_dense_backward(
-        grad.contiguous(), index.reshape(-1), owner, sizes, sizes, rows, False, 0, weight.reshape(-1)
+        grad.contiguous(),
+        index.reshape(-1),
+        owner,
+        sizes,
+        sizes,
+        rows,
+        False,
+        0,
+        weight.reshape(-1),
     )
 
 
@@ -242,9 +250,7 @@ def _adaptive_backward(
 
 
 @_adaptive_backward.register_fake
-def _(
-    grad: Tensor, rois: Tensor, level: Tensor, scales: list[float], shape: list[int], cells: int
-):
+def _(grad: Tensor, rois: Tensor, level: Tensor, scales: list[float], shape: list[int], cells: int):
     batch, channels, *sides = shape
     return [
         grad.new_empty((batch, channels, sides[2 * i], sides[2 * i + 1]))

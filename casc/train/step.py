@@ -72,9 +72,7 @@ def make_loss_step(
     ) -> Tensor:
         return detector.mask_branch(params, config, stage, pyramid, rois, targets)
 
-    def full(
-        params: Params, buffers: Params, batch: Batch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def full(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, pyramid, rois, targets = boxes(params, buffers, batch)
         for stage in range(len(config.stages)):
             losses[f"s{stage}.loss_mask"] = masks(params, stage, pyramid, rois[stage], targets)
@@ -86,9 +84,7 @@ def make_loss_step(
     box_step = _maybe_compile(boxes, compute)
     mask_step = _maybe_compile(masks, compute)
 
-    def counted(
-        params: Params, buffers: Params, batch: Batch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def counted(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, pyramid, rois, targets = box_step(params, buffers, batch)
         # The step's only read: everything after it has a shape that depends on it.
         counts = torch.stack([r.valid.sum() for r in rois]).tolist()
