@@ -60,7 +60,7 @@ def group_norm(params: Params, name: str, x: Tensor) -> Tensor:
 
 
 def conv_module(params: Params, name: str, x: Tensor, padding: int, norm: Norm) -> Tensor:
-    """mmcv's ConvModule without activation: `name.conv`, then `name.gn` if there is one."""
+    """A ConvModule of mmcv without its activation: `name.conv`, then `name.gn` if there is one."""
     x = conv(params, f"{name}.conv", x, padding=padding)
     return group_norm(params, f"{name}.gn", x) if norm == "gn" else x
 

@@ -28,7 +28,7 @@ def polygon_targets(edges: Tensor, boxes: Tensor, cells: int) -> Tensor:
         [R, M, M] bool, (y, x).
     """
     count = cells * SUPERSAMPLES
-    rois, capacity = edges.shape[:2]
+    rois = edges.shape[0]
     fraction = (torch.arange(count, device=boxes.device, dtype=boxes.dtype) + 0.5) / count
     y = boxes[:, 1:2] + fraction * (boxes[:, 3:4] - boxes[:, 1:2])
     y = y[:, :, None]
