@@ -1,0 +1,238 @@
+"""Shards to batches: torch's DataLoader over the plan.
+
+Workers read, decode and pad, nothing else, and hold no more than the windows that they
+draw from. One pass of a loader is the whole run: its workers walk from epoch to epoch by
+themselves, so no epoch begins with an empty queue.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from casc.data.batch import Batch
+from casc.data.collate import collate
+from casc.data.index import Split
+from casc.data.plan import (
+    EpochPlan,
+    Segment,
+    Window,
+    noise_seed,
+    plan_epoch,
+    plan_evaluation,
+    steps_per_epoch,
+    worker_steps,
+    worker_windows,
+)
+from casc.data.sample import Sample, iter_tar, read_sample
+from casc.errors import UserError
+
+Walk = Callable[[int, int], Iterator[tuple[int, Batch]]]
+"""(worker, workers) to the batches that this worker reads."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches are read; none of it changes what an image sees."""
+
+    workers: int = 2
+    """Reading processes per rank; 0 reads in the training process itself."""
+    prefetch: int = 4
+    """Batches that each worker keeps ready."""
+    window: int = 128
+    """Encoded images per bucket that a worker holds in memory to draw from in random order."""
+
+
+def training_batches(
+    root: str | os.PathLike[str],
+    split: Split,
+    *,
+    seed: int,
+    steps: range,
+    batch: int,
+    world: int = 1,
+    rank: int = 0,
+    loading: Loading = Loading(),
+    pin_memory: bool = False,
+    bitmaps: bool = False,
+) -> Iterator[tuple[int, Batch]]:
+    """Yield (bucket, batch) of the steps of a run, counted over its epochs.
+
+    Args:
+        root: folder of the shards.
+        split: the training split of its index.
+        seed: the run's seed.
+        steps: the first is where to start or resume, the end is where the run ends.
+        batch: images of this rank and step.
+        world: number of ranks.
+        rank: this process's.
+        loading: workers and memory.
+        pin_memory: hand out batches in pinned memory.
+        bitmaps: see `collate`.
+
+    Raises:
+        UserError: a shard is missing, damaged, or not what the index says.
+    """
+    walk = partial(
+        _walk_training, Path(root), split,
+        seed=seed, steps=steps, batch=batch, world=world, rank=rank,
+        window=loading.window, bitmaps=bitmaps,
+    )  # fmt: skip
+    return _load(walk, loading, pin_memory)
+
+
+def evaluation_batches(
+    root: str | os.PathLike[str],
+    split: Split,
+    *,
+    batch: int,
+    world: int = 1,
+    rank: int = 0,
+    loading: Loading = Loading(),
+    pin_memory: bool = False,
+) -> Iterator[tuple[int, Batch]]:
+    """Yield (bucket, batch) until this rank has seen its part of the split, each image once.
+
+    The rows that fill up a batch have image id -1. Raises as `training_batches`.
+    """
+    walk = partial(_walk_evaluation, Path(root), split, batch=batch, world=world, rank=rank)
+    return _load(walk, loading, pin_memory)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch; from pinned memory the copy doesn't wait."""
+    columns = {
+        k: v.to(device, non_blocking=True) for k, v in batch._asdict().items() if v is not None
+    }
+    return Batch(**columns)
+
+
+def _walk_training(
+    root: Path, split: Split, worker: int, workers: int, *,
+    seed: int, steps: range, batch: int, world: int, rank: int, window: int, bitmaps: bool,
+) -> Iterator[tuple[int, Batch]]:  # fmt: skip
+    per_epoch = steps_per_epoch(split, world=world, batch=batch)
+    # The loader asks worker 0 for its first batch, whichever step that is.
+    at = steps.start + worker
+    while at < steps.stop:
+        epoch, first = divmod(at, per_epoch)
+        plan = plan_epoch(
+            split, seed=seed, epoch=epoch, world=world, batch=batch, workers=workers, window=window
+        )
+        for bucket, samples in epoch_samples(root, split, plan, rank, first % workers, first):
+            if at >= steps.stop:
+                return
+            seeds = [noise_seed(seed, epoch, sample.image_id) for sample in samples]
+            yield bucket, collate(samples, split.buckets[bucket], seeds=seeds, bitmaps=bitmaps)
+            at += workers
+
+
+def _walk_evaluation(
+    root: Path, split: Split, worker: int, workers: int, *, batch: int, world: int, rank: int
+) -> Iterator[tuple[int, Batch]]:
+    reader = ShardReader(root, split)
+    for bucket, segments in plan_evaluation(
+        split, batch=batch, world=world, rank=rank, workers=workers, worker=worker
+    ):
+        samples = [decode(*member) for part in segments for member in reader.read(part)]
+        yield bucket, collate(samples, split.buckets[bucket], batch=batch)
+
+
+def epoch_samples(
+    root: Path, split: Split, plan: EpochPlan, rank: int, worker: int, start: int
+) -> Iterator[tuple[int, list[Sample]]]:
+    """What one worker reads of an epoch from step `start` on, one step after the other."""
+    draws: dict[int, Iterator[Sample]] = {}
+    for _, bucket in worker_steps(plan, worker, start):
+        if bucket not in draws:
+            windows = worker_windows(plan, bucket, rank, worker, start)
+            draws[bucket] = _draw(ShardReader(root, split), windows)
+        yield bucket, list(islice(draws[bucket], plan.batch))
+
+
+def _draw(reader: "ShardReader", windows: Iterator[Window]) -> Iterator[Sample]:
+    for segments, order in windows:
+        held = dict(enumerate(member for part in segments for member in reader.read(part)))
+        for at in order.tolist():
+            yield decode(*held.pop(at))
+
+
+class ShardReader:
+    """Reads segments, and goes on in the open shard where one segment follows the other."""
+
+    def __init__(self, root: Path, split: Split):
+        self.root, self.split = root, split
+        self.at = (-1, 0)
+        self.pairs: Iterator[tuple[str, bytes, bytes]] = iter(())
+
+    def read(self, segment: Segment) -> list[tuple[str, bytes, bytes]]:
+        """(name for errors, image bytes, JSON bytes) of each sample of the segment."""
+        shard = self.split.shards[segment.shard]
+        path = self.root / shard.name
+        if self.at != (segment.shard, segment.start):
+            self.pairs = iter_tar(path)
+            self.at = (segment.shard, 0)
+        found = []
+        for i in range(self.at[1], segment.stop):
+            pair = next(self.pairs, None)
+            if pair is None:
+                raise UserError(
+                    f"{path}: ends after {i} samples, the index says {shard.samples};"
+                    " run `data_tools check`"
+                )
+            if i >= segment.start:
+                found.append((f"{path}: {pair[0]}", *pair[1:]))
+        self.at = (segment.shard, segment.stop)
+        return found
+
+
+def decode(name: str, image: bytes, record: bytes) -> Sample:
+    """`read_sample` with errors that say where the sample is."""
+    try:
+        return read_sample(image, record)
+    except (UserError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name}: {error}; run `data_tools check`") from error
+
+
+class _Stream(IterableDataset[Any]):
+    """What the loader wants of a data set: to be told the worker, then to be walked through."""
+
+    def __init__(self, walk: Walk):
+        self.walk = walk
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        try:
+            yield from self.walk(info.id, info.num_workers) if info else self.walk(0, 1)
+        except UserError as error:
+            # As a value: the loader would hand on an exception with the worker's stack in
+            # its message, and users are to read one line.
+            yield error
+
+
+def _load(walk: Walk, loading: Loading, pin_memory: bool) -> Iterator[tuple[int, Batch]]:
+    loader = DataLoader(
+        _Stream(walk),
+        batch_size=None,
+        num_workers=loading.workers,
+        prefetch_factor=loading.prefetch if loading.workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the whole process group; the training process ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

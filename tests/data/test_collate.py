@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+
+from casc.data.collate import collate
+from casc.data.index import Bucket
+from casc.data.sample import Sample, polygon_edges
+from casc.errors import UserError
+
+BUCKET = Bucket("w", 1.0, None, height=6, width=8, instances=2, edges=4, samples=2)
+SQUARE = [[1.0, 1.0, 3.0, 1.0, 3.0, 4.0, 1.0, 4.0]]
+
+
+def sample(image_id=7, height=5, width=7, objects=1, polygon=SQUARE) -> Sample:
+    return Sample(
+        image=np.full((height, width, 3), image_id, np.uint8),
+        boxes=np.tile(np.array([[1, 1, 3, 4]], np.float32), (objects, 1)),
+        labels=np.full(objects, 3, np.int64),
+        edges=[polygon_edges(polygon)] * objects,
+        segmentations=[polygon] * objects,
+        image_id=image_id,
+    )
+
+
+def test_pads_to_the_buckets_capacities():
+    batch = collate([sample(7), sample(9, objects=0)], BUCKET, batch=3, seeds=[11, 12])
+    assert batch.image.shape == (3, 6, 8, 3)
+    assert batch.image.numpy().sum(axis=(1, 2, 3)).tolist() == [5 * 7 * 3 * 7, 5 * 7 * 3 * 9, 0]
+    assert (batch.image[0, :5, :7] == 7).all()
+    assert batch.size.tolist() == [[5, 7], [5, 7], [1, 1]]
+    assert batch.valid.tolist() == [[True, False], [False, False], [False, False]]
+    assert batch.boxes[0].tolist() == [[1, 1, 3, 4], [0, 0, 0, 0]]
+    assert batch.labels.tolist() == [[3, 0], [0, 0], [0, 0]]
+    assert batch.edges.shape == (3, 2, 4, 4)
+    assert batch.edges[0, 0].tolist() == [[1, 1, 3, 1], [3, 1, 3, 4], [3, 4, 1, 4], [1, 4, 1, 1]]
+    assert batch.image_id.tolist() == [7, 9, -1]
+    assert batch.seed.tolist() == [11, 12, 0]
+    assert batch.bitmaps is None
+
+
+def test_bitmaps_are_cocos():
+    rle = {"size": [5, 7], "counts": [6, 3, 26]}  # column 1, rows 1 to 3, column by column
+    batch = collate([sample()._replace(segmentations=[SQUARE])], BUCKET, bitmaps=True)
+    assert batch.bitmaps is not None
+    assert batch.bitmaps.shape == (1, 2, 6, 8)
+    assert batch.bitmaps[0, 0].numpy().sum() == 6
+    assert (batch.bitmaps[0, 0, 1:4, 1:3] == 1).all()
+    batch = collate([sample()._replace(segmentations=[rle])], BUCKET, bitmaps=True)
+    assert batch.bitmaps is not None
+    assert batch.bitmaps[0, 0].nonzero().tolist() == [[1, 1], [2, 1], [3, 1]]
+
+
+@pytest.mark.parametrize(
+    ("bad", "name"),
+    [
+        (sample(height=7), "height is 7"),
+        (sample(width=9), "width is 9"),
+        (sample(objects=3), "instances is 3"),
+        (sample(polygon=[[0, 0, 4, 0, 4, 2, 3, 4, 0, 4]]), "edges is 5"),
+    ],
+)
+def test_more_than_the_index_says(bad, name):
+    with pytest.raises(UserError, match=f"image 7: {name}, .* bucket w"):
+        collate([bad], BUCKET)
+
+
+def test_too_many_samples():
+    with pytest.raises(ValueError, match="batch of 1"):
+        collate([sample(), sample()], BUCKET, batch=1)

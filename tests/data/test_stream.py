@@ -1,0 +1,149 @@
+import itertools
+from collections import Counter
+from multiprocessing import active_children
+
+import numpy as np
+import pytest
+import torch
+
+from casc.data.plan import noise_seed, plan_epoch
+from casc.data.stream import Loading, evaluation_batches, to_device, training_batches
+from casc.errors import UserError
+
+SHARDS = [(0, 7, True), (1, 5, True), (0, 4, True), (1, 3, False)]
+
+
+def ids(batches) -> list[list[int]]:
+    return [batch.image_id.tolist() for _, batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_follow_the_plan(tmp_path, write_shards, workers):
+    split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
+    loading = Loading(workers=workers, window=4)
+    common = {"seed": 5, "batch": 2, "loading": loading}
+    plan = plan_epoch(split, seed=5, epoch=0, world=1, batch=2, workers=workers, window=4)
+    assert plan.steps == 6 + 3
+    items = list(training_batches(tmp_path, split, steps=range(18), **common))
+    assert [bucket for bucket, _ in items][:9] == plan.buckets.tolist()
+    for epoch in (0, 1):
+        batches = items[9 * epoch : 9 * epoch + 9]
+        seen = Counter(itertools.chain(*ids(batches)))
+        assert set(seen) == set(range(1, 17))
+        assert sum(seen.values()) == 18
+        for bucket, batch in batches:
+            shape = (48, 64) if bucket == 0 else (64, 48)
+            assert batch.image.shape == (2, *shape, 3)
+            expected = [noise_seed(5, epoch, i) for i in batch.image_id.tolist()]
+            assert batch.seed.tolist() == expected
+    assert ids(items[:9]) != ids(items[9:])
+    # A resumed stream is the tail, also across the epoch's end.
+    for start in (4, 9, 13):
+        tail = list(training_batches(tmp_path, split, steps=range(start, 18), **common))
+        assert ids(tail) == ids(items[start:])
+        for (_, a), (_, b) in zip(tail, items[start:], strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a[:8], b[:8], strict=True))
+
+
+def test_ranks_share_an_epoch(tmp_path, write_shards):
+    split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
+    runs = [
+        list(
+            training_batches(
+                tmp_path, split, seed=0, steps=range(6), batch=1, world=3, rank=rank,
+                loading=Loading(workers=0),
+            )
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    assert len({str([bucket for bucket, _ in run]) for run in runs}) == 1
+    seen = Counter(i for run in runs for batch in ids(run) for i in batch)
+    assert set(seen) == set(range(1, 17))
+    assert sum(seen.values()) == 18
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation(tmp_path, write_shards, workers):
+    split = write_shards(tmp_path, {"val": SHARDS}).splits["val"]
+    loading = Loading(workers=workers)
+    items = list(evaluation_batches(tmp_path, split, batch=4, loading=loading))
+    assert all(len(batch) == 4 for batch in ids(items))
+    seen = Counter(i for batch in ids(items) for i in batch)
+    assert seen.pop(-1) == 1
+    assert seen == Counter(range(1, 20))
+    parts = [
+        list(
+            evaluation_batches(tmp_path, split, batch=2, world=2, rank=rank, loading=loading)
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    seen = Counter(i for part in parts for batch in ids(part) for i in batch if i >= 0)
+    assert seen == Counter(range(1, 20))
+
+
+def test_workers_end_with_the_stream(tmp_path, write_shards):
+    split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
+    before = len(active_children())
+    stream = training_batches(tmp_path, split, seed=0, steps=range(10**6), batch=2)
+    for _ in range(3):
+        next(stream)
+    assert len(active_children()) == before + 2
+    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(active_children()) == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_name_the_shard(tmp_path, write_shards, workers):
+    split = write_shards(tmp_path, {"train": [(0, 4, True)]}).splits["train"]
+    shard = tmp_path / "train/000000.tar"
+    whole = shard.read_bytes()
+
+    def read():
+        return list(
+            training_batches(
+                tmp_path, split, seed=0, steps=range(2), batch=2, loading=Loading(workers=workers)
+            )
+        )
+
+    read()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"^[^\n]*000000.tar[^\n]*$"):
+        read()
+    image = whole.index(b"IDAT") + 20
+    shard.write_bytes(whole[:image] + bytes(40) + whole[image + 40 :])
+    with pytest.raises(UserError, match=r"^[^\n]*000000.tar: 000000000001: [^\n]*check[^\n]*$"):
+        read()
+    record = whole.index(b'"image_id"')
+    shard.write_bytes(whole[:record] + b"'" + whole[record + 1 :])
+    with pytest.raises(UserError, match=r"000000.tar: 000000000001: "):
+        read()
+    shard.unlink()
+    with pytest.raises(UserError, match=r"000000.tar"):
+        read()
+
+
+def test_a_shard_with_fewer_samples_than_the_index_says(tmp_path, write_shards):
+    write_shards(tmp_path, {"train": [(0, 4, True)]})
+    other = tmp_path / "other"
+    split = write_shards(other, {"train": [(0, 6, True)]}).splits["train"]
+    with pytest.raises(UserError, match="ends after 4 samples, the index says 6"):
+        list(
+            training_batches(
+                tmp_path, split, seed=0, steps=range(3), batch=2, loading=Loading(workers=0)
+            )
+        )
+
+
+def test_to_device(tmp_path, write_shards):
+    split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
+    _, batch = next(
+        training_batches(
+            tmp_path, split, seed=0, steps=range(1), batch=2, loading=Loading(workers=0),
+            bitmaps=True,
+        )
+    )  # fmt: skip
+    moved = to_device(batch, torch.device("meta"))
+    assert all(t is not None and t.is_meta for t in moved)
+    assert to_device(batch._replace(bitmaps=None), torch.device("meta")).bitmaps is None
+    assert batch.bitmaps is not None
+    assert np.array_equal(batch.bitmaps.sum((2, 3)) > 0, batch.valid)
