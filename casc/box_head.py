@@ -62,7 +62,7 @@ class RoiSample(NamedTuple):
     """[B, S] bool."""
     from_gt: Tensor
     """[B, S] bool: the box is a ground truth itself, not a proposal."""
-    index: Tensor
+    indices: Tensor
     """[B, S] int64 into the candidates: G ground truths, then the proposals."""
 
 

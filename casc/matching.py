@@ -29,7 +29,7 @@ class Matches(NamedTuple):
 class Sample(NamedTuple):
     """A fixed number of boxes per image: positives first, then negatives, then padding."""
 
-    index: Tensor
+    indices: Tensor
     """[B, S] int64 into the boxes (arbitrary where invalid)."""
     valid: Tensor
     """[B, S] bool."""
