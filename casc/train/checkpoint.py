@@ -1,0 +1,247 @@
+"""Checkpoints: folders that are there as a whole or not at all.
+
+    RUN/checkpoints/step-00007330/
+        weights.safetensors   parameters and buffers under the reference's names; metadata
+                              says what they are (recipe, classes, step, versions)
+        state.safetensors     momentum; metadata has the counters and the data position
+        checkpoint.json       size and SHA-256 of both
+        metrics.json          figures, once the checkpoint has been evaluated
+    RUN/checkpoints/best      link to the best checkpoint so far
+
+A checkpoint is written under another name, flushed to the disk and renamed. Whoever finds
+one that doesn't agree with its hashes goes on to the one before.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from casc.errors import UserError
+from casc.train.state import State
+
+WEIGHTS, STATE, MANIFEST, METRICS = (
+    "weights.safetensors", "state.safetensors", "checkpoint.json", "metrics.json"
+)  # fmt: skip
+BEST = "best"
+_PREFIX = "step-"
+
+
+class TornCheckpoint(UserError):
+    """A checkpoint whose files don't agree with its hashes."""
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint folder holds."""
+
+    weights: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+    position: dict[str, Any]
+    """Counters and data position, as given to `save`."""
+
+
+def save(
+    folder: Path, state: State, *, metadata: Mapping[str, str], position: Mapping[str, Any]
+) -> Path:
+    """Write `folder/step-N`, atomically.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        state: what to save.
+        metadata: what the weights are; goes into their file.
+        position: JSON values that resuming needs beside the tensors.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: it couldn't be written; checkpoints that were there are as they were.
+    """
+    final = folder / f"{_PREFIX}{state.step:08d}"
+    temporary = folder / f".{final.name}.{os.getpid()}"
+    weights = {**state.params, **state.buffers}
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(temporary / WEIGHTS, weights, metadata)
+        _write(temporary / STATE, state.momentum, {"position": json.dumps(dict(position))})
+        files = {name: _fingerprint(temporary / name) for name in (WEIGHTS, STATE)}
+        manifest = {"format": "casc-checkpoint", "version": 1, "step": state.step, "files": files}
+        _write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        _flush(temporary)
+        if final.exists():  # torn, or its step was taken again after resuming before it
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{final}: could not be saved ({error}); earlier checkpoints are untouched"
+        ) from error
+    return final
+
+
+def load(checkpoint: Path) -> Loaded:
+    """Read a checkpoint after checking its hashes.
+
+    Raises:
+        TornCheckpoint: naming the file that is missing, cut short or changed.
+    """
+    verify(checkpoint)
+    with safetensors.safe_open(checkpoint / STATE, "pt") as file:
+        position = json.loads(file.metadata()["position"])
+    return Loaded(load_file(checkpoint / WEIGHTS), load_file(checkpoint / STATE), position)
+
+
+def restore(state: State, loaded: Loaded, source: Path) -> State:
+    """Copy a checkpoint into a new state of the same recipe.
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape.
+    """
+    for target, found in (
+        ({**state.params, **state.buffers}, loaded.weights),
+        (state.momentum, loaded.momentum),
+    ):
+        for name in [*target, *(name for name in found if name not in target)]:
+            if name not in found or name not in target or found[name].shape != target[name].shape:
+                raise UserError(
+                    f"{source}: tensor {name!r} doesn't fit the recipe's model; it was trained"
+                    " with other --model settings"
+                )
+            with torch.no_grad():
+                target[name].copy_(found[name])
+    return state._replace(step=int(loaded.position["step"]))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a run, newest first, whole or not."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint; `warn` is told of each torn one that was passed over."""
+    for path in list_checkpoints(folder):
+        try:
+            verify(path)
+        except TornCheckpoint as error:
+            warn(f"{error}; using the checkpoint before it")
+            continue
+        return path
+    return None
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare a checkpoint with its hashes.
+
+    Raises:
+        TornCheckpoint: naming the file and what is wrong with it.
+    """
+    manifest = checkpoint / MANIFEST
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise TornCheckpoint(f"{manifest}: missing or unreadable ({error})") from None
+    for name, expected in files:
+        try:
+            found = _fingerprint(checkpoint / name)
+        except OSError as error:
+            raise TornCheckpoint(f"{checkpoint / name}: {error.strerror}") from None
+        for key, value in expected.items():
+            if found[key] != value:
+                raise TornCheckpoint(
+                    f"{checkpoint / name}: {key} is {found[key]}, it was saved with {value}"
+                )
+
+
+def add_metrics(checkpoint: Path, metrics: Mapping[str, float | None]) -> None:
+    """Record figures with a checkpoint."""
+    temporary = checkpoint / f".{METRICS}"
+    _write_text(temporary, json.dumps(dict(metrics), indent=1) + "\n")
+    temporary.replace(checkpoint / METRICS)
+
+
+def best(folder: Path, metric: str) -> tuple[Path, float] | None:
+    """The checkpoint with the highest figure, the newer of equals; None if there is none."""
+    found = None
+    for path in list_checkpoints(folder):
+        try:
+            value = json.loads((path / METRICS).read_text(encoding="utf-8")).get(metric)
+        except (OSError, ValueError):
+            continue
+        if value is not None and (found is None or value > found[1]):
+            found = path, float(value)
+    return found
+
+
+def tidy(folder: Path, *, keep_last: int, keep_best: str | None) -> None:
+    """Delete what isn't among the newest `keep_last`, nor the best; point `best` there.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        keep_last: how many of the newest to keep; 0 keeps all.
+        keep_best: the figure that decides which one is the best; None doesn't care.
+    """
+    found = best(folder, keep_best) if keep_best else None
+    if found:
+        _link(folder / BEST, found[0].name)
+    if keep_last:
+        for path in list_checkpoints(folder)[keep_last:]:
+            if not found or path != found[0]:
+                shutil.rmtree(path)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what interrupted saves have left behind."""
+    for path in folder.glob(f".{_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    plain = {k: v.detach().to("cpu", copy=False).contiguous() for k, v in tensors.items()}
+    save_file(plain, path, metadata=dict(metadata))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _flush(folder: Path) -> None:
+    """Make names in a folder durable, where the system has such a thing."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _link(path: Path, target: str) -> None:
+    """Point a symbolic link elsewhere, at once; without one where the system has none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)

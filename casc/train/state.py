@@ -1,0 +1,39 @@
+"""All that a training run carries from one step to the next."""
+
+from typing import NamedTuple
+
+import torch
+
+from casc import detector
+from casc.detector import DetectorConfig
+from casc.layers import Params
+from casc.train.step import to_format
+
+
+class State(NamedTuple):
+    """The training state; a step updates the tensors in place and counts on."""
+
+    step: int
+    """Updates made so far."""
+    params: Params
+    """Every parameter by name, float32; the ones that train require a gradient."""
+    buffers: Params
+    """Batch norm statistics by name, which training doesn't change."""
+    momentum: Params
+    """The optimizer's, for the parameters that train, under their names."""
+
+
+def new_state(
+    config: DetectorConfig,
+    params: Params,
+    buffers: Params,
+    device: torch.device,
+    memory_format: torch.memory_format,
+) -> State:
+    """A state at step 0 on the device, in its layout, without momentum yet."""
+    params = to_format({k: v.detach().to(device, copy=True) for k, v in params.items()}, memory_format)
+    training = detector.trainable(config, params)
+    for value in training.values():
+        value.requires_grad_()
+    momentum = {k: torch.zeros_like(v, requires_grad=False) for k, v in training.items()}
+    return State(0, params, {k: v.to(device) for k, v in buffers.items()}, momentum)
