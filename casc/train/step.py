@@ -82,7 +82,8 @@ def make_loss_step(
         return _maybe_compile(full, compute)
 
     box_step = _maybe_compile(boxes, compute)
-    mask_step = _maybe_compile(masks, compute)
+    mask_graphs = len(config.stages) * len(CAPACITY_SHARES)
+    mask_step = _maybe_compile(masks, compute, mask_graphs)
 
     def counted(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, pyramid, rois, targets = box_step(params, buffers, batch)
@@ -149,7 +150,10 @@ def to_format(params: Params, memory_format: torch.memory_format) -> Params:
     }
 
 
-def _maybe_compile(function: Callable, compute: Compute) -> Callable:
+def _maybe_compile(function: Callable, compute: Compute, graphs: int | None = None) -> Callable:
     if not compute.compile:
         return function
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    # torch counts the graphs of all canvases together and gives up after 8, unless told.
+    return torch.compile(
+        function, fullgraph=True, dynamic=False, isolate_recompiles=True, recompile_limit=graphs
+    )
