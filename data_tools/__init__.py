@@ -1,0 +1,1 @@
+"""Data sets for casc: sharding, checking, generating and looking at them."""

@@ -1,0 +1,235 @@
+"""`data_tools check`: whether shards are what their index says."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from casc.data.decode import decode_image
+from casc.data.index import Bucket, Index, Shard, read_index
+from casc.data.sample import annotation_edges, iter_tar
+from casc.errors import UserError
+from data_tools.parallel import map_tasks
+from data_tools.plan import order_key
+from data_tools.tarball import file_written
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "image_id": int,
+    "file_name": str,
+    "width": int,
+    "height": int,
+    "orientation": int,
+    "train": bool,
+    "annotations": list,
+}
+_ANNOTATION_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "id": int,
+    "category_id": int,
+    "bbox": list,
+    "area": (int, float),
+    "iscrowd": int,
+    "segmentation": (list, dict),
+    "label": int,
+    "train": bool,
+    "box": list,
+}
+
+
+class Checked(NamedTuple):
+    """What a shard turned out to hold."""
+
+    faults: list[str]
+    image_ids: list[int]
+    annotations: int
+    trained: int
+    """Annotations that can be trained on, on images that are."""
+
+
+class SplitCheck(NamedTuple):
+    """What a split turned out to hold."""
+
+    samples: int
+    shards: int
+    annotations: int
+    faults: list[str]
+
+
+def check_shards(
+    folder: Path, *, workers: int = 1, progress: bool = False
+) -> dict[str, SplitCheck]:
+    """Check all shards of a folder against its index.
+
+    Raises:
+        UserError: when the index itself can't be read.
+    """
+    index = read_index(folder)
+    return {
+        name: _check_split(folder, index, name, workers=workers, progress=progress)
+        for name in index.splits
+    }
+
+
+def _check_split(
+    folder: Path, index: Index, name: str, *, workers: int, progress: bool
+) -> SplitCheck:
+    split = index.splits[name]
+    labels = {category.id: i for i, category in enumerate(index.categories)}
+    tasks = [_Task(folder, shard, split.buckets[shard.bucket], labels) for shard in split.shards]
+    results = list(
+        map_tasks(
+            _check_shard,
+            tasks,
+            workers=workers,
+            title=f"{name}: checking",
+            weights=[shard.samples for shard in split.shards],
+            progress=progress,
+        )
+    )
+    faults = [fault for result in results for fault in result.faults]
+    for i, bucket in enumerate(split.buckets):
+        listed = sum(shard.samples for shard in split.shards if shard.bucket == i)
+        if listed != bucket.samples:
+            faults.append(
+                f"index.json: splits.{name}.buckets[{i}].samples: {bucket.samples}, "
+                f"its shards list {listed}"
+            )
+    seen: set[int] = set()
+    for shard, result in zip(split.shards, results, strict=True):
+        twice = sorted(seen.intersection(result.image_ids))
+        if twice:
+            faults.append(f"{shard.name}: image {twice[0]} is in an earlier shard too")
+        seen.update(result.image_ids)
+    if not faults:
+        found = {
+            "images": {"stored": len(seen)},
+            "annotations": {
+                "stored": sum(result.annotations for result in results),
+                "trained": sum(result.trained for result in results),
+            },
+        }
+        faults += _compare_report(name, split.report, found)
+    return SplitCheck(len(seen), len(tasks), sum(r.annotations for r in results), faults)
+
+
+def _compare_report(name: str, report: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    faults: list[str] = []
+    for subject, counts in found.items():
+        for key, count in counts.items():
+            stated = report.get(subject, {}).get(key, count)
+            if stated != count:
+                faults.append(
+                    f"index.json: splits.{name}.report.{subject}.{key}: {stated}, "
+                    f"the shards hold {count}"
+                )
+    return faults
+
+
+class _Task(NamedTuple):
+    folder: Path
+    shard: Shard
+    bucket: Bucket
+    labels: dict[int, int]
+
+
+def _check_shard(task: _Task) -> Checked:
+    shard, path = task.shard, task.folder / task.shard.name
+    checked = Checked([], [], 0, 0)
+    try:
+        written = file_written(path)
+    except OSError as error:
+        written = None
+        checked.faults.append(f"{shard.name}: can't be read ({error.strerror})")
+    if written is None:
+        if not checked.faults:
+            checked.faults.append(f"{shard.name}: missing")
+        return checked
+    if written.bytes != shard.bytes:
+        checked.faults.append(f"{shard.name}: {written.bytes} bytes, index says {shard.bytes}")
+    elif written.sha256 != shard.sha256:
+        checked.faults.append(f"{shard.name}: its content has changed (SHA-256 differs)")
+    keys: list[str] = []
+    try:
+        for key, image, record in iter_tar(path):
+            keys.append(key)
+            checked = _check_sample(task, key, image, record, checked)
+    except UserError as error:
+        text = str(error).removeprefix(f"{path}: ")
+        checked.faults.append(f"{shard.name}: {text}")
+    if len(keys) != shard.samples:
+        checked.faults.append(f"{shard.name}: {len(keys)} samples, index says {shard.samples}")
+    if keys != [f"{i:012d}" for i in sorted(checked.image_ids, key=order_key)]:
+        checked.faults.append(f"{shard.name}: keys are not the image ids in the order of shards")
+    return checked
+
+
+def _check_sample(task: _Task, key: str, image: bytes, text: bytes, before: Checked) -> Checked:
+    place = f"{task.shard.name}: {key}"
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        before.faults.append(f"{place}: its JSON can't be parsed ({error})")
+        return before
+    wrong = _wrong_field(record, _FIELDS)
+    for i, entry in enumerate(record["annotations"] if not wrong else []):
+        field = _wrong_field(entry, _ANNOTATION_FIELDS)
+        wrong = wrong or (f"annotations[{i}].{field}" if field else "")
+    if wrong:
+        before.faults.append(f"{place}: {wrong} is missing or of a wrong type")
+        return before
+    before.image_ids.append(record["image_id"])
+    before.faults.extend(f"{place}: {fault}" for fault in _sample_faults(task, record, image))
+    objects = [entry for entry in record["annotations"] if entry["train"]]
+    return before._replace(
+        annotations=before.annotations + len(record["annotations"]),
+        trained=before.trained + (len(objects) if record["train"] else 0),
+    )
+
+
+def _sample_faults(task: _Task, record: dict[str, Any], image: bytes) -> list[str]:
+    bucket, faults = task.bucket, []
+    width, height = record["width"], record["height"]
+    try:
+        decoded = decode_image(image, record["orientation"])
+        if decoded.shape[:2] != (height, width):
+            found = f"{decoded.shape[1]} x {decoded.shape[0]}"
+            faults.append(f"decodes to {found}, its JSON says {width} x {height}")
+    except ValueError as error:
+        faults.append(f"the image {error}")
+    if width > bucket.width or height > bucket.height:
+        canvas = f"{bucket.width} x {bucket.height}"
+        faults.append(f"{width} x {height} is larger than its bucket's canvas {canvas}")
+    aspect = width / height if height > 0 else 0
+    if not bucket.min_aspect < aspect <= (bucket.max_aspect or aspect):
+        faults.append(f"its aspect {aspect:.4f} isn't its bucket's ({bucket.name})")
+    if record["train"] != task.shard.train:
+        faults.append("its `train` isn't its shard's")
+    objects = [entry for entry in record["annotations"] if entry["train"]]
+    if len(objects) > bucket.instances:
+        faults.append(f"{len(objects)} objects, its bucket has room for {bucket.instances}")
+    for entry in record["annotations"]:
+        if entry["label"] != task.labels.get(entry["category_id"], -1):
+            faults.append(f"annotation {entry['id']}: its label isn't its category's")
+    for entry in objects:
+        edges = annotation_edges(entry)
+        if not 0 < len(edges) <= bucket.edges:
+            faults.append(
+                f"annotation {entry['id']}: {len(edges)} edges, "
+                f"its bucket has room for 1 to {bucket.edges}"
+            )
+    return faults
+
+
+def _wrong_field(record: object, fields: dict[str, type | tuple[type, ...]]) -> str:
+    """The first field that isn't there or isn't of its type; empty if all are well."""
+    if not isinstance(record, dict):
+        return "the top level"
+    for name, kind in fields.items():
+        value = record.get(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            return name
+    return ""
+
+
+def fault_lines(checks: dict[str, SplitCheck]) -> Sequence[str]:
+    """All faults, a line each."""
+    return [fault for check in checks.values() for fault in check.faults]

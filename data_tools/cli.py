@@ -1,0 +1,229 @@
+"""The command line: `data_tools shard | check | synth | show`."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import tyro
+
+from casc.data.index import Index
+from casc.errors import UserError
+from data_tools.parallel import default_workers
+from data_tools.report import format_findings, format_table
+
+_ASPECTS = (1 / 1.52, 1 / 1.36, 1.0, 1.36, 1.52)
+
+
+@dataclass(frozen=True)
+class ShardCommand:
+    """Make webdataset tar shards and index.json from a data set in COCO's layout.
+
+    Image bytes go in untouched. Interrupt it at any time and run it again: what is finished
+    is kept. The same input gives the same bytes, whatever the number of workers.
+    """
+
+    coco: tyro.conf.Positional[Path]
+    """The data set: annotations/instances_<split>.json and a folder <split>/ of images each."""
+    out: Path = Path("shards")
+    """Folder for the shards. Splits that it holds already stay."""
+    splits: tuple[str, ...] | None = None
+    """Which splits, such as train2017 val2017. By default all that are found."""
+    aspects: tuple[float, ...] = field(default=_ASPECTS)
+    """Edges between buckets, width over height, ascending. Images of one bucket share a
+    canvas, which is compiled once. No numbers: a single bucket."""
+    max_size: int | None = None
+    """Reduce images whose longer side exceeds this many pixels, and encode them again.
+    Without it all images are stored as they are."""
+    samples_per_shard: int = 64
+    """Most images in a shard."""
+    shard_mib: float = 256.0
+    """About the most that a shard's images may weigh, in MiB."""
+    trace_tolerance: float = 0.0
+    """Pixels by which polygons traced from RLE masks may deviate from them. 0 is exact; 0.5
+    to 1 gives far fewer edges, which training on many RLE masks may need."""
+    workers: int = field(default_factory=default_workers)
+    """Processes."""
+    progress: bool = True
+    """Show progress bars (never shown where stderr isn't a terminal)."""
+
+    def run(self) -> int:
+        """Make the shards."""
+        from data_tools.plan import Settings
+        from data_tools.shard import Run, shard_dataset
+
+        _check_workers(self.workers)
+        settings = Settings(
+            aspects=self.aspects,
+            max_size=self.max_size,
+            samples_per_shard=self.samples_per_shard,
+            shard_mib=self.shard_mib,
+            trace_tolerance=self.trace_tolerance,
+        )
+        run = Run(workers=self.workers, progress=self.progress, say=_say)
+        index = shard_dataset(self.coco, self.out, self.splits, settings, run)
+        _say(_describe(index, self.splits))
+        _say(f"shards are in {self.out}")
+        return 0
+
+
+@dataclass(frozen=True)
+class CheckCommand:
+    """Check shards against their index: sizes, hashes, counts, order, fields, decodability.
+
+    Prints a line for each fault, and exits with 1 if there is any.
+    """
+
+    shards: tyro.conf.Positional[Path]
+    """Folder with index.json."""
+    workers: int = field(default_factory=default_workers)
+    """Processes."""
+    progress: bool = True
+    """Show progress bars (never shown where stderr isn't a terminal)."""
+
+    def run(self) -> int:
+        """Check the shards."""
+        from data_tools.check import check_shards, fault_lines
+
+        _check_workers(self.workers)
+        checks = check_shards(self.shards, workers=self.workers, progress=self.progress)
+        faults = fault_lines(checks)
+        for fault in faults:
+            print(fault, file=sys.stderr)
+        rows = [["split", "shards", "images", "annotations", "faults"]]
+        for name, check in checks.items():
+            counts = check.shards, check.samples, check.annotations, len(check.faults)
+            rows.append([name, *(f"{count:,}" for count in counts)])
+        _say(format_table(rows, right=[1, 2, 3, 4]))
+        _say(f"{len(faults)} faults" if faults else "all well")
+        return 1 if faults else 0
+
+
+@dataclass(frozen=True)
+class SynthCommand:
+    """Generate a data set in COCO's layout: overlapping textured shapes.
+
+    The same seed gives the same images. For demonstrations and tests.
+    """
+
+    out: tyro.conf.Positional[Path]
+    """Folder to make, with annotations/, train2017/ and val2017/."""
+    train: int = 240
+    """Images in train2017."""
+    val: int = 60
+    """Images in val2017."""
+    size: int = 256
+    """Longer side of the images in pixels."""
+    classes: int = 6
+    """Kinds of shapes, 5 to 8."""
+    seed: int = 0
+    """Chooses all that is random."""
+    progress: bool = True
+    """Show progress bars (never shown where stderr isn't a terminal)."""
+
+    def run(self) -> int:
+        """Generate the data set."""
+        from data_tools.synth import SynthSettings, synthesise
+
+        settings = SynthSettings(size=self.size, classes=self.classes, seed=self.seed)
+        counts = {"train2017": self.train, "val2017": self.val}
+        for line in synthesise(self.out, counts, settings, progress=self.progress):
+            _say(line)
+        return 0
+
+
+@dataclass(frozen=True)
+class ShowCommand:
+    """Write a contact sheet of samples: boxes, masks and names. Crowds are striped."""
+
+    shards: tyro.conf.Positional[Path]
+    """Folder with index.json."""
+    out: Path = Path("contact.png")
+    """The PNG to write."""
+    split: str | None = None
+    """Which split, by default the first."""
+    n: int = 16
+    """How many samples."""
+    seed: int = 0
+    """Chooses the samples."""
+    cell: int = 480
+    """Longer side of a picture on the sheet, in pixels."""
+
+    def run(self) -> int:
+        """Draw the sheet."""
+        from data_tools.show import show_shards
+
+        captions = show_shards(
+            self.shards, self.out, split=self.split, count=self.n, seed=self.seed, cell=self.cell
+        )
+        _say(f"{len(captions)} samples are on {self.out}")
+        return 0
+
+
+Command = (
+    Annotated[ShardCommand, tyro.conf.subcommand("shard")]
+    | Annotated[CheckCommand, tyro.conf.subcommand("check")]
+    | Annotated[SynthCommand, tyro.conf.subcommand("synth")]
+    | Annotated[ShowCommand, tyro.conf.subcommand("show")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 if all is well, 1 if not, 2 on wrong usage."""
+    command: ShardCommand | CheckCommand | SynthCommand | ShowCommand = tyro.cli(
+        Command,
+        prog="data_tools",
+        description=__doc__,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    # Batch systems end jobs with SIGTERM: stop in order then too.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        code = command.run()
+    except (UserError, OSError) as error:
+        print(f"data_tools: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("data_tools: interrupted; the same command takes it up again", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _check_workers(workers: int) -> None:
+    if workers < 1:
+        raise UserError(f"--workers: expected 1 or more, got {workers}")
+
+
+def _describe(index: Index, splits: Sequence[str] | None) -> str:
+    blocks: list[str] = []
+    for name, split in index.splits.items():
+        if splits is not None and name not in splits:
+            continue
+        mib = sum(shard.bytes for shard in split.shards) / 2**20
+        objects = split.report["annotations"]
+        head = (
+            f"\n{name}: {split.samples:,} images ({split.train_samples:,} to train on) with "
+            f"{objects['stored']:,} annotations ({objects['trained']:,} to train on) "
+            f"in {len(split.shards):,} shards, {mib:,.1f} MiB"
+        )
+        unlisted = split.report["images"]["unlisted_files"]
+        if unlisted:
+            head += f"\n{unlisted:,} files in its folder aren't listed by the annotation file"
+        if not split.train_samples:
+            head += "\nnothing of it can be trained on: see the findings below"
+        rows = [["bucket", "aspect", "images", "canvas", "most objects", "most edges"]]
+        for b in split.buckets:
+            top = "inf" if b.max_aspect is None else f"{b.max_aspect:.2f}"
+            aspect = f"{b.min_aspect:.2f} to {top}"
+            canvas = f"{b.width} x {b.height}"
+            rows.append([b.name, aspect, f"{b.samples:,}", canvas, str(b.instances), str(b.edges)])
+        table = format_table(rows, right=[2, 3, 4, 5])
+        blocks.append(f"{head}\n\n{table}\n\n{format_findings(split.report['findings'])}\n")
+    return "\n".join(blocks)

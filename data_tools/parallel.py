@@ -1,0 +1,88 @@
+"""Work spread over processes, with results in order and a progress bar."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from casc.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def default_workers() -> int:
+    """Processes to use by default: one a core this process may run on, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, 16)
+
+
+def map_tasks(
+    function: Callable[[T], R],
+    tasks: Sequence[T],
+    *,
+    workers: int,
+    title: str,
+    unit: str = "image",
+    weights: Sequence[int] | None = None,
+    progress: bool = True,
+) -> Iterator[R]:
+    """Yield `function(task)` for every task, in order.
+
+    Args:
+        function: importable by name; it runs in processes of its own, unless `workers` is 1.
+        tasks: what to call it with.
+        workers: number of processes.
+        title: shown beside the progress bar.
+        unit: what the bar counts.
+        weights: how many units each task is worth, 1 by default.
+        progress: false shows no bar; it's not shown either where stderr isn't a terminal.
+
+    Raises:
+        UserError: when a process dies.
+    """
+    weights = [1] * len(tasks) if weights is None else weights
+    disable = None if progress else True  # None: tqdm looks whether it is a terminal
+    bar = tqdm(total=sum(weights), desc=title, unit=unit, disable=disable, leave=False)
+    workers = min(workers, len(tasks))
+    with bar:
+        if workers <= 1:
+            for task, weight in zip(tasks, weights, strict=True):
+                yield function(task)
+                bar.update(weight)
+            return
+        # Spawned, because a fork of a process with threads may lock up, and because the
+        # parent's annotation lists needn't be in the workers.
+        pool = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), initializer=_start_worker
+        )
+        try:
+            for result, weight in zip(pool.map(function, tasks), weights, strict=True):
+                yield result
+                bar.update(weight)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process died, perhaps for lack of memory; try fewer --workers"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    # Control-C goes to the whole process group. The parent ends its workers in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent.join,), daemon=True).start()
+
+
+def _follow(wait: Callable[[], None]) -> None:
+    """End with the parent, which may be killed without a chance to say so."""
+    wait()
+    os._exit(1)

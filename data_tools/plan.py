@@ -1,0 +1,234 @@
+"""The plan: which image goes into which shard. A pure function of what is known of the images."""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from casc.data.index import Category
+from casc.errors import UserError
+from data_tools.coco import Annotations, ImageEntry
+from data_tools.images import MISSING, Probe, reduced_size
+from data_tools.report import Finding
+
+SHORTEST_SIDE = 32
+"""Pixels. The reference doesn't train on images with a shorter side."""
+
+
+class Settings(NamedTuple):
+    """What shapes the shards' contents."""
+
+    aspects: tuple[float, ...]
+    """Edges between buckets, width over height, ascending."""
+    max_size: int | None
+    samples_per_shard: int
+    shard_mib: float
+    trace_tolerance: float
+
+
+class Item(NamedTuple):
+    """An image and all that is needed to write its sample."""
+
+    image: ImageEntry
+    probe: Probe
+    orientation: int
+    """EXIF orientation that decoding undoes."""
+    width: int
+    """As stored, upright."""
+    height: int
+    matches: bool
+    """Whether the image is of the annotated size."""
+    train: bool
+    annotations: list[dict[str, Any]]
+
+
+class PlannedShard(NamedTuple):
+    """A shard to be written."""
+
+    name: str
+    bucket: int
+    train: bool
+    items: list[Item]
+
+
+class PlannedBucket(NamedTuple):
+    """A bucket's name and range of aspects: more than the first, at most the second."""
+
+    name: str
+    min_aspect: float
+    max_aspect: float | None
+
+
+def plan_items(
+    annotations: Annotations, probes: Sequence[Probe], max_size: int | None
+) -> tuple[list[Item], list[Finding]]:
+    """Decide for every image whether it is stored, how it is turned and whether it is trained on.
+
+    Args:
+        annotations: the split's.
+        probes: of `annotations.images`, in their order.
+        max_size: see `Settings`.
+    """
+    known = {category.id for category in annotations.categories}
+    items: list[Item] = []
+    findings: list[Finding] = []
+    for image, probe in zip(annotations.images, probes, strict=True):
+        objects = annotations.by_image[image.id]
+        if probe.fault:
+            kind = "missing_file" if probe.sha256 == MISSING else "unreadable"
+            findings.append(Finding(kind, image.id, f"{image.file_name}: {probe.fault}"))
+            findings += [Finding("image_left_out", entry["id"]) for entry in objects]
+            continue
+        findings += [Finding(trait, image.id) for trait in probe.traits]
+        orientation, matches, kind = _turn(image, probe)
+        turned = (probe.height, probe.width) if orientation >= 5 else (probe.width, probe.height)
+        if kind:
+            detail = f"{turned[0]} x {turned[1]}, annotated {image.width} x {image.height}"
+            findings.append(Finding(kind, image.id, detail if kind == "size_mismatch" else ""))
+        width, height = reduced_size(*turned, max_size)
+        reasons = {
+            "too_small": min(width, height) < SHORTEST_SIDE,
+            "no_annotations": not any(entry["category_id"] in known for entry in objects),
+        }
+        findings += [Finding(reason, image.id) for reason, holds in reasons.items() if holds]
+        if (width, height) != turned:
+            findings.append(Finding("reduced", image.id))
+        train = matches and not any(reasons.values())
+        items.append(Item(image, probe, orientation, width, height, matches, train, objects))
+    return items, findings
+
+
+def plan_buckets(aspects: Sequence[float]) -> list[PlannedBucket]:
+    """Name the buckets between the edges, from the tallest images to the widest."""
+    edges = [0.0, *aspects, math.inf]
+    buckets = [
+        PlannedBucket(_bucket_name(low, high), low, None if high == math.inf else high)
+        for low, high in itertools.pairwise(edges)
+    ]
+    if len({bucket.name for bucket in buckets}) < len(buckets):
+        buckets = [bucket._replace(name=f"b{i}") for i, bucket in enumerate(buckets)]
+    return buckets
+
+
+def find_bucket(buckets: Sequence[PlannedBucket], width: int, height: int) -> int:
+    """Give the position of the bucket that an image belongs to."""
+    aspect = width / height
+    return next(i for i, b in enumerate(buckets) if b.max_aspect is None or aspect <= b.max_aspect)
+
+
+def plan_shards(
+    split: str, items: Sequence[Item], settings: Settings
+) -> tuple[list[PlannedBucket], list[PlannedShard]]:
+    """Distribute images over shards: one bucket, and either training or evaluation, in each.
+
+    Within its bucket the order is mixed, by a hash of the image id, so that a shard is a fair
+    sample even where a data set is sorted by scene or by class. Buckets without images are
+    left out.
+    """
+    every = plan_buckets(settings.aspects)
+    groups: dict[tuple[int, bool], list[Item]] = {}
+    for item in sorted(items, key=lambda item: order_key(item.image.id)):
+        group = find_bucket(every, item.width, item.height), item.train
+        groups.setdefault(group, []).append(item)
+    used = sorted({bucket for bucket, _ in groups})
+    shards = [
+        PlannedShard(
+            name=f"{split}/{every[bucket].name}{'' if train else '-eval'}-{i:06d}.tar",
+            bucket=used.index(bucket),
+            train=train,
+            items=chunk,
+        )
+        for bucket, train in sorted(groups, key=lambda group: (group[0], not group[1]))
+        for i, chunk in enumerate(_chunks(groups[bucket, train], settings))
+    ]
+    return [every[bucket] for bucket in used], shards
+
+
+def order_key(image_id: int) -> tuple[bytes, int]:
+    """What the samples of a shard are sorted by."""
+    return hashlib.sha256(str(image_id).encode()).digest(), image_id
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse settings that make no sense.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    edges = settings.aspects
+    if any(not 0 < edge < math.inf for edge in edges) or any(
+        low >= high for low, high in itertools.pairwise(edges)
+    ):
+        raise UserError(f"--aspects: expected ascending positive numbers, got {list(edges)}")
+    if settings.max_size is not None and settings.max_size < SHORTEST_SIDE:
+        raise UserError(f"--max-size: expected at least {SHORTEST_SIDE}, got {settings.max_size}")
+    if settings.samples_per_shard < 1:
+        raise UserError(
+            f"--samples-per-shard: expected 1 or more, got {settings.samples_per_shard}"
+        )
+    if not settings.shard_mib > 0:
+        raise UserError(f"--shard-mib: expected more than 0, got {settings.shard_mib}")
+    if not 0 <= settings.trace_tolerance <= 16:
+        raise UserError(f"--trace-tolerance: expected 0 to 16, got {settings.trace_tolerance}")
+
+
+def check_categories(found: Mapping[str, Sequence[Category]]) -> None:
+    """Refuse splits that don't share their classes: a label would mean different things.
+
+    Args:
+        found: categories by the name of what lists them.
+
+    Raises:
+        UserError: naming two of them and the first difference.
+    """
+    names = list(found)
+    for name in names[1:]:
+        first = {category.id: category.name for category in found[names[0]]}
+        second = {category.id: category.name for category in found[name]}
+        for i in sorted({*first, *second}):
+            if first.get(i) != second.get(i):
+                here, there = (repr(c[i]) if i in c else "missing" for c in (first, second))
+                raise UserError(
+                    f"{name}: categories: id {i} is {there}, in {names[0]} it is {here}; "
+                    "all splits of a folder of shards share one list"
+                )
+
+
+def _turn(image: ImageEntry, probe: Probe) -> tuple[int, bool, str]:
+    """EXIF orientation to apply, whether the size is the annotated one, and what to report."""
+    annotated, stored = (image.width, image.height), (probe.width, probe.height)
+    if probe.orientation == 1:
+        return 1, annotated == stored, "" if annotated == stored else "size_mismatch"
+    turned = stored[::-1] if probe.orientation >= 5 else stored
+    if turned == stored and annotated == stored:
+        # Half turns, mirrors and squares keep the size. Tools that annotate, and the
+        # reference, show images upright.
+        return probe.orientation, True, "exif_assumed"
+    if annotated == turned:
+        return probe.orientation, True, "exif_applied"
+    if annotated == stored:
+        return 1, True, "exif_ignored"
+    return probe.orientation, False, "size_mismatch"
+
+
+def _bucket_name(low: float, high: float) -> str:
+    if low >= 1:
+        return "wide" if high == math.inf else f"w{high:.2f}"
+    if high <= 1:
+        return "tall" if low == 0 else f"h{1 / low:.2f}"
+    if low == 0 and high == math.inf:
+        return "all"
+    above = "" if low == 0 else f"h{1 / low:.2f}"
+    below = "" if high == math.inf else f"w{high:.2f}"
+    return f"{above or 'tall'}-{below or 'wide'}"
+
+
+def _chunks(items: Sequence[Item], settings: Settings) -> list[list[Item]]:
+    """Cut into equal parts, so that no shard is a small remainder."""
+    heaviest = settings.shard_mib * 2**20
+    size = sum(item.probe.size for item in items)
+    count = max(math.ceil(len(items) / settings.samples_per_shard), math.ceil(size / heaviest))
+    count = min(count, len(items))
+    cuts = [len(items) * i // count for i in range(count + 1)]
+    return [list(items[a:b]) for a, b in itertools.pairwise(cuts)]

@@ -1,0 +1,149 @@
+"""Masks to polygons and back, exactly: boundaries are followed along the edges of pixels.
+
+A ring is a closed polygon `[n, 2]` of (x, y) corners; pixel (row, column) covers the square
+from (column, row) to (column + 1, row + 1), COCO's convention. Rings that bound the mask
+have positive area (clockwise on the screen), holes have negative area. The winding number is
+then 1 on the mask and 0 off it, whatever the nesting.
+"""
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from casc.data.sample import signed_area
+
+
+def trace_mask(mask: np.ndarray, tolerance: float = 0.0) -> list[np.ndarray]:
+    """Trace a mask's boundary.
+
+    Args:
+        mask: `[h, w]`, bool or 0 and 1.
+        tolerance: 0 gives the exact outline of the pixels. More gives fewer points: the
+            outline through the middle of the pixels' edges, simplified so that it stays
+            within this many pixels (Douglas and Peucker, 1973).
+
+    Returns:
+        Rings `[n, 2]` float64, the mask's parts and its holes; none for an empty mask.
+    """
+    rings = _exact_rings(np.asarray(mask).astype(bool))
+    if tolerance <= 0:
+        return rings
+    smooth = [_simplify(_edge_middles(ring), tolerance) for ring in rings]
+    # What is too small to survive is kept exactly: losing a part is worse than a few points.
+    return [
+        ring if len(ring) >= 3 and signed_area(ring) * signed_area(exact) > 0 else exact
+        for ring, exact in zip(smooth, rings, strict=True)
+    ]
+
+
+def fill_rings(rings: list[np.ndarray], height: int, width: int) -> np.ndarray:
+    """Rasterise rings by the non-zero winding rule, with COCO's own rasteriser.
+
+    Returns:
+        `[height, width]` bool.
+    """
+    winding = np.zeros((height, width), np.int32)
+    for ring in rings:
+        rle = coco_mask.frPyObjects([ring.reshape(-1).tolist()], height, width)
+        winding += coco_mask.decode(rle[0]).astype(np.int32) * (1 if signed_area(ring) > 0 else -1)
+    return winding != 0
+
+
+def mask_iou(first: np.ndarray, second: np.ndarray) -> float:
+    """Give the IoU of two bool masks; 1 where both are empty."""
+    union = int((first | second).sum())
+    return int((first & second).sum()) / union if union else 1.0
+
+
+def _exact_rings(mask: np.ndarray) -> list[np.ndarray]:
+    # A ring turns at corners only. Along each grid row, corners pair up as the ends of the
+    # horizontal stretches of boundary; along each grid column as those of the vertical ones.
+    # So sorting gives both partners of every corner, and walking from partner to partner,
+    # horizontal and vertical by turns, gives the rings.
+    padded = np.pad(mask, 1)
+    a, b = padded[:-1, :-1], padded[:-1, 1:]  # above the grid point: left, right
+    c, d = padded[1:, :-1], padded[1:, 1:]  # below it
+    odd = a ^ b ^ c ^ d
+    saddle = (a == d) & (b == c) & (a != b)
+    ys, xs = np.nonzero(odd | saddle)
+    if not len(ys):
+        return []
+    # At a saddle, where two pixels meet at a point, two rings pass (or one twice): two
+    # corners. Here the mask's pixels count as connected through their sides only.
+    twice = saddle[ys, xs]
+    repeat = 1 + twice.astype(int)
+    y, x = np.repeat(ys, repeat), np.repeat(xs, repeat)
+    second = np.zeros(len(y), bool)
+    second[1:] = (y[1:] == y[:-1]) & (x[1:] == x[:-1])
+    falling = np.repeat(a[ys, xs] & twice, repeat)  # mask at top left and bottom right
+
+    # The first corner of a saddle takes the stretch to the left, the second the one to the
+    # right. With the mask at top left the left stretch belongs to the upper one, else to the
+    # lower one.
+    doubled = np.repeat(twice, repeat)
+    along_rows = np.lexsort((second, x, y))
+    along_columns = np.lexsort((second ^ (doubled & ~falling), y, x))
+
+    # The mask lies to the right of the direction of travel: a stretch runs rightwards where
+    # the mask is below it.
+    left_end = np.zeros(len(y), bool)
+    left_end[along_rows[::2]] = True
+    below = padded[y + 1, np.where(left_end, x + 1, x)]
+    departs = np.flatnonzero(left_end == below)
+
+    rings: list[np.ndarray] = []
+    h, v = _partners(along_rows).tolist(), _partners(along_columns).tolist()
+    done = [False] * len(y)
+    for start in departs.tolist():
+        if done[start]:
+            continue
+        path, here = [], start
+        while not done[here]:
+            there = h[here]
+            done[here] = done[there] = True
+            path += [here, there]
+            here = v[there]
+        rings.append(np.stack([x[path], y[path]], axis=1).astype(np.float64))
+    return rings
+
+
+def _partners(order: np.ndarray) -> np.ndarray:
+    """Each corner's neighbour where corners pair up in the given order."""
+    partners = np.empty_like(order)
+    partners[order[::2]], partners[order[1::2]] = order[1::2], order[::2]
+    return partners
+
+
+def _edge_middles(ring: np.ndarray) -> np.ndarray:
+    """The middle of every unit step of an exact ring: a smoother outline of like area."""
+    middles = []
+    for start, end in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+        steps = int(np.abs(end - start).sum())
+        at = (np.arange(steps) + 0.5)[:, None] / steps
+        middles.append(start + at * (end - start))
+    return np.concatenate(middles)
+
+
+def _simplify(points: np.ndarray, tolerance: float) -> np.ndarray:
+    """Douglas and Peucker on a closed curve, cut at its first point and the farthest from it."""
+    far = int(np.argmax(((points - points[0]) ** 2).sum(axis=1)))
+    closed = np.concatenate([points, points[:1]])
+    keep = np.zeros(len(closed), bool)
+    keep[[0, far, len(closed) - 1]] = True
+    stack = [(0, far), (far, len(closed) - 1)]
+    while stack:
+        first, last = stack.pop()
+        if last - first < 2:
+            continue
+        base = closed[last] - closed[first]
+        between = closed[first + 1 : last] - closed[first]
+        length = float(np.hypot(*base))
+        if length:
+            distance = np.abs(between[:, 0] * base[1] - between[:, 1] * base[0]) / length
+        else:
+            distance = np.hypot(between[:, 0], between[:, 1])
+        worst = int(np.argmax(distance))
+        if distance[worst] > tolerance:
+            middle = first + 1 + worst
+            keep[middle] = True
+            stack += [(first, middle), (middle, last)]
+    return closed[:-1][keep[:-1]]

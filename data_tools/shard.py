@@ -1,0 +1,446 @@
+"""`data_tools shard`: a COCO data set to tar shards and their index.
+
+For each split: read the annotation file, read every image once to learn what it is, plan
+the shards, write them. Everything but the reading and writing is a pure function, so the
+output depends on the input and the settings alone, not on the number of workers nor on
+interruptions.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from casc.data.index import (
+    INDEX_NAME,
+    Bucket,
+    Index,
+    Shard,
+    Split,
+    read_index,
+    write_index,
+)
+from casc.errors import UserError
+from data_tools.coco import Annotations, read_annotations
+from data_tools.images import Probe, file_digest, probe_image
+from data_tools.journal import Journal
+from data_tools.parallel import map_tasks
+from data_tools.plan import (
+    Item,
+    PlannedBucket,
+    PlannedShard,
+    Settings,
+    check_categories,
+    check_settings,
+    plan_items,
+    plan_shards,
+)
+from data_tools.report import Finding, summarise
+from data_tools.tarball import TEMPORARY, Written, file_written
+from data_tools.write import ShardResult, ShardTask, write_shard
+
+_CONTENT_VERSION = 1
+"""Raised when the same input gives other shards than before, so that old ones aren't reused."""
+
+_SHARD_NAME = re.compile(r"[\w.-]+-\d{6}\.tar")
+
+
+class Source(NamedTuple):
+    """A split to make shards of."""
+
+    split: str
+    file: Path
+    images: Path
+    annotations: Annotations
+    digest: str
+    """Of the annotation file and the settings."""
+
+
+class Run(NamedTuple):
+    """How to work, which has no influence on what comes out."""
+
+    workers: int = 1
+    progress: bool = False
+    say: Callable[[str], None] = print
+
+
+def shard_dataset(
+    coco: Path,
+    out: Path,
+    splits: Sequence[str] | None,
+    settings: Settings,
+    run: Run,
+) -> Index:
+    """Make shards of a data set's splits, and enter them into the index.
+
+    Args:
+        coco: folder with `annotations/instances_<split>.json` and a folder `<split>/` each.
+        out: folder for the shards; splits that are there already stay.
+        splits: which, by default all that are found.
+        settings: what shapes the output.
+        run: how to get there.
+
+    Raises:
+        UserError: on input that can't be understood, naming file and field.
+        OSError: when the output can't be written.
+    """
+    check_settings(settings)
+    if not coco.is_dir():
+        raise UserError(f"{coco}: no such folder")
+    splits = find_splits(coco) if splits is None else list(dict.fromkeys(splits))
+    if not splits:
+        raise UserError("--splits: names no split")
+    sources = [_read_source(coco, out, split, settings) for split in splits]
+    with contextlib.suppress(FileExistsError):
+        out.mkdir(parents=True)
+    if not out.is_dir():
+        raise UserError(f"{out}: is not a folder; give another --out")
+    with _lock(out):
+        index = _old_index(out, run)
+        lists = {str(source.file): source.annotations.categories for source in sources}
+        if index is not None and set(index.splits) - set(splits):
+            lists = {str(out / INDEX_NAME): index.categories, **lists}
+        check_categories(lists)
+        categories = sources[0].annotations.categories
+        made = {} if index is None else dict(index.splits)
+        for source in sources:
+            if source.split in made and _unchanged(source, out, made[source.split], run):
+                shards = len(made[source.split].shards)
+                run.say(f"{source.split}: nothing has changed, {shards} shards reused")
+                continue
+            if made.pop(source.split, None) is not None:
+                # From here on the old entry isn't true any more.
+                _enter(out, Index(categories, made))
+            made[source.split] = _make_split(source, out, settings, run)
+            _enter(out, Index(categories, made))
+            Journal(out, source.split).remove()
+            _remove_stale(out, source.split, made[source.split], run)
+        return Index(categories, made)
+
+
+def find_splits(coco: Path) -> list[str]:
+    """Give the splits of a data set: annotation files that have a folder of images.
+
+    Raises:
+        UserError: when there is none.
+    """
+    folder = coco / "annotations"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; is {coco} the root of a COCO data set?")
+    found = sorted(path.name[10:-5] for path in folder.glob("instances_*.json"))
+    splits = [split for split in found if split and (coco / split).is_dir()]
+    if not splits:
+        lacking = ", ".join(f"{coco / split}/" for split in found)
+        raise UserError(
+            f"{folder}: no instances_<split>.json with its folder <split>/ beside annotations/"
+            + (f"; there is no {lacking}" if lacking else "")
+        )
+    return splits
+
+
+def _read_source(coco: Path, out: Path, split: str, settings: Settings) -> Source:
+    if not re.fullmatch(r"\w[\w.-]*", split, re.ASCII):
+        raise UserError(f"--splits: {split!a} can't be a split's name (letters, digits, . _ -)")
+    file, images = coco / "annotations" / f"instances_{split}.json", coco / split
+    if not file.is_file():
+        raise UserError(f"{file}: not found; check --splits and the folder {coco}")
+    if not images.is_dir():
+        raise UserError(f"{images}: no such folder; the images of {file.name} belong there")
+    if (out / split).resolve() == images.resolve():
+        raise UserError(f"{out}: shards would lie among the images; give another --out")
+    annotations = read_annotations(file)
+    with file.open("rb") as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256(json.dumps([_CONTENT_VERSION, *settings, content]).encode())
+    return Source(split, file, images, annotations, digest.hexdigest())
+
+
+def _make_split(source: Source, out: Path, settings: Settings, run: Run) -> Split:
+    for path in (out / source.split).glob(f"*{TEMPORARY}"):
+        path.unlink()
+    journal = Journal(out, source.split)
+    try:
+        probes = _probe_images(source, journal, run)
+        items, findings = plan_items(source.annotations, probes, settings.max_size)
+        if not items:
+            reason = findings[0].detail if findings else ""
+            raise UserError(
+                f"{source.images}: none of the {len(probes)} images that {source.file.name} "
+                f"lists can be read (the first: {reason})"
+            )
+        buckets, planned = plan_shards(source.split, items, settings)
+        results = _write_shards(source, planned, journal, out, settings, run)
+    finally:
+        journal.close()
+    findings = [*source.annotations.findings, *findings]
+    for result in results:
+        findings += result.findings
+    report = _report(source, items, results, findings)
+    return Split(
+        samples=len(items),
+        train_samples=sum(item.train for item in items),
+        buckets=tuple(_bucket(i, b, planned, results) for i, b in enumerate(buckets)),
+        shards=tuple(
+            Shard(
+                name=shard.name,
+                bucket=shard.bucket,
+                train=shard.train,
+                samples=len(shard.items),
+                bytes=result.bytes,
+                sha256=result.sha256,
+            )
+            for shard, result in zip(planned, results, strict=True)
+        ),
+        report=report,
+        source=_source_digest(source, [probe.sha256 for probe in probes]),
+    )
+
+
+def _probe_images(source: Source, journal: Journal, run: Run) -> list[Probe]:
+    names = [image.file_name for image in source.annotations.images]
+    stamps = [_stamp(source.images / name) for name in names]
+    probes = [
+        journal.probe(name, stamp) if stamp else None
+        for name, stamp in zip(names, stamps, strict=True)
+    ]
+    missing = [i for i, probe in enumerate(probes) if probe is None]
+    if len(missing) < len(names):
+        known = len(names) - len(missing)
+        run.say(f"{source.split}: going on with an interrupted run, {known} images known")
+    chunks = [missing[i : i + 16] for i in range(0, len(missing), 16)]
+    found = map_tasks(
+        _probe_chunk,
+        [[source.images / names[i] for i in chunk] for chunk in chunks],
+        workers=run.workers,
+        title=f"{source.split}: reading images",
+        weights=[len(chunk) for chunk in chunks],
+        progress=run.progress,
+    )
+    for chunk, chunk_probes in zip(chunks, found, strict=True):
+        for i, probe in zip(chunk, chunk_probes, strict=True):
+            probes[i] = probe
+            if stamps[i]:
+                journal.add_probe(names[i], stamps[i], probe)
+    return [probe for probe in probes if probe is not None]
+
+
+def _probe_chunk(paths: Sequence[Path]) -> list[Probe]:
+    return [probe_image(path) for path in paths]
+
+
+def _write_shards(
+    source: Source,
+    planned: Sequence[PlannedShard],
+    journal: Journal,
+    out: Path,
+    settings: Settings,
+    run: Run,
+) -> list[ShardResult]:
+    labels = {category.id: i for i, category in enumerate(source.annotations.categories)}
+    plans = [_plan_digest(source, shard) for shard in planned]
+    known = [journal.shard(shard.name, plan) for shard, plan in zip(planned, plans, strict=True)]
+    done = [i for i, result in enumerate(known) if result is not None]
+    present = map_tasks(
+        file_written,
+        [out / planned[i].name for i in done],
+        workers=run.workers,
+        title=f"{source.split}: checking shards",
+        unit="shard",
+        progress=run.progress,
+    )
+    for i, written in zip(done, present, strict=True):
+        result = known[i]
+        if result is not None and written != Written(result.bytes, result.sha256):
+            known[i] = None
+    todo = [i for i, result in enumerate(known) if result is None]
+    if len(todo) < len(planned):
+        run.say(f"{source.split}: {len(planned) - len(todo)} of {len(planned)} shards reused")
+    written = map_tasks(
+        write_shard,
+        [
+            ShardTask(out / planned[i].name, source.images, planned[i], labels, settings)
+            for i in todo
+        ],
+        workers=run.workers,
+        title=f"{source.split}: writing shards",
+        weights=[len(planned[i].items) for i in todo],
+        progress=run.progress,
+    )
+    for i, result in zip(todo, written, strict=True):
+        known[i] = result
+        journal.add_shard(planned[i].name, plans[i], result)
+    return [result for result in known if result is not None]
+
+
+def _bucket(
+    number: int,
+    bucket: PlannedBucket,
+    shards: Sequence[PlannedShard],
+    results: Sequence[ShardResult],
+) -> Bucket:
+    own = [(s, r) for s, r in zip(shards, results, strict=True) if s.bucket == number]
+    return Bucket(
+        name=bucket.name,
+        min_aspect=bucket.min_aspect,
+        max_aspect=bucket.max_aspect,
+        height=max(item.height for shard, _ in own for item in shard.items),
+        width=max(item.width for shard, _ in own for item in shard.items),
+        instances=max(1, *(result.instances for _, result in own)),
+        edges=max(1, *(result.edges for _, result in own)),
+        samples=sum(len(shard.items) for shard, _ in own),
+    )
+
+
+def _report(
+    source: Source,
+    items: Sequence[Item],
+    results: Sequence[ShardResult],
+    findings: Sequence[Finding],
+) -> dict[str, Any]:
+    kinds = summarise(findings)
+
+    def count(*names: str) -> int:
+        return sum(kinds[name]["count"] for name in names if name in kinds)
+
+    annotations = source.annotations
+    images = {
+        "listed": annotations.listed_images,
+        "stored": len(items),
+        "trained": sum(item.train for item in items),
+        "left_out": count("missing_file", "unreadable", "duplicate_image"),
+        "unlisted_files": _count_unlisted(source),
+    }
+    objects = {
+        "listed": annotations.listed_annotations,
+        "stored": sum(result.annotations for result in results),
+        "trained": sum(result.trained_annotations for result in results),
+        "left_out": count("image_left_out", "unknown_image", "duplicate_annotation"),
+    }
+    for total in (images, objects):
+        # Whatever is listed must be in the shards or in the report.
+        if total["listed"] != total["stored"] + total["left_out"]:
+            raise RuntimeError(f"{source.file}: the account doesn't balance: {total}")
+    return {"images": images, "annotations": objects, "findings": kinds}
+
+
+def _count_unlisted(source: Source) -> int:
+    listed = {os.path.normpath(image.file_name) for image in source.annotations.images}
+    files = (
+        os.path.relpath(os.path.join(folder, name), source.images)  # noqa: PTH118
+        for folder, _, names in os.walk(source.images)
+        for name in names
+    )
+    return sum(name not in listed for name in files)
+
+
+def _unchanged(source: Source, out: Path, split: Split, run: Run) -> bool:
+    """Whether a split's shards are there, whole, and made of this very input."""
+    if not split.source.startswith(source.digest[:32]):
+        return False
+    shards = [out / shard.name for shard in split.shards]
+    written = map_tasks(
+        file_written,
+        shards,
+        workers=run.workers,
+        title=f"{source.split}: checking shards",
+        unit="shard",
+        progress=run.progress,
+    )
+    expected = [Written(shard.bytes, shard.sha256) for shard in split.shards]
+    if list(written) != expected:
+        run.say(f"{source.split}: shards are missing or damaged, and made again")
+        return False
+    paths = [source.images / image.file_name for image in source.annotations.images]
+    chunks = [paths[i : i + 64] for i in range(0, len(paths), 64)]
+    found = map_tasks(
+        _digest_chunk,
+        chunks,
+        workers=run.workers,
+        title=f"{source.split}: comparing images",
+        weights=[len(chunk) for chunk in chunks],
+        progress=run.progress,
+    )
+    digests = [digest for chunk in found for digest in chunk]
+    return _source_digest(source, digests) == split.source
+
+
+def _digest_chunk(paths: Sequence[Path]) -> list[str]:
+    return [file_digest(path) for path in paths]
+
+
+def _source_digest(source: Source, images: Sequence[str]) -> str:
+    """Digest of all that a split's shards come from: first the annotations, then the images."""
+    return source.digest[:32] + hashlib.sha256("\n".join(images).encode()).hexdigest()[:32]
+
+
+def _plan_digest(source: Source, shard: PlannedShard) -> str:
+    images = [
+        [item.image.id, item.probe.sha256, item.orientation, item.train] for item in shard.items
+    ]
+    return hashlib.sha256(json.dumps([source.digest, shard.name, images]).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        about = path.stat()
+    except OSError:
+        return []
+    return [about.st_size, about.st_mtime_ns]
+
+
+def _old_index(out: Path, run: Run) -> Index | None:
+    file = out / INDEX_NAME
+    if not file.exists():
+        return None
+    try:
+        return read_index(file)
+    except UserError as error:
+        aside = file.with_name(f"{INDEX_NAME}.old")
+        file.replace(aside)
+        run.say(f"{error}\nit was moved to {aside}")
+        return None
+
+
+def _enter(out: Path, index: Index) -> None:
+    if index.splits:
+        write_index(out, index)
+    else:
+        (out / INDEX_NAME).unlink(missing_ok=True)
+
+
+def _remove_stale(out: Path, split: str, made: Split, run: Run) -> None:
+    names = {shard.name for shard in made.shards}
+    stale = [
+        path
+        for path in sorted((out / split).glob("*.tar"))
+        if f"{split}/{path.name}" not in names and _SHARD_NAME.fullmatch(path.name)
+    ]
+    for path in stale:
+        path.unlink()
+    if stale:
+        run.say(f"{split}: {len(stale)} shards of an earlier run removed")
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Keep a second run out of the folder, where the system can."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another data_tools shard is writing there") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+    finally:
+        os.close(descriptor)

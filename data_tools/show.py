@@ -1,0 +1,111 @@
+"""`data_tools show`: samples of shards on a contact sheet."""
+
+import bisect
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from casc.data.decode import decode_image
+from casc.data.index import Index, read_index
+from casc.data.sample import iter_tar
+from casc.draw import contact_sheet, draw_instances
+from casc.errors import UserError
+
+
+def show_shards(
+    folder: Path,
+    out: Path,
+    *,
+    split: str | None = None,
+    count: int = 16,
+    seed: int = 0,
+    cell: int = 480,
+) -> list[str]:
+    """Draw samples chosen at random on a contact sheet, and write it as PNG.
+
+    Args:
+        folder: of the shards.
+        out: the PNG to write.
+        split: of which split; the index's first by default.
+        count: how many samples.
+        seed: chooses them.
+        cell: the longest side of a picture on the sheet, in pixels.
+
+    Returns:
+        A caption for each picture.
+
+    Raises:
+        UserError: when there is no such split, or a shard can't be read.
+    """
+    index = read_index(folder)
+    if count < 1:
+        raise UserError(f"--n: expected 1 or more, got {count}")
+    if split is None:
+        split = next(iter(index.splits), "")
+    if split not in index.splits:
+        raise UserError(f"{folder}: has no split {split!r}, only {', '.join(index.splits)}")
+    samples = _choose(folder, index, split, count, seed)
+    captions = [_caption(record) for _, record in samples]
+    pictures = [draw_sample(image, record, index, cell) for image, record in samples]
+    sheet = contact_sheet(pictures, cell=cell, captions=captions)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(out, "PNG")
+    return captions
+
+
+def draw_sample(image: bytes, record: dict[str, Any], index: Index, cell: int) -> np.ndarray:
+    """Draw a sample's annotations: `[h, w, 3]` uint8."""
+    names = {category.id: category.name for category in index.categories}
+    entries = record["annotations"]
+    segmentations = [entry["segmentation"] for entry in entries]
+    return draw_instances(
+        decode_image(image, record["orientation"]),
+        np.array([entry["box"] for entry in entries], float).reshape(-1, 4),
+        [names.get(entry["category_id"], f"category {entry['category_id']}") for entry in entries],
+        labels=[entry["label"] for entry in entries],
+        masks=[_rle(s) if isinstance(s, dict) else None for s in segmentations],
+        polygons=[[] if isinstance(s, dict) else s for s in segmentations],
+        crowds=[bool(entry["iscrowd"]) for entry in entries],
+        long_side=cell,
+    )
+
+
+def _rle(segmentation: dict[str, Any]) -> Any:
+    packed: Any = segmentation
+    if isinstance(segmentation["counts"], list):
+        packed = coco_mask.frPyObjects(packed, *segmentation["size"])
+    return packed
+
+
+def _choose(
+    folder: Path, index: Index, split: str, count: int, seed: int
+) -> list[tuple[bytes, dict[str, Any]]]:
+    shards = index.splits[split].shards
+    ends = list(itertools.accumulate(shard.samples for shard in shards))
+    total = ends[-1] if ends else 0
+    if not total:
+        raise UserError(f"{folder}: split {split!r} has no samples")
+    chosen = np.random.default_rng(seed).choice(total, min(count, total), replace=False)
+    wanted: dict[int, set[int]] = {}
+    for number in chosen.tolist():
+        shard = bisect.bisect_right(ends, number)
+        wanted.setdefault(shard, set()).add(number - (ends[shard] - shards[shard].samples))
+    samples: list[tuple[bytes, dict[str, Any]]] = []
+    for shard in sorted(wanted):
+        for i, (_, image, record) in enumerate(iter_tar(folder / shards[shard].name)):
+            if i in wanted[shard]:
+                samples.append((image, json.loads(record)))
+    return samples
+
+
+def _caption(record: dict[str, Any]) -> str:
+    entries = record["annotations"]
+    trained = sum(entry["train"] for entry in entries)
+    text = f"{record['image_id']}  {record['width']} x {record['height']}"
+    text += f"  {trained} of {len(entries)} to train on"
+    return text if record["train"] else f"{text}  (evaluation only)"

@@ -1,0 +1,120 @@
+"""Writing one shard: the work of a worker process."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from casc.data.sample import annotation_edges
+from data_tools.images import store_image
+from data_tools.instances import Frame, make_record
+from data_tools.plan import Item, PlannedShard, Settings
+from data_tools.report import Finding
+from data_tools.tarball import TEMPORARY, write_tar
+
+
+class ShardTask(NamedTuple):
+    """What a worker needs to write a shard."""
+
+    path: Path
+    images: Path
+    """The split's folder."""
+    shard: PlannedShard
+    labels: Mapping[int, int]
+    """Label by category id."""
+    settings: Settings
+
+
+class ShardResult(NamedTuple):
+    """What is to be known of a shard that was written."""
+
+    bytes: int
+    sha256: str
+    annotations: int
+    trained_annotations: int
+    """Those that can be trained on and are on images that are."""
+    instances: int
+    """Most trainable annotations of one image."""
+    edges: int
+    """Most edges of one trainable annotation."""
+    findings: list[Finding]
+
+
+class SampleMembers(NamedTuple):
+    """A sample, ready to be put into a tar."""
+
+    image_name: str
+    image: bytes
+    record: dict[str, Any]
+    findings: list[Finding]
+
+
+def write_shard(task: ShardTask) -> ShardResult:
+    """Write a shard.
+
+    Raises:
+        UserError: when an image changed since it was looked at.
+        OSError: when the shard can't be written.
+    """
+    findings: list[Finding] = []
+    counts: list[tuple[bool, int, int, int]] = []
+
+    def members() -> Iterator[tuple[str, bytes]]:
+        for item in task.shard.items:
+            sample = make_sample(item, task)
+            findings.extend(sample.findings)
+            objects = [entry for entry in sample.record["annotations"] if entry["train"]]
+            edges = max((len(annotation_edges(entry)) for entry in objects), default=0)
+            listed = len(sample.record["annotations"])
+            counts.append((sample.record["train"], listed, len(objects), edges))
+            yield sample.image_name, sample.image
+            # Compact, and the same on every run; keys stay in the order of the code.
+            text = json.dumps(sample.record, separators=(",", ":"), allow_nan=False)
+            yield f"{item.image.id:012d}.json", text.encode("ascii")
+
+    task.path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        written = write_tar(task.path, members())
+    except BaseException:
+        task.path.with_name(task.path.name + TEMPORARY).unlink(missing_ok=True)
+        raise
+    return ShardResult(
+        bytes=written.bytes,
+        sha256=written.sha256,
+        annotations=sum(listed for _, listed, _, _ in counts),
+        trained_annotations=sum(objects for train, _, objects, _ in counts if train),
+        instances=max(objects for _, _, objects, _ in counts),
+        edges=max(edges for _, _, _, edges in counts),
+        findings=findings,
+    )
+
+
+def make_sample(item: Item, task: ShardTask) -> SampleMembers:
+    """Make an image's two members of the shard."""
+    image, settings = item.image, task.settings
+    stored = store_image(
+        task.images / image.file_name, item.probe, item.orientation, settings.max_size
+    )
+    if item.matches:
+        frame = Frame(image.width, image.height, stored.width, stored.height)
+    else:
+        # There is no telling how the annotations lie on this image: they stay as they are.
+        frame = Frame(image.width, image.height, image.width, image.height, matches=False)
+    records = [
+        make_record(annotation, frame, task.labels, settings.trace_tolerance)
+        for annotation in item.annotations
+    ]
+    return SampleMembers(
+        image_name=f"{image.id:012d}.{item.probe.extension}",
+        image=stored.data,
+        record={
+            "image_id": image.id,
+            "file_name": image.file_name,
+            "width": stored.width,
+            "height": stored.height,
+            "orientation": stored.orientation,
+            "train": item.train,
+            "annotations": [record.entry for record in records],
+        },
+        findings=[finding for record in records for finding in record.findings],
+    )
