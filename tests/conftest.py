@@ -1,14 +1,143 @@
 import io
 import json
+import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
+from casc.box_head import BoxHeadConfig
+from casc.data.augment import ImageConfig
+from casc.data.batch import Batch
 from casc.data.index import Bucket, Category, Index, Shard, Split, write_index
+from casc.detector import DetectorConfig, InferenceConfig
+from casc.fpn import FPNConfig
+from casc.mask_head import MaskHeadConfig
+from casc.resnet import ResNetConfig
+from casc.rpn import RPNConfig
+
+TESTS = Path(__file__).resolve().parent
+
+# Read when torch first compiles. A fixed folder, so that only the first run is cold.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(TESTS.parent / ".cache" / "inductor"))
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+hypothesis.settings.register_profile(
+    "casc",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=50,
+    # Fixtures here hold no state between examples.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("casc")
+
+
+@pytest.fixture
+def compiled() -> Callable[[Callable], Callable]:
+    """Compiles a function as the step does; an empty cache keeps tests independent."""
+    torch.compiler.reset()
+    return lambda f: torch.compile(f, fullgraph=True, dynamic=False)
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def mode(request: pytest.FixtureRequest) -> Callable[[Callable], Callable]:
+    """Runs a test twice: on a function as it is, and on it compiled."""
+    if request.param == "eager":
+        return lambda f: f
+    return request.getfixturevalue("compiled")
+
+
+@pytest.fixture(scope="session")
+def unit_goldens() -> dict[str, Tensor]:
+    """What single functions of the reference computed on made-up inputs."""
+    tensors = load_file(TESTS / "goldens" / "goldens_unit.safetensors")
+    return {k: v.long() if v.dtype == torch.int32 else v for k, v in tensors.items()}
+
+
+@pytest.fixture(scope="session")
+def golden_file() -> Callable[[str], Path]:
+    """The path of a file in tests/goldens; skips the test where the copy leaves it out."""
+
+    def find(name: str) -> Path:
+        path = TESTS / "goldens" / name
+        if not path.exists():
+            pytest.skip(f"tests/goldens/{name} is not in this copy")
+        return path
+
+    return find
+
+
+TINY_CANVAS = (96, 128)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[DetectorConfig, ImageConfig, tuple[int, int]]:
+    """A detector that steps in a fraction of a second, its resize, and its canvas."""
+    config = DetectorConfig(
+        classes=3,
+        backbone=ResNetConfig(depth=18, width=16),
+        fpn=FPNConfig(channels=32),
+        rpn=RPNConfig(
+            channels=32,
+            samples=32,
+            train_pre_nms=64,
+            train_proposals=64,
+            test_pre_nms=64,
+            test_proposals=32,
+        ),
+        box_head=BoxHeadConfig(samples=32, channels=64),
+        mask_head=MaskHeadConfig(convs=1, channels=16),
+        inference=InferenceConfig(detections=10),
+    )
+    return config, ImageConfig(short=96, long=128), TINY_CANVAS
+
+
+@pytest.fixture(scope="session")
+def tiny_batch() -> Callable[..., Batch]:
+    """Makes a batch for `tiny` with so many random ellipses per image."""
+
+    def make(objects: Sequence[int], *, capacity: int = 5, edges: int = 12, seed: int = 0) -> Batch:
+        rng = np.random.default_rng(seed)
+        count = len(objects)
+        sizes = np.array([(60, 96), (72, 80), (48, 64), (72, 96)], np.float32)
+        size = np.stack([sizes[i % len(sizes)] for i in range(count)])
+        image = np.zeros((count, 72, 96, 3), np.uint8)
+        boxes = np.zeros((count, capacity, 4), np.float32)
+        polygons = np.zeros((count, capacity, edges, 4), np.float32)
+        labels = np.zeros((count, capacity), np.int64)
+        angle = np.linspace(0, 2 * np.pi, edges + 1)
+        for i, (height, width) in enumerate(size.astype(int)):
+            image[i, :height, :width] = rng.integers(0, 256, (height, width, 3))
+            for k in range(objects[i]):
+                half = rng.uniform(8, 22, 2)
+                centre = rng.uniform(half, np.array([width, height]) - half)
+                points = centre + half * np.stack([np.cos(angle), np.sin(angle)], -1)
+                polygons[i, k] = np.concatenate([points[:-1], points[1:]], -1)
+                boxes[i, k] = np.concatenate([points.min(0), points.max(0)])
+                labels[i, k] = rng.integers(0, 3)
+        valid = np.arange(capacity) < np.array(objects)[:, None]
+        image_id = torch.arange(count) + 1
+        return Batch(
+            image=torch.from_numpy(image),
+            size=torch.from_numpy(size),
+            boxes=torch.from_numpy(boxes),
+            labels=torch.from_numpy(labels),
+            valid=torch.from_numpy(valid),
+            edges=torch.from_numpy(polygons),
+            image_id=image_id,
+            seed=image_id + 1000 * seed,
+        )
+
+    return make
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
