@@ -29,11 +29,11 @@ class ShardCommand:
     """The data set: annotations/instances_<split>.json and a folder <split>/ of images each."""
     out: Path = Path("shards")
     """Folder for the shards. Splits that it holds already stay."""
-    splits: tuple[str, ...] | None = None
-    """Which splits, such as train2017 val2017. By default all that are found."""
+    splits: tuple[str, ...] = ()
+    """Which splits, such as train2017 val2017. None named: all that are found."""
     aspects: tuple[float, ...] = field(default=_ASPECTS)
-    """Edges between buckets, width over height, ascending. Images of one bucket share a
-    canvas, which is compiled once. No numbers: a single bucket."""
+    """Edges between buckets, width over height, ascending. No numbers: a single bucket.
+    Images of a bucket share a canvas, for which the training step is compiled once."""
     max_size: int | None = None
     """Reduce images whose longer side exceeds this many pixels, and encode them again.
     Without it all images are stored as they are."""
@@ -42,8 +42,8 @@ class ShardCommand:
     shard_mib: float = 256.0
     """About the most that a shard's images may weigh, in MiB."""
     trace_tolerance: float = 0.0
-    """Pixels by which polygons traced from RLE masks may deviate from them. 0 is exact; 0.5
-    to 1 gives far fewer edges, which training on many RLE masks may need."""
+    """Pixels by which polygons traced from RLE masks may deviate from them; 0 is exact.
+    0.5 gives far fewer edges, which training on many RLE masks may need."""
     workers: int = field(default_factory=default_workers)
     """Processes."""
     progress: bool = True
@@ -63,7 +63,7 @@ class ShardCommand:
             trace_tolerance=self.trace_tolerance,
         )
         run = Run(workers=self.workers, progress=self.progress, say=_say)
-        index = shard_dataset(self.coco, self.out, self.splits, settings, run)
+        index = shard_dataset(self.coco, self.out, self.splits or None, settings, run)
         _say(_describe(index, self.splits))
         _say(f"shards are in {self.out}")
         return 0
@@ -201,10 +201,10 @@ def _check_workers(workers: int) -> None:
         raise UserError(f"--workers: expected 1 or more, got {workers}")
 
 
-def _describe(index: Index, splits: Sequence[str] | None) -> str:
+def _describe(index: Index, splits: Sequence[str]) -> str:
     blocks: list[str] = []
     for name, split in index.splits.items():
-        if splits is not None and name not in splits:
+        if splits and name not in splits:
             continue
         mib = sum(shard.bytes for shard in split.shards) / 2**20
         objects = split.report["annotations"]

@@ -106,6 +106,5 @@ def _choose(
 def _caption(record: dict[str, Any]) -> str:
     entries = record["annotations"]
     trained = sum(entry["train"] for entry in entries)
-    text = f"{record['image_id']}  {record['width']} x {record['height']}"
-    text += f"  {trained} of {len(entries)} to train on"
-    return text if record["train"] else f"{text}  (evaluation only)"
+    use = f"{trained} of {len(entries)} to train on" if record["train"] else "evaluation only"
+    return f"{record['image_id']}: {record['width']} x {record['height']}, {use}"
