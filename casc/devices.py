@@ -16,8 +16,8 @@ class Traits:
 
     dtype: torch.dtype
     """Of convolutions and matrix products; boxes, losses and targets stay float32."""
-    channels_last: bool
-    """Whether images and convolution weights are laid out channels last."""
+    memory_format: torch.memory_format
+    """Of images and convolution weights."""
     backend: str
     """torch.distributed's."""
     pin_memory: bool
@@ -27,10 +27,10 @@ class Traits:
 
 
 TRAITS = {
-    "cpu": Traits(torch.bfloat16, True, "gloo", False, True),
-    "cuda": Traits(torch.bfloat16, True, "nccl", True, True),
+    "cpu": Traits(torch.bfloat16, torch.channels_last, "gloo", False, True),
+    "cuda": Traits(torch.bfloat16, torch.channels_last, "nccl", True, True),
     # Ascend refuses channels_last; its own formats are chosen inside the kernels.
-    "npu": Traits(torch.bfloat16, False, "hccl", True, False),
+    "npu": Traits(torch.bfloat16, torch.contiguous_format, "hccl", True, False),
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -35,7 +35,7 @@ BEST = "best"
 _PREFIX = "step-"
 
 
-class TornCheckpoint(UserError):
+class TornCheckpointError(UserError):
     """A checkpoint whose files don't agree with its hashes."""
 
 
@@ -65,7 +65,7 @@ def save(
     Raises:
         UserError: it couldn't be written; checkpoints that were there are as they were.
     """
-    final = folder / f"{_PREFIX}{state.step:08d}"
+    final = path_of(folder, state.step)
     temporary = folder / f".{final.name}.{os.getpid()}"
     weights = {**state.params, **state.buffers}
     try:
@@ -93,12 +93,18 @@ def load(checkpoint: Path) -> Loaded:
     """Read a checkpoint after checking its hashes.
 
     Raises:
-        TornCheckpoint: naming the file that is missing, cut short or changed.
+        TornCheckpointError: naming the file that is missing, cut short or changed.
     """
     verify(checkpoint)
     with safetensors.safe_open(checkpoint / STATE, "pt") as file:
         position = json.loads(file.metadata()["position"])
     return Loaded(load_file(checkpoint / WEIGHTS), load_file(checkpoint / STATE), position)
+
+
+def recipe_of(checkpoint: Path) -> Any:
+    """The recipe, as JSON, that a checkpoint's weights were trained with."""
+    with safetensors.safe_open(checkpoint / WEIGHTS, "pt") as file:
+        return json.loads(file.metadata()["recipe"])
 
 
 def restore(state: State, loaded: Loaded, source: Path) -> State:
@@ -122,6 +128,11 @@ def restore(state: State, loaded: Loaded, source: Path) -> State:
     return state._replace(step=int(loaded.position["step"]))
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Where a step's checkpoint is, or would be."""
+    return folder / f"{_PREFIX}{step:08d}"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a run, newest first, whole or not."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
@@ -133,7 +144,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     for path in list_checkpoints(folder):
         try:
             verify(path)
-        except TornCheckpoint as error:
+        except TornCheckpointError as error:
             warn(f"{error}; using the checkpoint before it")
             continue
         return path
@@ -144,21 +155,21 @@ def verify(checkpoint: Path) -> None:
     """Compare a checkpoint with its hashes.
 
     Raises:
-        TornCheckpoint: naming the file and what is wrong with it.
+        TornCheckpointError: naming the file and what is wrong with it.
     """
     manifest = checkpoint / MANIFEST
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"].items()
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise TornCheckpoint(f"{manifest}: missing or unreadable ({error})") from None
+        raise TornCheckpointError(f"{manifest}: missing or unreadable ({error})") from None
     for name, expected in files:
         try:
             found = _fingerprint(checkpoint / name)
         except OSError as error:
-            raise TornCheckpoint(f"{checkpoint / name}: {error.strerror}") from None
+            raise TornCheckpointError(f"{checkpoint / name}: {error.strerror}") from None
         for key, value in expected.items():
             if found[key] != value:
-                raise TornCheckpoint(
+                raise TornCheckpointError(
                     f"{checkpoint / name}: {key} is {found[key]}, it was saved with {value}"
                 )
 

@@ -33,6 +33,9 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
 
+ALONE = Ranks()
+
+
 def ranks_from_environment() -> Ranks:
     """What torchrun's variables say; one process without them.
 
@@ -44,7 +47,7 @@ def ranks_from_environment() -> Ranks:
     missing = [name for name in names if name not in os.environ]
     if world > 1 and missing:
         raise UserError(f"WORLD_SIZE is {world}, but {missing[0]} isn't set: start with torchrun")
-    return Ranks(world, int(os.environ["RANK"])) if world > 1 else Ranks()
+    return Ranks(world, int(os.environ["RANK"])) if world > 1 else ALONE
 
 
 @contextmanager

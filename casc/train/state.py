@@ -31,7 +31,8 @@ def new_state(
     memory_format: torch.memory_format,
 ) -> State:
     """A state at step 0 on the device, in its layout, without momentum yet."""
-    params = to_format({k: v.detach().to(device, copy=True) for k, v in params.items()}, memory_format)
+    params = {k: v.detach().to(device, copy=True) for k, v in params.items()}
+    params = to_format(params, memory_format)
     training = detector.trainable(config, params)
     for value in training.values():
         value.requires_grad_()

@@ -1,0 +1,1 @@
+"""Weights from elsewhere: files, URLs and the formats of other projects."""

@@ -1,0 +1,129 @@
+"""The detector over a split of shards: detections, and what they are worth."""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from casc.data.augment import ImageConfig
+from casc.data.batch import Batch
+from casc.data.index import Index, canvas
+from casc.data.stream import Loading, evaluation_batches, to_device
+from casc.detector import Detections, DetectorConfig
+from casc.devices import traits
+from casc.evaluate import Evaluation, evaluate
+from casc.ground_truth import ground_truth_from_shards
+from casc.layers import Params
+from casc.results import collect_results, merge_results
+from casc.train.distributed import ALONE, Ranks, gather
+from casc.train.step import Compute, DetectStep, make_detect_step
+
+
+class Detector(NamedTuple):
+    """A trained detector on its device, ready for any canvas."""
+
+    params: Params
+    buffers: Params
+    step: Callable[[tuple[int, int], tuple[torch.Size, ...]], DetectStep]
+    """The step for a canvas (H, W) and shapes of a batch, made when it is first asked for."""
+    image: ImageConfig
+    device: torch.device
+
+    def __call__(self, batch: Batch, size: tuple[int, int]) -> Detections:
+        """Detections of a batch on the device whose images fit the canvas `size`."""
+        shapes = tuple(t.shape for t in batch if t is not None)
+        return self.step(size, shapes)(self.params, self.buffers, batch)
+
+
+def new_detector(
+    params: Params,
+    buffers: Params,
+    model: DetectorConfig,
+    image: ImageConfig,
+    compute: Compute,
+    device: torch.device,
+) -> Detector:
+    """A detector over these parameters; later updates in place are seen."""
+
+    @cache
+    def step(size: tuple[int, int], shapes: tuple[torch.Size, ...]) -> DetectStep:
+        return make_detect_step(model, image, size, compute)
+
+    return Detector(params, buffers, step, image, device)
+
+
+def detect_split(
+    detector: Detector,
+    root: str | os.PathLike[str],
+    index: Index,
+    split: str,
+    *,
+    batch: int,
+    loading: Loading,
+    ranks: Ranks = ALONE,
+) -> Iterator[tuple[Detections, Tensor, Tensor]]:
+    """Yield detections, image ids [B] and stored sizes [B, 2] of this rank's part of a split.
+
+    Raises:
+        UserError: a shard is missing, damaged, or not what the index says.
+    """
+    buckets = index.splits[split].buckets
+    image = detector.image
+    sizes = [canvas(bucket, image.short, image.long) for bucket in buckets]
+    for bucket, images in evaluation_batches(
+        root,
+        index.splits[split],
+        batch=batch,
+        world=ranks.world,
+        rank=ranks.rank,
+        loading=loading,
+        pin_memory=traits(detector.device).pin_memory,
+    ):
+        found = detector(to_device(images, detector.device), sizes[bucket])
+        yield found, images.image_id, images.size
+
+
+def evaluate_split(
+    detector: Detector,
+    root: str | os.PathLike[str],
+    index: Index,
+    split: str,
+    *,
+    batch: int,
+    loading: Loading,
+    ranks: Ranks = ALONE,
+    watch: Callable[[int], object] = lambda images: None,
+) -> Evaluation | None:
+    """COCO's figures of a split; ranks share the images, rank 0 has the result.
+
+    Args:
+        detector: what to evaluate.
+        root: folder of the shards.
+        index: of the shards.
+        split: which split.
+        batch: images per step.
+        loading: how shards are read.
+        ranks: the processes that share the work; all must call this.
+        watch: is told how many images each batch had.
+
+    Raises:
+        UserError: as `detect_split`, or when a detection isn't finite.
+    """
+    category_ids = [category.id for category in index.categories]
+
+    def outputs() -> Iterator[tuple[Detections, Tensor, Tensor]]:
+        for output in detect_split(
+            detector, root, index, split, batch=batch, ranks=ranks, loading=loading
+        ):
+            watch(int((output[1] >= 0).sum()))
+            yield output
+
+    parts = gather(collect_results(outputs(), category_ids), ranks)
+    if not ranks.main:
+        return None
+    truth = ground_truth_from_shards(Path(root), index, split)
+    return evaluate(truth, merge_results(parts).detections)

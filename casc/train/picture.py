@@ -1,0 +1,88 @@
+"""The first batch as the model sees it, for a look before a long run.
+
+Legend: B images, H x W canvas, E edges.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from casc.data.augment import ImageConfig
+from casc.data.batch import Batch
+from casc.data.index import Category
+from casc.draw import draw_instances
+from casc.train.step import Compute, training_inputs
+
+
+def draw_batch(
+    path: Path,
+    batch: Batch,
+    image: ImageConfig,
+    canvas: tuple[int, int],
+    categories: tuple[Category, ...],
+    *,
+    most: int = 8,
+) -> None:
+    """Save a contact sheet of a batch: resized, mirrored and padded, with what is to be found.
+
+    Args:
+        path: of the PNG.
+        batch: on the CPU, as the loader gives it.
+        image: as in training.
+        canvas: (H, W).
+        categories: names of the labels.
+        most: images to draw.
+    """
+    columns = {k: v[:most] for k, v in batch._asdict().items() if v is not None}
+    inputs = training_inputs(
+        Batch(**columns), image, canvas, Compute(dtype=torch.float32, compile=False)
+    )
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (image.mean, image.std))
+    drawn = []
+    targets = inputs.targets
+    for i, pixels in enumerate(inputs.image):
+        valid = targets.valid[i]
+        # The padding is 0 after normalisation, so it shows as the mean colour.
+        picture = (pixels * std + mean).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+        labels = targets.labels[i][valid].tolist()
+        drawn.append(
+            draw_instances(
+                picture.numpy(),
+                targets.boxes[i][valid].numpy(),
+                [categories[label].name for label in labels],
+                labels=labels,
+                polygons=[rings(edges) for edges in targets.edges[i][valid]],
+            )
+        )
+    Image.fromarray(_sheet(drawn)).save(path)
+
+
+def rings(edges: Tensor) -> list[list[float]]:
+    """The closed polygons `[x0, y0, x1, y1, ...]` that edges [E, 4] run along, in order."""
+    found: list[list[float]] = []
+    end: tuple[float, float] | None = None
+    for x0, y0, x1, y1 in edges.tolist():
+        if (x0, y0) == (x1, y1):
+            continue
+        if end != (x0, y0) or (found[-1][0], found[-1][1]) == end:
+            found.append([])
+        found[-1] += [x0, y0]
+        end = (x1, y1)
+    return found
+
+
+def _sheet(pictures: list[np.ndarray]) -> np.ndarray:
+    """Pictures side by side in rows of four, on white."""
+    height = max(p.shape[0] for p in pictures)
+    width = max(p.shape[1] for p in pictures)
+    across = min(len(pictures), 4)
+    down = -(-len(pictures) // across)
+    gap = 8
+    sheet = np.full((down * (height + gap) - gap, across * (width + gap) - gap, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // across * (height + gap), i % across * (width + gap)
+        sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+    return sheet

@@ -1,0 +1,30 @@
+"""coco_1x for 20 epochs, with drops of the learning rate after epochs 16 and 19.
+
+What to type:
+
+    torchrun --standalone --nproc-per-node 8 -m casc.recipes.coco_20e --data SHARDS
+
+What it costs: 146,600 steps of 16 images, 5/3 of coco_1x.
+
+What to expect: not yet measured with casc. MMDetection's model zoo gives this schedule a
+little more AP than coco_1x.
+"""
+
+from dataclasses import replace
+
+from casc.recipe import Recipe
+from casc.train.launch import launch
+
+from .coco_1x import coco_1x
+
+
+def coco_20e() -> Recipe:
+    """coco_1x with a longer schedule."""
+    recipe = coco_1x()
+    return replace(
+        recipe, name="coco_20e", epochs=20, schedule=replace(recipe.schedule, drops=(16, 19))
+    )
+
+
+if __name__ == "__main__":
+    launch(coco_20e(), __doc__)
