@@ -1,7 +1,7 @@
 """Masked losses: sums over the entries that count; the caller divides.
 
-Entries that don't count give exactly zero loss and gradient, whatever they hold, so a
-batch without a single object trains like any other.
+Entries that don't count give exactly zero loss and gradient, whatever finite numbers they
+hold, so a batch without a single object trains like any other.
 """
 
 import torch
