@@ -6,8 +6,8 @@ What to type:
 
 What it costs: 146,600 steps of 16 images, 5/3 of coco_1x.
 
-What to expect: not yet measured with casc. MMDetection's model zoo gives this schedule a
-little more AP than coco_1x.
+What to expect: box AP 41.9, mask AP 36.5 on val2017, published by MMDetection's model zoo for
+this schedule. Not yet measured with casc.
 """
 
 from dataclasses import replace

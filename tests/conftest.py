@@ -13,15 +13,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from casc.anchors import AnchorConfig
 from casc.box_head import BoxHeadConfig
 from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
 from casc.data.index import Bucket, Category, Index, Shard, Split, write_index
+from casc.data.stream import Loading
 from casc.detector import DetectorConfig, InferenceConfig
 from casc.fpn import FPNConfig
 from casc.mask_head import MaskHeadConfig
+from casc.recipe import Recipe
 from casc.resnet import ResNetConfig
 from casc.rpn import RPNConfig
+from casc.train.optim import Optim
+from casc.train.schedule import Schedule
 
 TESTS = Path(__file__).resolve().parent
 
@@ -221,3 +226,50 @@ def write_shards() -> Callable[..., Index]:
         return index
 
     return write
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path, write_shards) -> Recipe:
+    """A recipe for seconds on a CPU, eager and in float32, with shards to train on."""
+    write_shards(
+        tmp_path / "shards",
+        {
+            "train": [(0, 5, True), (1, 4, True), (0, 1, False)],
+            "val": [(0, 3, True), (1, 2, False)],
+        },
+    )
+    return Recipe(
+        name="tiny",
+        data=tmp_path / "shards",
+        out=tmp_path / "run",
+        init="random",
+        epochs=2,
+        train_split="train",
+        val_split="val",
+        device="cpu",
+        dtype="float32",
+        compile=False,
+        evaluate_every=0,
+        log_every=1,
+        optim=Optim(lr=0.01, reference_batch=2),
+        schedule=Schedule(drops=(1,), warmup_steps=3),
+        image=ImageConfig(short=64, long=64),
+        loading=Loading(workers=1, window=4),
+        model=DetectorConfig(
+            classes=2,
+            backbone=ResNetConfig(depth=18, norm="gn", width=32, frozen_stages=-1),
+            fpn=FPNConfig(channels=32, norm="gn"),
+            anchors=AnchorConfig(scale=2),
+            rpn=RPNConfig(
+                channels=32,
+                samples=32,
+                train_pre_nms=50,
+                train_proposals=40,
+                test_pre_nms=50,
+                test_proposals=20,
+            ),
+            box_head=BoxHeadConfig(samples=16, channels=32),
+            mask_head=MaskHeadConfig(convs=1, channels=32, norm="gn"),
+            inference=InferenceConfig(detections=10),
+        ),
+    )

@@ -73,7 +73,10 @@ def save(
         temporary.mkdir(parents=True)
         _write(temporary / WEIGHTS, weights, metadata)
         _write(temporary / STATE, state.momentum, {"position": json.dumps(dict(position))})
-        files = {name: _fingerprint(temporary / name) for name in (WEIGHTS, STATE)}
+        files = {
+            name: {key: fact(temporary / name) for key, fact in _FACTS.items()}
+            for name in (WEIGHTS, STATE)
+        }
         manifest = {"format": "casc-checkpoint", "version": 1, "step": state.step, "files": files}
         _write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         _flush(temporary)
@@ -136,7 +139,7 @@ def path_of(folder: Path, step: int) -> Path:
 def list_checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a run, newest first, whole or not."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    return sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
@@ -159,19 +162,19 @@ def verify(checkpoint: Path) -> None:
     """
     manifest = checkpoint / MANIFEST
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise TornCheckpointError(f"{manifest}: missing or unreadable ({error})") from None
-    for name, expected in files:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        expected = [(name, key, files[name][key]) for name in (WEIGHTS, STATE) for key in _FACTS]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TornCheckpointError(f"{manifest}: missing or unreadable ({error!r})") from None
+    for name, key, value in expected:
         try:
-            found = _fingerprint(checkpoint / name)
+            found = _FACTS[key](checkpoint / name)
         except OSError as error:
             raise TornCheckpointError(f"{checkpoint / name}: {error.strerror}") from None
-        for key, value in expected.items():
-            if found[key] != value:
-                raise TornCheckpointError(
-                    f"{checkpoint / name}: {key} is {found[key]}, it was saved with {value}"
-                )
+        if found != value:
+            raise TornCheckpointError(
+                f"{checkpoint / name}: {key} is {found}, it was saved with {value}"
+            )
 
 
 def add_metrics(checkpoint: Path, metrics: Mapping[str, float | None]) -> None:
@@ -231,10 +234,16 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# What the manifest records of a file, cheapest first.
+_FACTS: dict[str, Callable[[Path], Any]] = {
+    "bytes": lambda path: path.stat().st_size,
+    "sha256": _sha256,
+}
 
 
 def _flush(folder: Path) -> None:

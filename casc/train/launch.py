@@ -10,7 +10,7 @@ from casc.train.distributed import ranks_from_environment
 from casc.train.loop import train
 
 
-def launch(recipe: Recipe, description: str | None) -> None:
+def launch(recipe: Recipe, description: str | None, args: list[str] | None = None) -> None:
     """Change the recipe by the command line and train, or say what would be done.
 
     What the user can mend ends in one line on stderr and exit status 1.
@@ -18,9 +18,10 @@ def launch(recipe: Recipe, description: str | None) -> None:
     Args:
         recipe: with its defaults.
         description: what `--help` says above the fields, usually the recipe's docstring.
+        args: of the command line; by default sys.argv.
     """
     try:
-        recipe, dry_run = parse(recipe, description)
+        recipe, dry_run = parse(recipe, description, args)
         if dry_run:
             index = read_index(recipe.data)
             world = ranks_from_environment().world
