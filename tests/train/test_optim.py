@@ -18,7 +18,7 @@ def make_state(seed=0) -> State:
 
 def backward(state, scale=1.0):
     """Gradient of scale * sum(p ** 3): 3 * scale * p ** 2."""
-    (scale * sum((p**3).sum() for p in state.params.values())).backward()
+    (scale * torch.stack([(p**3).sum() for p in state.params.values()]).sum()).backward()
 
 
 def test_update_is_sgd_with_momentum_and_decay():
