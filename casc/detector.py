@@ -44,6 +44,7 @@ from casc.rpn import (
     Proposals,
     RPNConfig,
     RPNOutput,
+    candidates,
     init_rpn,
     propose,
     rpn_head,
@@ -240,7 +241,8 @@ def box_branch(
     anchors = grid_anchors(config.anchors, level_sizes(features.levels), inputs.size.device)
     output = rpn_head(params, features.levels)
     result = rpn_branch(config, output, torch.cat(anchors), inputs, noise.rpn)
-    proposals = propose(config.rpn, output, anchors, inputs.size, train=True)
+    found = candidates(config.rpn, output, anchors, inputs.size, train=True)
+    proposals = propose(config.rpn, found, train=True)
     cascade, samples = cascade_losses(
         params, config, features.pyramid, proposals, inputs, noise.stages
     )
@@ -310,7 +312,8 @@ def detect(params: Params, buffers: Params, config: DetectorConfig, inputs: Inpu
     features = extract(params, buffers, config, inputs.image)
     anchors = grid_anchors(config.anchors, level_sizes(features.levels), inputs.size.device)
     output = rpn_head(params, features.levels)
-    proposals = propose(config.rpn, output, anchors, inputs.size, train=False)
+    found = candidates(config.rpn, output, anchors, inputs.size, train=False)
+    proposals = propose(config.rpn, found, train=False)
     logits, boxes = cascade_scores(params, config, features.pyramid, proposals, inputs.size)
     boxes, scores, labels, valid = select(
         config.inference, logits, boxes / inputs.scale[:, None], proposals.valid

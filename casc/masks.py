@@ -45,7 +45,6 @@ def polygon_targets(edges: Tensor, boxes: Tensor, cells: int) -> Tensor:
     return covered.sum(dim=(2, 4)) * 2 > SUPERSAMPLES**2
 
 
-@torch.library.custom_op("casc::bitmap_targets", mutates_args=(), device_types=("cpu", "cuda"))
 def bitmap_targets(bitmaps: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, cells: int) -> Tensor:
     """The reference's targets: RoIAlign of the object's bitmap, on from one half.
 
@@ -59,15 +58,24 @@ def bitmap_targets(bitmaps: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, ce
     Returns:
         [R, M, M] bool, (y, x).
     """
+    return bitmap_coverage(bitmaps, boxes, image, gt, cells) >= 0.5
+
+
+@torch.library.custom_op("casc::bitmap_coverage", mutates_args=(), device_types=("cpu", "cuda"))
+def bitmap_coverage(
+    bitmaps: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, cells: int
+) -> Tensor:
+    """How much of each cell the bitmap covers: [R, M, M] float32 in [0, 1]."""
     from torchvision.ops import roi_align
 
     pairs = torch.stack([image, gt], dim=1)
+    # Many RoIs share one object: only its bitmap, once, becomes float.
     unique, source = pairs.unique(dim=0, return_inverse=True)
     maps = bitmaps[unique[:, 0], unique[:, 1]].to(boxes.dtype)[:, None]
     rois = torch.cat([source[:, None].to(boxes.dtype), boxes], dim=1)
-    return roi_align(maps, rois, (cells, cells), 1.0, 0, aligned=True)[:, 0] >= 0.5
+    return roi_align(maps, rois, (cells, cells), 1.0, 0, aligned=True)[:, 0]
 
 
-@bitmap_targets.register_fake
+@bitmap_coverage.register_fake
 def _(bitmaps: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, cells: int):
-    return boxes.new_empty((boxes.shape[0], cells, cells), dtype=torch.bool)
+    return boxes.new_empty((boxes.shape[0], cells, cells))

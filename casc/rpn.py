@@ -156,55 +156,67 @@ def rpn_losses(
     return {"loss_rpn_cls": loss_cls / count, "loss_rpn_bbox": loss_bbox / count}
 
 
-def propose(
-    config: RPNConfig,
-    output: RPNOutput,
-    anchors: list[Tensor],
-    size: Tensor,
-    *,
-    train: bool,
-) -> Proposals:
-    """The best boxes over all levels after suppression; no gradient.
+class Candidates(NamedTuple):
+    """What enters suppression: the best anchors of each level, decoded."""
 
-    Per level the best anchors are decoded and clipped, empty boxes dropped; one
-    suppression within levels, then the best by score over all of them.
+    boxes: Tensor
+    """[B, N, 4] xyxy pixels of the canvas, levels one after the other."""
+    scores: Tensor
+    """[B, N] in [0, 1], falling within a level."""
+    level: Tensor
+    """[N] int64."""
+    valid: Tensor
+    """[B, N] bool; a box without width or height is not."""
+
+
+def candidates(
+    config: RPNConfig, output: RPNOutput, anchors: list[Tensor], size: Tensor, *, train: bool
+) -> Candidates:
+    """Decode and clip the best anchors of each level; no gradient.
 
     Args:
-        config: counts and the suppression's threshold.
+        config: counts.
         output: of the head.
         anchors: per level [A_l, 4] xyxy.
         size: [B, 2] image height and width in pixels.
-        train: whether the training or the inference counts hold.
+        train: whether the training or the inference count holds.
+
+    Returns:
+        N = sum over levels of min(count, A_l).
+    """
+    count = config.train_pre_nms if train else config.test_pre_nms
+    boxes, scores, levels = [], [], []
+    lengths = [level.shape[0] for level in anchors]
+    level_logits = output.logits.detach().split(lengths, dim=1)
+    level_deltas = output.deltas.detach().split(lengths, dim=1)
+    for i, level in enumerate(anchors):
+        score, best = level_logits[i].sigmoid().topk(min(count, lengths[i]), dim=1)
+        boxes.append(decode(level[best], take(level_deltas[i], best), STDS, size))
+        scores.append(score)
+        levels.append(torch.full_like(best[0], i))
+    all_boxes = torch.cat(boxes, dim=1)
+    sides = all_boxes[..., 2:] - all_boxes[..., :2]
+    valid = (sides > 0).all(dim=-1)
+    return Candidates(all_boxes, torch.cat(scores, dim=1), torch.cat(levels), valid)
+
+
+def propose(config: RPNConfig, found: Candidates, *, train: bool) -> Proposals:
+    """One suppression within levels, then the best by score over all of them.
 
     Returns:
         K proposals per image.
     """
-    pre_nms = config.train_pre_nms if train else config.test_pre_nms
-    count = config.train_proposals if train else config.test_proposals
-    boxes, scores, groups = [], [], []
-    counts = [level.shape[0] for level in anchors]
-    level_logits = output.logits.detach().split(counts, dim=1)
-    level_deltas = output.deltas.detach().split(counts, dim=1)
-    for i, (level, logits, deltas) in enumerate(
-        zip(anchors, level_logits, level_deltas, strict=True)
-    ):
-        score, best = logits.sigmoid().topk(min(pre_nms, level.shape[0]), dim=1)
-        boxes.append(decode(level[best], take(deltas, best), STDS, size))
-        scores.append(score)
-        groups.append(torch.full_like(best[0], i))
-    all_boxes, all_scores = torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
-    sides = all_boxes[..., 2:] - all_boxes[..., :2]
     index, kept = batched_nms(
-        all_boxes,
-        all_scores,
-        torch.cat(groups),
-        (sides > 0).all(dim=-1),
+        found.boxes,
+        found.scores,
+        found.level,
+        found.valid,
         iou=config.nms_iou,
-        count=count,
+        count=config.train_proposals if train else config.test_proposals,
     )
     return Proposals(
-        torch.where(kept[..., None], take(all_boxes, index), 0.0),
-        torch.where(kept, take(all_scores, index), 0.0),
+        torch.where(kept[..., None], take(found.boxes, index), 0.0),
+        torch.where(kept, take(found.scores, index), 0.0),
         kept,
     )
 

@@ -1,0 +1,197 @@
+"""Verification: does this device compute what the reference computed?
+
+`casc verify GOLDENS_DIR` runs a training step and inference on every golden set of a
+folder, with the reference's settings, and compares every recorded tensor.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from casc.detector import DetectorConfig, Inputs, Noise, reference_settings, trainable
+from casc.errors import UserError
+from casc.layers import Params
+from casc.paste import paste_masks
+from casc.rpn import Proposals
+from casc.train.step import anchor_count
+from casc.verify.compare import Comparison, Row
+from casc.verify.compare_detections import compare_detections
+from casc.verify.compare_training import compare_gradients, compare_training
+from casc.verify.goldens import (
+    GoldenSet,
+    digest,
+    golden_weights,
+    read_sets,
+    sampling_noise,
+    test_inputs,
+    train_inputs,
+)
+from casc.verify.record import Record, detection_record, training_record
+
+__all__ = ["Row", "format_rows", "verify", "verify_set"]
+
+
+def verify(
+    folder: Path,
+    device: torch.device,
+    *,
+    compile: bool = False,
+    log: Callable[[str], None] = print,
+) -> bool:
+    """Check every golden set of a folder and print a table of worst errors.
+
+    Args:
+        folder: holds NAME.safetensors and NAME.json of each set.
+        device: where to compute.
+        compile: whether to run compiled; eager otherwise.
+        log: where the table goes, a line at a time.
+
+    Returns:
+        Whether everything is within tolerance.
+
+    Raises:
+        UserError: if the folder holds no golden set, or one can't be read.
+    """
+    passed = True
+    for golden in read_sets(folder):
+        mode = "compiled" if compile else "eager"
+        log(f"{golden.name}: reference settings, float32, {mode}, {device}")
+        rows = verify_set(golden, device, compile=compile)
+        for line in format_rows(rows):
+            log(line)
+        passed = passed and all(row.passed for row in rows)
+    log("passed" if passed else "FAILED: this device doesn't compute what the reference does")
+    return passed
+
+
+def verify_set(golden: GoldenSet, device: torch.device, *, compile: bool = False) -> list[Row]:
+    """Every comparison of one golden set."""
+    config = reference_settings(DetectorConfig())
+    params, buffers = golden_weights(config)
+    ours, recorded = digest(params | buffers), golden.facts["weights_digest"]
+    if ours != recorded:
+        raise UserError(
+            f"{golden.name}: made with weights of digest {recorded}, these are {ours}: "
+            "it belongs to another weight recipe"
+        )
+    params = {k: v.to(device) for k, v in params.items()}
+    buffers = {k: v.to(device) for k, v in buffers.items()}
+    table = Comparison(golden.tensors)
+    _verify_training(golden, config, params, buffers, device, table, compile=compile)
+    _verify_detections(golden, config, params, buffers, device, table, compile=compile)
+    # The pipeline's products are what the rest is computed from.
+    inputs = ("raw.", "train.img", "train.gt_", "test")
+    for key in golden.tensors.keys() - table.seen:
+        if not key.startswith(inputs):
+            table.add("left over", key, float("inf"), 0, "not compared")
+    return table.rows
+
+
+def format_rows(rows: Iterable[Row]) -> list[str]:
+    """The table: per part the worst error of each unit, then every row that failed."""
+    rows = list(rows)
+    worst: dict[tuple[str, str, float], list[Row]] = {}
+    for row in rows:
+        worst.setdefault((row.part, row.unit, row.tolerance), []).append(row)
+    lines = [f"  {'part':<14} {'checks':>6}  {'worst error':>11} {'allowed':>9}  unit"]
+    for (part, unit, tolerance), group in worst.items():
+        # NaN must win over any number.
+        top = max(group, key=lambda row: (row.error != row.error, row.error))
+        mark = "" if all(row.passed for row in group) else "  FAILED"
+        lines.append(
+            f"  {part:<14} {len(group):>6}  {top.error:>11.3g} {tolerance:>9.3g}  "
+            f"{unit} ({top.name}){mark}"
+        )
+    failed = [row for row in rows if not row.passed]
+    for row in failed:
+        lines.append(
+            f"  FAILED {row.part}: {row.name}: {row.error:.3g} {row.unit}, "
+            f"allowed {row.tolerance:.3g}"
+        )
+    lines.append(f"  {len(rows) - len(failed)} of {len(rows)} checks passed")
+    return lines
+
+
+def _verify_training(
+    golden: GoldenSet,
+    config: DetectorConfig,
+    params: Params,
+    buffers: Params,
+    device: torch.device,
+    table: Comparison,
+    *,
+    compile: bool,
+) -> None:
+    inputs = train_inputs(golden)
+    height, width = inputs.image.shape[2:]
+    noise = sampling_noise(golden, config, anchor_count(config.anchors, (height, width)))
+    batch = inputs.image.shape[0]
+    stored = [golden.tensors[f"rpn.proposals.{i}"] for i in range(batch)]
+    proposals = _proposals(stored, config.rpn.train_proposals)
+    params = {k: v.detach() for k, v in params.items()}
+    learned = trainable(config, params)
+    for value in learned.values():
+        value.requires_grad_()
+
+    def run(inputs: Inputs, noise: Noise, proposals: Proposals) -> tuple[Tensor, Record]:
+        return training_record(params, buffers, config, inputs, noise, proposals)
+
+    step = torch.compile(run, fullgraph=True, dynamic=False) if compile else run
+    loss, record = step(*_to((inputs, noise, proposals), device))
+    loss.backward()
+    gradients = {k: v.grad for k, v in params.items()}
+    compare_training(golden, record, table)
+    compare_gradients(golden, gradients, table)
+    for value in learned.values():
+        value.requires_grad_(False)
+        value.grad = None
+
+
+def _verify_detections(
+    golden: GoldenSet,
+    config: DetectorConfig,
+    params: Params,
+    buffers: Params,
+    device: torch.device,
+    table: Comparison,
+    *,
+    compile: bool,
+) -> None:
+    def run(inputs: Inputs, proposals: Proposals) -> Record:
+        with torch.no_grad():
+            return detection_record(params, buffers, config, inputs, proposals)
+
+    step = torch.compile(run, fullgraph=True, dynamic=False) if compile else run
+    image = 0
+    while f"test{image}.img" in golden.tensors:
+        stored = golden.tensors[f"test{image}.proposals"]
+        proposals = _proposals([stored], config.rpn.test_proposals)
+        record = step(*_to((test_inputs(golden, image), proposals), device))
+        height, width = golden.facts[f"test{image}.meta"]["ori_shape"][:2]
+        boxes = record["det_bboxes"][0, :, :4].cpu()
+        masks = paste_masks(record["mask_prob"][0].cpu(), boxes, height, width)
+        compare_detections(golden, config, image, record, masks, table)
+        image += 1
+
+
+def _proposals(stored: list[Tensor], count: int) -> Proposals:
+    """Recorded proposals [n, 5] of each image, padded to a count."""
+    boxes, scores = torch.zeros(len(stored), count, 4), torch.zeros(len(stored), count)
+    valid = torch.zeros(len(stored), count, dtype=torch.bool)
+    for i, rows in enumerate(stored):
+        boxes[i, : len(rows)], scores[i, : len(rows)] = rows[:, :4], rows[:, 4]
+        valid[i, : len(rows)] = True
+    return Proposals(boxes, scores, valid)
+
+
+def _to(values: Any, device: torch.device) -> Any:
+    """Nested tuples of tensors on a device."""
+    if isinstance(values, Tensor):
+        return values.to(device)
+    if isinstance(values, tuple):
+        moved = [_to(v, device) for v in values]
+        return type(values)(*moved) if hasattr(values, "_fields") else tuple(moved)
+    return values
