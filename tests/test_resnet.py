@@ -1,0 +1,134 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from casc.layers import Params
+from casc.resnet import BLOCKS, ResNetConfig, init_resnet, is_frozen, out_channels, resnet
+
+
+def named(config: ResNetConfig) -> tuple[Params, Params]:
+    params: Params = {}
+    buffers: Params = {}
+    init_resnet(config, params, buffers, torch.Generator().manual_seed(0))
+    return params, buffers
+
+
+def torchvision_net(depth: int, norm: str) -> nn.Module:
+    """torchvision's network in evaluation mode, with norms and statistics that matter."""
+    layer = partial(nn.GroupNorm, 32) if norm == "gn" else nn.BatchNorm2d
+    torch.manual_seed(depth)
+    net = getattr(models, f"resnet{depth}")(weights=None, norm_layer=layer).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias, std=0.1)
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return net
+
+
+def our_name(name: str, norm: str) -> str:
+    """torchvision's name under our prefix; mmdet calls group norms gn."""
+    parts = name.split(".")
+    if norm == "gn":
+        parts = [p.replace("bn", "gn") if p.startswith("bn") else p for p in parts]
+    return ".".join(["backbone", *parts])
+
+
+def maps_of(net: nn.Module, image: Tensor) -> list[Tensor]:
+    stem = nn.Sequential(*(getattr(net, k) for k in ("conv1", "bn1", "relu", "maxpool")))
+    maps, x = [], stem(image)
+    for i in range(1, 5):
+        x = getattr(net, f"layer{i}")(x)
+        maps.append(x)
+    return maps
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "gn"])
+@pytest.mark.parametrize("depth", BLOCKS)
+def test_names_and_shapes_are_torchvisions(depth, norm):
+    layer = partial(nn.GroupNorm, 32) if norm == "gn" else nn.BatchNorm2d
+    with torch.device("meta"):
+        net = getattr(models, f"resnet{depth}")(weights=None, norm_layer=layer)
+    params, buffers = named(ResNetConfig(depth=depth, norm=norm))
+    theirs = {
+        our_name(k, norm): tuple(v.shape)
+        for k, v in net.state_dict().items()
+        if not k.startswith("fc.")
+    }
+    assert {k: tuple(v.shape) for k, v in (params | buffers).items()} == theirs
+    assert set(params) == {
+        our_name(k, norm) for k, _ in net.named_parameters() if not k.startswith("fc.")
+    }
+
+
+@pytest.mark.parametrize(
+    ("depth", "norm"), [(18, "frozen_bn"), (50, "frozen_bn"), (18, "gn"), (50, "gn")]
+)
+def test_activations_are_torchvisions(depth, norm):
+    net = torchvision_net(depth, norm)
+    config = ResNetConfig(depth=depth, norm=norm)
+    state = {our_name(k, norm): v for k, v in net.state_dict().items()}
+    image = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        made, expected = resnet(state, state, config, image), maps_of(net, image)
+    for ours, theirs, channels, stride in zip(
+        made, expected, out_channels(config), (4, 8, 16, 32), strict=True
+    ):
+        assert ours.shape == (2, channels, 64 // stride, 96 // stride)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_torchvisions():
+    net = torchvision_net(18, "frozen_bn")
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.stack([m.square().sum() for m in maps_of(net, image)]).sum().backward()
+    params = {
+        our_name(k, "bn"): v.detach().clone().requires_grad_() for k, v in net.named_parameters()
+    }
+    buffers = {our_name(k, "bn"): v for k, v in net.named_buffers()}
+    made = resnet(params, buffers, ResNetConfig(depth=18), image)
+    torch.stack([m.square().sum() for m in made]).sum().backward()
+    for name, parameter in net.named_parameters():
+        if not name.startswith("fc."):
+            ours, theirs = params[our_name(name, "bn")].grad, parameter.grad
+            assert ours is not None
+            assert theirs is not None
+            assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
+
+
+def test_compiled_equals_eager(compiled):
+    # The step's tests compile batch norms, the goldens' bottlenecks.
+    config = ResNetConfig(depth=18, norm="gn", width=8)
+    params, buffers = named(config)
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    fast = compiled(resnet)(params, buffers, config, image)
+    for made, expected in zip(fast, resnet(params, buffers, config, image), strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stages", [-1, 0, 1, 4])
+def test_frozen_stages(stages):
+    params, _ = named(ResNetConfig(depth=18, width=8))
+    config = ResNetConfig(depth=18, width=8, frozen_stages=stages)
+    frozen = {name.split(".")[1] for name in params if is_frozen(config, name)}
+    free = {name.split(".")[1] for name in params if not is_frozen(config, name)}
+    parts = [{"conv1", "bn1"}, {"layer1"}, {"layer2"}, {"layer3"}, {"layer4"}]
+    assert frozen == set().union(*parts[: stages + 1])
+    assert free == set().union(*parts[stages + 1 :])
+    assert not is_frozen(config, "neck.lateral_convs.0.conv.weight")
+
+
+def test_width_scales_every_channel():
+    params, _ = named(ResNetConfig(depth=50, width=16))
+    whole, _ = named(ResNetConfig(depth=50))
+    for name, tensor in params.items():
+        for a, b in zip(tensor.shape, whole[name].shape, strict=True):
+            assert a == b or 4 * a == b
+    assert out_channels(ResNetConfig(depth=50, width=16)) == [64, 128, 256, 512]
