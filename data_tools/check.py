@@ -194,7 +194,7 @@ def _sample_faults(task: _Task, record: dict[str, Any], image: bytes) -> list[st
             found = f"{decoded.shape[1]} x {decoded.shape[0]}"
             faults.append(f"decodes to {found}, its JSON says {width} x {height}")
     except ValueError as error:
-        faults.append(f"the image {error}")
+        faults.append(f"image: {error}")
     if width > bucket.width or height > bucket.height:
         canvas = f"{bucket.width} x {bucket.height}"
         faults.append(f"{width} x {height} is larger than its bucket's canvas {canvas}")

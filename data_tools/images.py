@@ -141,7 +141,7 @@ def _probe(data: bytes, name: str) -> Probe:
     traits: list[str] = []
     with open_image(data) as image:
         kind, mode, size = image.format or "", image.mode, image.size
-        if getattr(image, "n_frames", 1) > 1 and kind != "MPO":
+        if kind != "MPO" and _frames(image) > 1:
             traits.append("animated")
         # Pillow turns TIFF itself.
         orientation = 1 if kind == "TIFF" else _exif_orientation(image)
@@ -186,6 +186,13 @@ def _exif_orientation(image: Image.Image) -> int:
     except Exception:  # damaged EXIF: viewers and OpenCV go by the pixels then, and so do we
         return 1
     return found if type(found) is int and 1 <= found <= 8 else 1
+
+
+def _frames(image: Image.Image) -> int:
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # Pillow reads on to count them; the first may be fine all the same
+        return 1
 
 
 def _png_depth(data: bytes) -> int:

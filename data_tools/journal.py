@@ -12,8 +12,9 @@ from data_tools.report import Finding
 from data_tools.write import ShardResult
 
 FOLDER = ".unfinished"
-VERSION = 1
-"""Of the lines; those of another version are passed over."""
+
+# Lines of another form are passed over, so its number goes up with every change of form.
+_PROBE, _SHARD = "probe 1", "shard 1"
 
 
 class Journal:
@@ -25,9 +26,9 @@ class Journal:
         self._probes: dict[str, tuple[list[int], Probe]] = {}
         self._shards: dict[str, tuple[str, ShardResult]] = {}
         for kind, name, stamp, values in _lines(self._path):
-            if kind == f"probe {VERSION}":
+            if kind == _PROBE:
                 self._probes[name] = stamp, Probe(*values[:-1], traits=tuple(values[-1]))
-            elif kind == f"shard {VERSION}":
+            elif kind == _SHARD:
                 findings = [Finding(*finding) for finding in values[-1]]
                 self._shards[name] = stamp, ShardResult(*values[:-1], findings=findings)
 
@@ -43,11 +44,11 @@ class Journal:
 
     def add_probe(self, name: str, stamp: list[int], probe: Probe) -> None:
         """Record that an image was probed."""
-        self._add([f"probe {VERSION}", name, stamp, list(probe)])
+        self._add([_PROBE, name, stamp, list(probe)])
 
     def add_shard(self, name: str, plan: str, result: ShardResult) -> None:
         """Record that a shard is finished."""
-        self._add([f"shard {VERSION}", name, plan, list(result)])
+        self._add([_SHARD, name, plan, list(result)])
 
     def close(self) -> None:
         """Close the file; the journal stays."""

@@ -1,5 +1,6 @@
 """Work spread over processes, with results in order and a progress bar."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -63,7 +64,9 @@ def map_tasks(
             workers, multiprocessing.get_context("spawn"), initializer=_start_worker
         )
         try:
-            for result, weight in zip(pool.map(function, tasks), weights, strict=True):
+            with _interrupts_ignored():
+                results = pool.map(function, tasks)
+            for result, weight in zip(results, weights, strict=True):
                 yield result
                 bar.update(weight)
         except BrokenProcessPool:
@@ -74,8 +77,23 @@ def map_tasks(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Let workers be born deaf to Control-C, which goes to the whole process group.
+
+    The parent ends them in order. Otherwise each would print a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _start_worker() -> None:
-    # Control-C goes to the whole process group. The parent ends its workers in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -87,11 +87,18 @@ def summarise(findings: Iterable[Finding]) -> dict[str, Any]:
             "count": len(found),
             "ids": format_ids(finding.id for finding in found),
             "examples": [
-                f"{finding.id}: {finding.detail}" for finding in sorted(found) if finding.detail
+                f"{finding.id}: {printable(finding.detail)}"
+                for finding in sorted(found)
+                if finding.detail
             ][:EXAMPLES],
         }
         for kind, found in by_kind.items()
     }
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal can't show, such as line breaks in a file's name."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def format_ids(ids: Iterable[int]) -> str:

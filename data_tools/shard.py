@@ -39,7 +39,7 @@ from data_tools.plan import (
     plan_items,
     plan_shards,
 )
-from data_tools.report import Finding, summarise
+from data_tools.report import Finding, printable, summarise
 from data_tools.tarball import TEMPORARY, Written, file_written
 from data_tools.write import ShardResult, ShardTask, write_shard
 
@@ -167,7 +167,7 @@ def _make_split(source: Source, out: Path, settings: Settings, run: Run) -> Spli
         probes = _probe_images(source, journal, run)
         items, findings = plan_items(source.annotations, probes, settings.max_size)
         if not items:
-            reason = findings[0].detail if findings else ""
+            reason = printable(findings[0].detail)
             raise UserError(
                 f"{source.images}: none of the {len(probes)} images that {source.file.name} "
                 f"lists can be read (the first: {reason})"

@@ -79,8 +79,8 @@ def synthesise(
             image_id = 1_000_000 * number + i + 1
             name = f"{image_id:012d}.jpg"
             rng = np.random.default_rng([settings.seed, number, i])
-            # A few images are as odd as some of COCO's: empty, or grayscale.
-            scene = draw_scene(rng, settings, empty=i % 40 == 17)
+            # A few images are as odd as some of COCO's: empty, crowded or grayscale.
+            scene = draw_scene(rng, settings, empty=i % 40 == 17, crowded=i % 20 == 8)
             picture = Image.fromarray(scene.image)
             picture = picture.convert("L") if i % 50 == 23 else picture
             picture.save(out / split / name, "JPEG", quality=92)
@@ -105,8 +105,21 @@ def synthesise(
         yield f"{split}: {count} images, {objects} objects, {crowds} crowds in {out / split}"
 
 
-def draw_scene(rng: np.random.Generator, settings: SynthSettings, *, empty: bool = False) -> Scene:
-    """Draw one image: a textured ground with up to eight shapes, from back to front."""
+def draw_scene(
+    rng: np.random.Generator,
+    settings: SynthSettings,
+    *,
+    empty: bool = False,
+    crowded: bool = False,
+) -> Scene:
+    """Draw one image: a textured ground with up to eight shapes, from back to front.
+
+    Args:
+        rng: all that is random.
+        settings: of what kind.
+        empty: draw no shapes.
+        crowded: draw a crowd behind the shapes.
+    """
     long = settings.size
     aspect = float(rng.choice(_ASPECTS, p=_SHARES))
     width = long if aspect >= 1 else round(long * aspect)
@@ -116,7 +129,7 @@ def draw_scene(rng: np.random.Generator, settings: SynthSettings, *, empty: bool
     sizes: list[int] = []
     crowd: np.ndarray | None = None
     crowd_class = int(rng.integers(settings.classes))
-    if not empty and rng.random() < 0.06:
+    if crowded:
         crowd = np.zeros((height, width), bool)
         _draw_crowd(rng, canvas, crowd, crowd_class)
     wanted = 0 if empty else int(rng.choice(8, p=[0.1, 0.16, 0.2, 0.18, 0.14, 0.1, 0.07, 0.05])) + 1

@@ -1,0 +1,230 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casc.data.index import Category
+from casc.errors import UserError
+from data_tools.coco import Annotations, check_annotations, read_annotations
+
+
+def make_data() -> dict[str, Any]:
+    return {
+        "info": {},
+        "images": [
+            {"id": 1, "file_name": "a.jpg", "width": 60, "height": 50},
+            {"id": 2, "file_name": "sub/b.png", "width": 30.0, "height": 40},
+        ],
+        "annotations": [make_annotation(id=11), make_annotation(id=12, image_id=2)],
+        "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "ant"}],
+    }
+
+
+def make_annotation(**fields: Any) -> dict[str, Any]:
+    entry = {
+        "id": 1,
+        "image_id": 1,
+        "category_id": 7,
+        "bbox": [1, 2.5, 3, 4],
+        "area": 12.0,
+        "iscrowd": 0,
+        "segmentation": [[1, 2, 4, 2, 4, 6]],
+    }
+    return {**entry, **fields}
+
+
+def kinds(annotations: Annotations) -> list[tuple[str, int]]:
+    return [(finding.kind, finding.id) for finding in annotations.findings]
+
+
+def test_a_sound_file_is_put_in_order(tmp_path: Path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(make_data()))
+    annotations = read_annotations(file)
+    assert annotations.categories == (Category(3, "ant"), Category(7, "cat"))
+    assert [image.file_name for image in annotations.images] == ["a.jpg", "sub/b.png"]
+    assert annotations.images[1].width == 30
+    assert [entry["id"] for entry in annotations.by_image[2]] == [12]
+    assert annotations.by_image[1][0]["bbox"] == [1, 2.5, 3, 4]
+    assert annotations.findings == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not valid JSON"),
+        (b'{"images": [', "not valid JSON"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"images": 1' + b"0" * 5000 + b"}", "not valid JSON"),
+        (b"[]", "expected an object"),
+        (b"null", "expected an object"),
+        (b"{}", "images: missing"),
+    ],
+)
+def test_files_that_are_not_coco_are_refused(tmp_path: Path, content: bytes, reason: str):
+    file = tmp_path / "instances_x.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=reason) as error:
+        read_annotations(file)
+    assert str(error.value).startswith(f"{file}: ")
+
+
+def test_an_absent_file_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"absent\.json: not found"):
+        read_annotations(tmp_path / "absent.json")
+    with pytest.raises(UserError, match="can't be read"):
+        read_annotations(tmp_path)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("annotations", {}, "f: annotations: expected a list, got {}"),
+        ("annotations", ..., "f: annotations: missing"),
+        ("images", [], "f: images: empty"),
+        ("categories", [], "f: categories: empty"),
+        ("images.1", 5, "f: images[1]: expected an object, got 5"),
+        ("images.1.id", "2", "f: images[1].id: expected an integer from 0 to 999999999999"),
+        ("images.1.id", -1, "f: images[1].id"),
+        ("images.1.id", 10**12, "f: images[1].id"),
+        ("images.1.id", True, "f: images[1].id"),
+        ("images.1.id", 1, "f: images[1].id: 1 is also the id of 'a.jpg'"),
+        ("images.1.id", ..., "f: images[1].id: missing"),
+        ("images.1.width", 0, "f: images[1].width"),
+        ("images.1.width", 30.5, "f: images[1].width"),
+        ("images.1.height", NAN, "f: images[1].height"),
+        ("images.1.height", 10**9, "f: images[1].height"),
+        ("images.1.file_name", "", "f: images[1].file_name"),
+        ("images.1.file_name", ["a"], "f: images[1].file_name"),
+        ("images.1.file_name", "../../etc/passwd", "leads out of the folder"),
+        ("images.1.file_name", "a/../../b.jpg", "leads out of the folder"),
+        ("images.1.file_name", "a\\..\\..\\b.jpg", "leads out of the folder"),
+        ("images.1.file_name", "/etc/passwd", "is an absolute path"),
+        ("images.1.file_name", "C:\\a.jpg", "is an absolute path"),
+        ("images.1.file_name", "a\0.jpg", "NUL"),
+        ("images.1.file_name", "a\ud800.jpg", "can't be a file's name"),
+        ("categories.0.id", None, "f: categories[0].id"),
+        ("categories.0.name", " ", "f: categories[0].name"),
+        ("categories.0.id", 3, "f: categories[1].id: 3 is 'ant' here and 'cat' before"),
+        ("annotations.1", [1], "f: annotations[1]: expected an object"),
+        ("annotations.1.id", 1.5, "f: annotations[1].id"),
+        ("annotations.1.id", 2**64, "f: annotations[1].id"),
+        ("annotations.1.image_id", None, "f: annotations[1].image_id"),
+        ("annotations.1.category_id", "7", "f: annotations[1].category_id"),
+        ("annotations.1.bbox", [1, 2], "f: annotations[1].bbox: expected 4 finite numbers"),
+        ("annotations.1.bbox", ..., "f: annotations[1].bbox: missing"),
+        ("annotations.1.bbox", [1, 2, 3, NAN], "got [1, 2, 3, nan]"),
+        ("annotations.1.bbox", [1, 2, 3, INF], "f: annotations[1].bbox"),
+        ("annotations.1.bbox", [1, 2, 3, 10**400], "f: annotations[1].bbox"),
+        ("annotations.1.bbox", [1, 2, 3, "4"], "f: annotations[1].bbox"),
+        ("annotations.1.bbox", [1, 2, 3, True], "f: annotations[1].bbox"),
+        ("annotations.1.area", NAN, "f: annotations[1].area"),
+        ("annotations.1.area", "12", "f: annotations[1].area"),
+        ("annotations.1.iscrowd", 2, "f: annotations[1].iscrowd: expected 0 or 1"),
+        ("annotations.1.iscrowd", "no", "f: annotations[1].iscrowd"),
+        ("annotations.1.ignore", 0.5, "f: annotations[1].ignore"),
+        ("annotations.1.segmentation", "abc", "f: annotations[1].segmentation: expected a list"),
+        ("annotations.1.segmentation", [1, 2, 3, 4, 5, 6], "annotations[1].segmentation[0]"),
+        ("annotations.1.segmentation", [[1, 2], [3, None]], "annotations[1].segmentation[1]"),
+        ("annotations.1.segmentation", {"counts": "a"}, "segmentation.size"),
+        ("annotations.1.segmentation", {"size": [5, 5.5], "counts": []}, "segmentation.size"),
+        ("annotations.1.segmentation", {"size": [5, 5]}, "segmentation.counts"),
+        ("annotations.1.segmentation", {"size": [5, 5], "counts": [1, 2.0]}, "counts"),
+    ],
+)
+def test_fields_of_a_wrong_form_are_refused_by_name(path: str, value: Any, named: str):
+    data = make_data()
+    *parents, last = path.split(".")
+    place: Any = data
+    for key in parents:
+        place = place[int(key) if isinstance(place, list) else key]
+    if value is ...:
+        del place[last]
+    else:
+        place[int(last) if isinstance(place, list) else last] = value
+    with pytest.raises(UserError) as error:
+        check_annotations(data, "f")
+    message = str(error.value)
+    assert named in message
+    assert "\n" not in message
+    assert message.isascii()
+    assert len(message) < 250
+
+
+def test_copies_are_left_out_and_counted():
+    data = make_data()
+    data["images"].append(dict(data["images"][0]))
+    data["annotations"].append(dict(data["annotations"][1]))
+    data["categories"].append(dict(data["categories"][0]))
+    annotations = check_annotations(data, "f")
+    assert sorted(kinds(annotations)) == [
+        ("duplicate_annotation", 12),
+        ("duplicate_category", 7),
+        ("duplicate_image", 1),
+    ]
+    assert len(annotations.images) == 2
+    assert [entry["id"] for entry in annotations.by_image[2]] == [12]
+    assert annotations.listed_images == 3
+    assert annotations.listed_annotations == 3
+
+
+def test_annotations_that_share_an_id_are_told_apart():
+    data = make_data()
+    data["annotations"] += [
+        make_annotation(id=11, bbox=[9, 9, 9, 9]),
+        make_annotation(id=11, bbox=[8, 8, 8, 8], image_id=2),
+    ]
+    annotations = check_annotations(data, "f")
+    assert kinds(annotations) == [("renumbered", 11), ("renumbered", 11)]
+    assert [entry["id"] for entry in annotations.by_image[1]] == [11, 13]
+    assert [entry["id"] for entry in annotations.by_image[2]] == [12, 14]
+
+
+def test_copies_with_nan_in_a_polygon_are_copies_still():
+    data = make_data()
+    bad = make_annotation(id=5, segmentation=[[NAN, 1, 2, 3, 4, 5]])
+    data["annotations"] += [bad, json.loads(json.dumps(bad))]
+    assert kinds(check_annotations(data, "f")) == [("duplicate_annotation", 5)]
+
+
+def test_what_is_missing_but_dispensable_is_counted():
+    data = make_data()
+    del data["annotations"][0]["iscrowd"], data["annotations"][0]["area"]
+    data["annotations"][1]["segmentation"] = None
+    annotations = check_annotations(data, "f")
+    assert sorted(kinds(annotations)) == [("missing_area", 11), ("missing_iscrowd", 11)]
+    assert annotations.by_image[1][0]["iscrowd"] == 0
+    assert annotations.by_image[1][0]["area"] is None
+    assert annotations.by_image[2][0]["segmentation"] is None
+
+
+def test_annotations_of_unknown_images_are_counted():
+    data = make_data()
+    data["annotations"][1]["image_id"] = 99
+    annotations = check_annotations(data, "f")
+    assert kinds(annotations) == [("unknown_image", 12)]
+    assert annotations.by_image[2] == []
+
+
+def test_shared_names_are_mentioned():
+    data = make_data()
+    data["images"][1]["file_name"] = "a.jpg"
+    data["categories"][1]["name"] = "cat"
+    annotations = check_annotations(data, "f")
+    assert kinds(annotations) == [("duplicate_category_name", 3), ("duplicate_file_name", 2)]
+    assert len(annotations.images) == 2
+
+
+def test_flags_may_be_booleans():
+    data = make_data()
+    data["annotations"][0] |= {"iscrowd": True, "ignore": True}
+    data["annotations"][1] |= {"iscrowd": False, "ignore": 0}
+    annotations = check_annotations(data, "f")
+    assert annotations.by_image[1][0]["iscrowd"] == 1
+    assert annotations.by_image[1][0]["ignore"] == 1
+    assert "ignore" not in annotations.by_image[2][0]

@@ -1,0 +1,91 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from casc.data.index import read_index
+from data_tools.cli import main
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data, out = tmp_path / "data", tmp_path / "shards"
+    assert run("synth", data, "--train", 12, "--val", 4, "--size", 96) == 0
+    assert "train2017: 12 images" in capsys.readouterr().out
+    assert run("shard", data, "--out", out, "--workers", 1, "--aspects", 1) == 0
+    text = capsys.readouterr().out
+    assert "train2017: 12 images" in text
+    assert "val2017: 4 images" in text
+    assert "nothing of a known category" not in text
+    assert run("check", out, "--workers", 1) == 0
+    assert "all well" in capsys.readouterr().out
+    assert run("show", out, "--out", tmp_path / "c.png", "--split", "val2017", "--n", 2) == 0
+    assert (tmp_path / "c.png").is_file()
+
+
+def test_shards_go_below_the_current_folder(
+    varied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("shard", varied.write(), "--no-progress", "--workers", 1) == 0
+    assert read_index(tmp_path / "shards").splits["train"].samples == 12
+    text = capsys.readouterr().out
+    assert "annotation: crowd" in text
+    assert "shards are in shards" in text
+
+
+def test_no_aspects_make_one_bucket(varied, tmp_path: Path):
+    out = tmp_path / "o"
+    assert run("shard", varied.write(), "--out", out, "--workers", 1, "--aspects") == 0
+    assert [bucket.name for bucket in read_index(out).splits["train"].buckets] == ["all"]
+
+
+def test_mistakes_are_a_line_on_stderr(varied, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for arguments in (
+        ["shard", tmp_path / "absent"],
+        ["shard", varied.write(), "--workers", 0],
+        ["shard", varied.write(), "--aspects", 2, 1],
+        ["check", tmp_path],
+        ["show", tmp_path],
+        ["synth", tmp_path / "x", "--classes", 2],
+    ):
+        assert run(*arguments) == 1
+        printed = capsys.readouterr()
+        assert printed.err.startswith("data_tools: ")
+        assert printed.err.count("\n") == 1
+        assert printed.out == ""
+    assert run("shard") == 2
+    assert run("shrad", "x") == 2
+
+
+def test_faults_are_printed_and_counted(varied, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    index, out = varied.shard()
+    name = index.splits["train"].shards[0].name
+    (out / name).unlink()
+    assert run("check", out, "--workers", 1) == 1
+    printed = capsys.readouterr()
+    assert printed.err == f"{name}: missing\n"
+    assert "1 faults" in printed.out
+
+
+def test_help_explains_every_flag():
+    command = [sys.executable, "-m", "data_tools", "shard", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for flag in ("--out", "--splits", "--aspects", "--max-size", "--samples-per-shard",
+                 "--shard-mib", "--trace-tolerance", "--workers", "--no-progress"):  # fmt: skip
+        assert flag in text
+    assert "annotations/instances_<split>.json" in text
+
+
+def test_nothing_heavy_is_imported():
+    """Workers start in a moment, because torch isn't among what they import."""
+    code = "import sys, data_tools.shard, data_tools.check; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -1,0 +1,177 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from casc.errors import UserError
+from data_tools.synth import CLASSES, SynthSettings, draw_scene, mask_polygons, synthesise
+
+COUNTS = {"train2017": 60, "val2017": 20}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("synth") / "data"
+    lines = list(synthesise(out, COUNTS, SynthSettings()))
+    assert lines[0].startswith("train2017: 60 images")
+    return out
+
+
+def annotations(data: Path, split: str = "train2017") -> dict[str, Any]:
+    return json.loads((data / "annotations" / f"instances_{split}.json").read_text())
+
+
+def rasterise(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """What pycocotools makes of a segmentation."""
+    rle = coco_mask.frPyObjects(segmentation, height, width)
+    merged: Any = coco_mask.merge(rle) if isinstance(rle, list) else rle
+    return coco_mask.decode(merged).astype(bool)
+
+
+def test_it_is_laid_out_as_coco(data: Path):
+    for split, count in COUNTS.items():
+        listed = annotations(data, split)
+        assert len(listed["images"]) == count
+        assert [c["name"] for c in listed["categories"]] == list(CLASSES[:6])
+        for image in listed["images"]:
+            with Image.open(data / split / image["file_name"]) as picture:
+                assert picture.format == "JPEG"
+                assert picture.size == (image["width"], image["height"])
+                assert max(picture.size) == 256
+                assert 0.6 < picture.width / picture.height < 1.7
+    ids = [image["id"] for split in COUNTS for image in annotations(data, split)["images"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_it_has_all_that_coco_has(data: Path):
+    listed = annotations(data)
+    objects = [entry for entry in listed["annotations"] if not entry["iscrowd"]]
+    crowds = [entry for entry in listed["annotations"] if entry["iscrowd"]]
+    assert {entry["category_id"] for entry in objects} == {1, 2, 3, 4, 5, 6}
+    assert any(len(entry["segmentation"]) > 1 for entry in objects)
+    assert crowds
+    assert all(isinstance(entry["segmentation"]["counts"], list) for entry in crowds)
+    per_image = [
+        sum(entry["image_id"] == image["id"] for entry in objects) for image in listed["images"]
+    ]
+    assert min(per_image) == 0
+    assert max(per_image) >= 6
+    assert len({(i["width"], i["height"]) for i in listed["images"]}) >= 4
+    modes = set()
+    for image in listed["images"]:
+        with Image.open(data / "train2017" / image["file_name"]) as picture:
+            modes.add(picture.mode)
+    assert modes == {"RGB", "L"}
+
+
+def test_boxes_areas_and_masks_agree(data: Path):
+    listed = annotations(data)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in listed["images"]}
+    for entry in listed["annotations"]:
+        height, width = sizes[entry["image_id"]]
+        mask = rasterise(entry["segmentation"], height, width)
+        x, y, w, h = entry["bbox"]
+        assert 0 <= x < x + w <= width
+        assert 0 <= y < y + h <= height
+        ys, xs = np.nonzero(mask)
+        assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == pytest.approx(
+            [x, y, x + w, y + h], abs=2.5
+        )
+        assert mask.sum() == pytest.approx(entry["area"], rel=0.06, abs=12)
+        if not entry["iscrowd"]:
+            assert min(w, h) >= 8
+            assert entry["area"] >= 100
+
+
+def test_objects_do_not_share_pixels(data: Path):
+    listed = annotations(data)
+    for image in listed["images"]:
+        masks = [
+            rasterise(entry["segmentation"], image["height"], image["width"])
+            for entry in listed["annotations"]
+            if entry["image_id"] == image["id"]
+        ]
+        for i, first in enumerate(masks):
+            for second in masks[:i]:
+                assert (first & second).sum() < 0.05 * min(first.sum(), second.sum()) + 6
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_seed_decides_everything(tmp_path: Path, seed: int):
+    for name in ("a", "b"):
+        list(synthesise(tmp_path / name, {"train2017": 6}, SynthSettings(size=96, seed=seed)))
+    list(synthesise(tmp_path / "c", {"train2017": 6}, SynthSettings(size=96, seed=seed + 1)))
+    files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")]
+    assert len(files) == 7
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        assert (tmp_path / "a" / file).read_bytes() != (tmp_path / "c" / file).read_bytes()
+
+
+def test_a_longer_data_set_begins_like_a_shorter_one(tmp_path: Path):
+    list(synthesise(tmp_path / "a", {"val2017": 3}, SynthSettings(size=96)))
+    list(synthesise(tmp_path / "b", {"val2017": 5}, SynthSettings(size=96)))
+    for path in (tmp_path / "a" / "val2017").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / "val2017" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("classes", [5, 8])
+def test_every_class_can_be_drawn(classes: int):
+    kinds = set()
+    for i in range(40):
+        scene = draw_scene(np.random.default_rng(i), SynthSettings(size=128, classes=classes))
+        assert scene.image.dtype == np.uint8
+        for kind, mask in scene.objects:
+            kinds.add(kind)
+            assert mask.shape == scene.image.shape[:2]
+            assert mask.any()
+            assert mask_polygons(mask)
+    assert kinds == set(range(classes))
+
+
+@given(
+    x=st.integers(8, 40),
+    y=st.integers(8, 40),
+    outer=st.integers(16, 25),
+    inner=st.integers(3, 10),
+)
+def test_holes_are_cut_open(x: int, y: int, outer: int, inner: int):
+    ys, xs = np.mgrid[:64, :64]
+    distance = np.hypot(xs - x, ys - y)
+    mask = (distance < outer) & (distance > inner)
+    polygons = mask_polygons(mask)
+    filled = rasterise(polygons, 64, 64)
+    iou = (filled & mask).sum() / (filled | mask).sum()
+    assert iou > 0.92
+    assert not filled[y, x]
+
+
+@pytest.mark.parametrize(
+    ("counts", "settings", "flag"),
+    [
+        ({"train2017": 0}, SynthSettings(), "--train"),
+        ({"val2017": -1}, SynthSettings(), "--val"),
+        (COUNTS, SynthSettings(size=8), "--size"),
+        (COUNTS, SynthSettings(classes=4), "--classes"),
+        (COUNTS, SynthSettings(classes=9), "--classes"),
+        (COUNTS, SynthSettings(seed=-1), "--seed"),
+    ],
+)
+def test_senseless_settings_are_refused(
+    tmp_path: Path, counts: dict[str, int], settings: SynthSettings, flag: str
+):
+    with pytest.raises(UserError, match=flag):
+        list(synthesise(tmp_path / "x", counts, settings))
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="exists already"):
+        list(synthesise(tmp_path, COUNTS, SynthSettings()))
