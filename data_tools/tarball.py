@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,8 +27,6 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Written:
                 member = tarfile.TarInfo(name)  # owner, group and time are all 0
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-        stream.flush()
-        os.fsync(stream.fileno())
         size = stream.tell()
         stream.seek(0)
         digest = hashlib.file_digest(stream, "sha256").hexdigest()

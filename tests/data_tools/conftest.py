@@ -108,7 +108,7 @@ def coco(tmp_path: Path) -> Coco:
     return Coco(tmp_path / "coco")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_picture() -> Callable[..., bytes]:
     return picture
 
