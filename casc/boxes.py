@@ -101,6 +101,9 @@ def decode(
 def clip(boxes: Tensor, size: Tensor) -> Tensor:
     """Clip boxes to their images.
 
+    NaN becomes 0: boxes turn into indices later on, and a run that diverges must reach
+    its finite check rather than read outside of memory.
+
     Args:
         boxes: [B, N, 4] xyxy.
         size: [B, 2] height and width in pixels.
@@ -109,7 +112,7 @@ def clip(boxes: Tensor, size: Tensor) -> Tensor:
         [B, N, 4] with 0 <= x <= width and 0 <= y <= height.
     """
     limit = size.flip(-1).repeat(1, 2)[:, None]
-    return torch.minimum(boxes.clamp(min=0), limit)
+    return torch.minimum(boxes.nan_to_num().clamp(min=0), limit)
 
 
 def _centre_form(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

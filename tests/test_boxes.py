@@ -113,6 +113,14 @@ def test_clip_is_torchvisions_per_image():
         torch.testing.assert_close(clipped[i], clip_boxes_to_image(boxes[i], (height, width)))
 
 
+def test_clipped_boxes_are_within_the_image_whatever_they_were(mode):
+    wild = torch.tensor([float("nan"), float("inf"), float("-inf"), 1e30])
+    boxes = torch.cartesian_prod(wild, wild, wild, wild)[None]
+    clipped = mode(clip)(boxes, torch.tensor([[50.0, 70.0]]))
+    assert clipped.unique().tolist() == [0, 50, 70]
+    assert (clipped[..., 1::2] <= 50).all()
+
+
 def test_decoding_shares_boxes_over_the_batch():
     boxes, deltas = random_boxes(7, 5), torch.randn(3, 7, 4, generator=torch.manual_seed(0))
     shared = decode(boxes, deltas, STDS, None)
