@@ -32,7 +32,8 @@ TESTS = Path(__file__).resolve().parent
 
 # Read when torch first compiles. A fixed folder, so that only the first run is cold.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(TESTS.parent / ".cache" / "inductor"))
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Tests' tensors are small: more threads would mostly wait for each other.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 hypothesis.settings.register_profile(
     "casc",
