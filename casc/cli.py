@@ -1,0 +1,213 @@
+"""The command line: `casc eval | predict | verify`. Training is `python -m casc.recipes.NAME`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+import tyro
+
+from casc.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
+    from casc.detect import Detector
+    from casc.weights.model import Trained
+
+Compile = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Measure a checkpoint's box and mask AP on shards, as COCO does.
+
+    Prints pycocotools' twelve figures of each.
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run's folder, a checkpoint's folder, a .safetensors file, or the reference's .pth."""
+    shards: tyro.conf.Positional[Path]
+    """Folder made by `data_tools shard`."""
+    split: str | None = None
+    """Which split; by default the one that the run evaluated on, or val2017."""
+    batch: int = 2
+    """Images per step."""
+    per_class: bool = False
+    """Also print each class's AP."""
+    out: Path | None = None
+    """Save all figures, also each class's, as JSON."""
+    device: str = "auto"
+    """auto: the accelerator if there is one, else the CPU. Or cpu, cuda, npu, ..."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of convolutions and matrix products; auto takes what suits the device."""
+    compile: Compile = "auto"
+    """Compile with torch.compile, once per canvas; auto does so on accelerators."""
+    workers: int = 2
+    """Reading processes; 0 reads in this one."""
+
+    def run(self) -> int:
+        """Evaluate."""
+        from tqdm import tqdm
+
+        from casc.data.index import read_index
+        from casc.data.stream import Loading
+        from casc.detect import evaluate_split
+        from casc.evaluate import format_table, write_evaluation
+        from casc.weights.model import load_trained
+        from casc.weights.read import check_classes
+
+        if self.batch < 1 or self.workers < 0:
+            raise UserError("--batch must be at least 1, --workers at least 0")
+        index = read_index(self.shards)
+        trained = load_trained(self.checkpoint)
+        recipe = trained.weights.recipe or {}
+        split = self.split or recipe.get("val_split", "val2017")
+        if split not in index.splits:
+            known = ", ".join(index.splits)
+            raise UserError(f"--split {split}: {self.shards} has no such split; it has {known}")
+        check_classes(trained.weights, index.categories, str(self.shards))
+        if trained.model.classes != len(index.categories):
+            raise UserError(
+                f"{trained.weights.source}: trained on {trained.model.classes} classes,"
+                f" {self.shards} has {len(index.categories)}"
+            )
+        detector = _detector(trained, self.device, self.dtype, self.compile)
+        _say(f"{trained.weights.source} on {split} of {self.shards}, {detector.device}")
+        total = index.splits[split].samples
+        with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
+            evaluation = evaluate_split(
+                detector,
+                self.shards,
+                index,
+                split,
+                batch=self.batch,
+                loading=Loading(workers=self.workers),
+                watch=bar.update,
+            )
+        assert evaluation is not None  # there is only this process
+        _say(format_table(evaluation, per_class=self.per_class))
+        if self.out:
+            write_evaluation(evaluation, self.out)
+            _say(f"all figures are in {self.out}")
+        return 0
+
+
+@dataclass(frozen=True)
+class PredictCommand:
+    """Detect objects in images: annotated pictures, and COCO-format JSON of all detections."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run's folder, a checkpoint's folder, a .safetensors file, or the reference's .pth."""
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Image files, folders of them, or patterns."""
+    out: Path = Path("predictions")
+    """Folder for the pictures and predictions.json."""
+    threshold: float = 0.5
+    """Leave out detections with a score below."""
+    shards: Path | None = None
+    """Take the names of classes from this folder, where the checkpoint doesn't know them."""
+    device: str = "auto"
+    """auto: the accelerator if there is one, else the CPU. Or cpu, cuda, npu, ..."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of convolutions and matrix products; auto takes what suits the device."""
+    compile: Compile = "off"
+    """Compile with torch.compile, which pays for many images only."""
+
+    def run(self) -> int:
+        """Predict; 1 if an image had to be skipped."""
+        from casc.data.index import read_index
+        from casc.predict import canvas_chooser, predict
+        from casc.weights.model import class_names, load_trained
+        from casc.weights.read import check_classes
+
+        if not self.images:
+            raise UserError("no images given")
+        trained = load_trained(self.checkpoint)
+        categories = class_names(trained)
+        if self.shards:
+            categories = read_index(self.shards).categories
+            check_classes(trained.weights, categories, str(self.shards))
+            if trained.model.classes != len(categories):
+                raise UserError(
+                    f"--shards {self.shards}: has {len(categories)} classes, the checkpoint was"
+                    f" trained on {trained.model.classes}"
+                )
+        detector = _detector(trained, self.device, self.dtype, self.compile)
+        done = predict(
+            lambda batch: detector(batch, (batch.image.shape[1], batch.image.shape[2])),
+            self.images,
+            self.out,
+            categories,
+            canvas_for=canvas_chooser(trained.image.short, trained.image.long),
+            score_threshold=self.threshold,
+            device=detector.device,
+            log=_say,
+        )
+        _say(f"{len(done.pictures)} pictures and {done.results_file.name} are in {self.out}")
+        return done.exit_code
+
+
+@dataclass(frozen=True)
+class VerifyCommand:
+    """Check that this device computes what the reference computed.
+
+    Runs a training step and inference on recorded inputs and compares every recorded
+    tensor; exits with 1 if one is out of tolerance. For a new device, driver or compiler.
+    """
+
+    goldens: tyro.conf.Positional[Path]
+    """Folder of golden files, such as the project's tests/goldens."""
+    device: str = "auto"
+    """auto: the accelerator if there is one, else the CPU. Or cpu, cuda, npu, ..."""
+    compile: bool = False
+    """Check the compiled functions."""
+
+    def run(self) -> int:
+        """Verify; 1 if anything is out of tolerance."""
+        from casc.devices import choose_device
+        from casc.verify import verify
+
+        return not verify(self.goldens, choose_device(self.device), compile=self.compile, log=_say)
+
+
+Command = (
+    Annotated[EvalCommand, tyro.conf.subcommand("eval")]
+    | Annotated[PredictCommand, tyro.conf.subcommand("predict")]
+    | Annotated[VerifyCommand, tyro.conf.subcommand("verify")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 if all is well, 1 if not, 2 on wrong usage."""
+    command: EvalCommand | PredictCommand | VerifyCommand = tyro.cli(
+        Command,
+        prog="casc",
+        description=__doc__,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        code = command.run()
+    except (UserError, OSError) as error:
+        print(f"casc: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _detector(trained: "Trained", device: str, dtype: str, compile: Compile) -> "Detector":
+    from casc.detect import new_detector
+    from casc.devices import choose_device, choose_dtype, traits
+    from casc.train.step import Compute, to_format
+
+    place = choose_device(device)
+    compiled = compile == "on" or (compile == "auto" and place.type != "cpu")
+    compute = Compute(choose_dtype(dtype, place), traits(place).memory_format, compiled)
+    params = to_format({k: v.to(place) for k, v in trained.params.items()}, compute.memory_format)
+    buffers = {k: v.to(place) for k, v in trained.buffers.items()}
+    return new_detector(params, buffers, trained.model, trained.image, compute, place)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
