@@ -1,0 +1,123 @@
+import os
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+
+from casc.errors import UserError
+from casc.train.distributed import (
+    ALONE,
+    Ranks,
+    average_gradients,
+    from_main,
+    gather,
+    mean,
+    process_group,
+    ranks_from_environment,
+    smallest,
+)
+from casc.train.loop import train
+
+
+def launch(function, *args, world=2):
+    """Run function(*args) on ranks as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_entry, (world, port, function, args), nprocs=world)  # type: ignore[attr-defined]
+
+
+def _entry(rank, world, port, function, args):
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    function(*args)
+
+
+def collectives():
+    ranks = ranks_from_environment()
+    with process_group(ranks, torch.device("cpu")):
+        shapes = [(4, 3, 3, 3), (8, 4, 1, 1), (1, 8, 2, 2), (7,), ()]
+        params = []
+        for i, shape in enumerate(shapes):
+            value = torch.zeros(shape)
+            if value.dim() == 4 and i != 2:
+                value = value.to(memory_format=torch.channels_last)
+            params.append(value.requires_grad_())
+        unused = torch.zeros(2).requires_grad_()
+        expected = []
+        for rank in range(2):
+            generator = torch.Generator().manual_seed(rank)
+            expected.append([torch.randn(shape, generator=generator) for shape in shapes])
+        for param, gradient in zip(params, expected[ranks.rank], strict=True):
+            param.grad = torch.empty_like(param).copy_(gradient)
+        average_gradients([*params, unused], ranks)
+        for param, a, b in zip(params, *expected, strict=True):
+            torch.testing.assert_close(param.grad, (a + b) / 2)
+        assert unused.grad is None
+        assert smallest(torch.tensor(5 - ranks.rank), ranks) == 4
+        assert mean(torch.tensor([1.0, 3.0]) * ranks.rank, ranks).tolist() == [0.5, 1.5]
+        assert from_main(("x", ranks.rank), ranks) == ("x", 0)
+        assert gather(ranks.rank, ranks) == ([0, 1] if ranks.main else [])
+    assert not dist.is_initialized()
+
+
+def test_collectives():
+    launch(collectives)
+
+
+def test_alone_nothing_is_sent():
+    value = torch.ones(3).requires_grad_()
+    value.grad = torch.full((3,), 2.0)
+    average_gradients([value], ALONE)
+    assert value.grad.tolist() == [2, 2, 2]
+    assert gather(1, ALONE) == [1]
+    assert from_main(1, ALONE) == 1
+    with process_group(ALONE, torch.device("cpu")) as device:
+        assert device.type == "cpu"
+
+
+def test_environment(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks_from_environment() == ALONE
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK isn't set: start with torchrun"):
+        ranks_from_environment()
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert ranks_from_environment() == Ranks(2, 1)
+    assert not ranks_from_environment().main
+
+
+def train_and_save(recipe, path):
+    state = train(recipe).state
+    plain = {k: v.detach().contiguous() for k, v in state.params.items()}
+    save_file(plain, path.format(os.environ["RANK"]))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_alike_and_resume(tiny_recipe, tmp_path):
+    recipe = replace(tiny_recipe, batch=1, max_steps=4, save_steps=2, evaluate_every=1, epochs=1)
+    path = str(tmp_path / "{}.safetensors")
+    launch(train_and_save, replace(recipe, max_steps=2), path)
+    launch(train_and_save, recipe, path)
+    broken = [load_file(path.format(rank)) for rank in (0, 1)]
+    launch(train_and_save, replace(recipe, out=tmp_path / "straight"), path)
+    straight = load_file(path.format(0))
+    for name, value in straight.items():
+        assert torch.equal(value, broken[0][name])
+        assert torch.equal(value, broken[1][name])
+    log = (recipe.folder / "log.jsonl").read_text()
+    assert log.count('"kind": "train", ') == 4
+    assert '"Batch_Size": "2 (2 x 1)"' in log
