@@ -1,0 +1,1 @@
+"""Recipes: each file is a run that `python -m casc.recipes.NAME` starts."""

@@ -1,16 +1,24 @@
 """From a recipe's command line to a run: `python -m casc.recipes.NAME`."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from casc.data.index import read_index
 from casc.devices import choose_device
 from casc.errors import UserError
 from casc.recipe import Recipe, check, describe, parse
 from casc.train.distributed import ranks_from_environment
-from casc.train.loop import train
+from casc.train.loop import Summary, train
 
 
-def launch(recipe: Recipe, description: str | None, args: list[str] | None = None) -> None:
+def launch(
+    recipe: Recipe,
+    description: str | None,
+    args: list[str] | None = None,
+    *,
+    prepare: Callable[[Recipe], object] = lambda recipe: None,
+) -> Summary | None:
     """Change the recipe by the command line and train, or say what would be done.
 
     What the user can mend ends in one line on stderr and exit status 1.
@@ -19,19 +27,30 @@ def launch(recipe: Recipe, description: str | None, args: list[str] | None = Non
         recipe: with its defaults.
         description: what `--help` says above the fields, usually the recipe's docstring.
         args: of the command line; by default sys.argv.
+        prepare: is called with the resolved recipe before a run, to make what it needs.
+
+    Returns:
+        How the run ended; None after `--dry-run`.
     """
+    recipe, dry_run = parse(recipe, description, args)
+    with errors_in_one_line():
+        if not dry_run:
+            prepare(recipe)
+            return train(recipe)
+        index = read_index(recipe.data)
+        world = ranks_from_environment().world
+        check(recipe, index, world)
+        print(describe(recipe, index, choose_device(recipe.device), world))
+    return None
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the program with a line on stderr where the user can mend what went wrong."""
     try:
-        recipe, dry_run = parse(recipe, description, args)
-        if dry_run:
-            index = read_index(recipe.data)
-            world = ranks_from_environment().world
-            check(recipe, index, world)
-            print(describe(recipe, index, choose_device(recipe.device), world))
-        else:
-            train(recipe)
+        yield
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(
-            f"\ninterrupted; the same command goes on from the newest checkpoint in {recipe.folder}"
-        )
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)

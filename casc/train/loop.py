@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -44,7 +43,7 @@ RESULTS, PICTURE, EVALUATIONS = "results.json", "first_batch.png", "evaluations"
 class Summary(NamedTuple):
     """How a run ended."""
 
-    folder: Path
+    recipe: Recipe
     state: State
     images_per_second: float
     """Median over the log's intervals in which no canvas was new."""
@@ -234,7 +233,7 @@ def _evaluate(run: Run, detector: Detector, state: State) -> Evaluation | None:
 def _conclude(run: Run, state: State, speed: float, evaluation: Evaluation | None) -> Summary:
     """Print the results in the columns of the project's table, and save them."""
     recipe = run.recipe
-    summary = Summary(recipe.folder, state, speed, evaluation)
+    summary = Summary(recipe, state, speed, evaluation)
     if not run.ranks.main:
         return summary
     path = recipe.folder / RESULTS

@@ -1,0 +1,105 @@
+"""The whole way on a small machine: generate, shard, train, evaluate, draw.
+
+What to type:
+
+    python -m casc.recipes.demo
+
+It generates 480 images of overlapping shapes in 6 classes and 60 others to evaluate on,
+shards them, trains a ResNet-18 detector with group norm from scratch, evaluates it, and
+draws what it finds on images that it has not been trained on. Everything lies in runs/demo.
+
+DEMO_COST
+"""
+
+from pathlib import Path
+
+from casc.box_head import BoxHeadConfig
+from casc.cli import PredictCommand
+from casc.data.augment import ImageConfig
+from casc.data.index import INDEX_NAME
+from casc.data.stream import Loading
+from casc.detector import DetectorConfig
+from casc.fpn import FPNConfig
+from casc.mask_head import MaskHeadConfig
+from casc.recipe import RANDOM, Recipe
+from casc.resnet import ResNetConfig
+from casc.rpn import RPNConfig
+from casc.train.launch import errors_in_one_line, launch
+from casc.train.loop import PICTURE
+from casc.train.optim import Optim
+from casc.train.schedule import Schedule
+from data_tools.cli import ShardCommand, SynthCommand
+
+TRAIN, VAL = 480, 60
+PICTURES = 12
+
+
+def demo() -> Recipe:
+    """A narrow detector, in float32 and not compiled: compiling would take longer than it saves."""
+    return Recipe(
+        name="demo",
+        data=Path("runs/demo/shards"),
+        init=RANDOM,
+        epochs=8,
+        batch=4,
+        dtype="float32",
+        compile=False,
+        evaluate_every=8,
+        save_every=2,
+        log_every=20,
+        optim=Optim(lr=0.02, reference_batch=4, clip_norm=10.0),
+        schedule=Schedule(kind="cosine", warmup_steps=100),
+        image=ImageConfig(short=192, long=256),
+        loading=Loading(workers=1),
+        model=DetectorConfig(
+            classes=6,
+            backbone=ResNetConfig(depth=18, norm="gn", frozen_stages=-1, width=32),
+            fpn=FPNConfig(channels=64, norm="gn"),
+            rpn=RPNConfig(
+                channels=64,
+                train_pre_nms=500,
+                train_proposals=300,
+                test_pre_nms=300,
+                test_proposals=100,
+            ),
+            box_head=BoxHeadConfig(samples=128, channels=256),
+            mask_head=MaskHeadConfig(convs=2, channels=64, norm="gn"),
+        ),
+    )
+
+
+def make_data(recipe: Recipe) -> None:
+    """Generate the images and shard them, unless there are shards already."""
+    if (recipe.data / INDEX_NAME).exists():
+        return
+    images = images_of(recipe)
+    if not images.exists():
+        SynthCommand(images, train=TRAIN, val=VAL, classes=recipe.model.classes).run()
+    ShardCommand(images, out=recipe.data, workers=1).run()
+
+
+def draw(recipe: Recipe) -> None:
+    """Predict on some of the images that were evaluated on, and say where the pictures are."""
+    found = sorted((images_of(recipe) / recipe.val_split).glob("*.jpg"))
+    chosen = found[:: max(1, len(found) // PICTURES)][:PICTURES]
+    pictures = recipe.folder / "pictures"
+    if chosen:
+        PredictCommand(str(recipe.folder), tuple(map(str, chosen)), out=pictures).run()
+        print(f"look at {pictures.absolute()} and {(recipe.folder / PICTURE).absolute()}")
+
+
+def images_of(recipe: Recipe) -> Path:
+    """Where the generated images are: beside the shards."""
+    return recipe.data.with_name("images")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the demo."""
+    summary = launch(demo(), __doc__, args, prepare=make_data)
+    if summary:
+        with errors_in_one_line():
+            draw(summary.recipe)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+import io
+import json
+import sys
+
+import pytest
+
+from casc.train.log import RESULT_COLUMNS, results_table, run_log
+
+VALUES = {
+    "loss": 1.25, "lr": 0.002, "images_per_second": 12.5, "data_wait": 0.031, "memory": 3 * 2**30,
+}  # fmt: skip
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_lines_without_a_terminal(tmp_path, capsys):
+    with run_log(tmp_path, start=0, total=20) as log:
+        log.train(10, VALUES)
+        log.warn("look out")
+        with log.progress(5, "evaluating") as watch:
+            watch(5)
+    output = capsys.readouterr().out
+    assert (
+        "step 10/20  loss 1.2500  lr 0.002  12.50 img/s  wait 3%  mem 3.0 GiB  eta 0:00:00"
+        in output
+    )
+    assert "warning: look out" in output
+    train, warning = read(tmp_path)
+    assert (train["kind"], train["step"], train["loss"]) == ("train", 10, 1.25)
+    assert train["time"] > 1.7e9
+    assert (warning["kind"], warning["text"]) == ("warning", "warning: look out")
+
+
+def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with run_log(tmp_path, start=5, total=20) as log:
+        for step in range(6, 21):
+            log.advance(step)
+        log.train(20, VALUES)
+        log.say("a message")
+        with log.progress(5, "evaluating") as watch:
+            watch(5)
+    shown = terminal.getvalue()
+    assert "20/20" in shown
+    assert "loss 1.2500  lr 0.002  12.50 img/s  wait 3%  mem 3.0 GiB" in shown
+    assert "evaluating" in shown
+    output = capsys.readouterr().out
+    assert "a message" in output
+    assert "step 20" not in output
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
+    with run_log(tmp_path, start=0, total=1) as log:
+        log.record("x", value=float("nan"), nested=[float("inf"), {"path": tmp_path}])
+    (record,) = read(tmp_path)
+    assert record["value"] == "nan"
+    assert record["nested"] == ["inf", {"path": str(tmp_path)}]
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    with run_log(tmp_path, start=0, total=1, main=False) as log:
+        log.say("x")
+        log.train(1, VALUES)
+        log.record("y")
+        log.scalars(1, VALUES, "val")
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_second_run_appends(tmp_path):
+    for step in (1, 2):
+        with run_log(tmp_path, start=0, total=2) as log:
+            log.train(step, VALUES)
+    assert [record["step"] for record in read(tmp_path)] == [1, 2]
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    with run_log(tmp_path, start=0, total=2, tensorboard=True) as log:
+        log.train(1, VALUES)
+        log.scalars(1, {"box_ap": 0.5, "box_apl": None}, "val")
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    data = events.read_bytes()
+    assert b"train/loss" in data
+    assert b"val/box_ap" in data
+    assert b"val/box_apl" not in data
+
+
+def test_results_table():
+    row = {name: f"value of {i}" for i, name in enumerate(RESULT_COLUMNS)}
+    head, line, body = results_table(row).splitlines()
+    assert [cell.strip() for cell in head.strip("|").split("|")] == [
+        "NAME", "Batch_Size", "Epochs", "Throughput", "Box AP", "Mask AP", "AMP_Type",
+        "Torch_Version",
+    ]  # fmt: skip
+    assert len(head) == len(line) == len(body)
+    assert body.count("value of") == 8
