@@ -1,4 +1,7 @@
-"""The command line: `casc eval | predict | verify`. Training is `python -m casc.recipes.NAME`."""
+"""The command line: `casc eval | predict | verify | bench`.
+
+Training is `python -m casc.recipes.NAME`.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -170,16 +173,61 @@ class VerifyCommand:
         return not verify(self.goldens, choose_device(self.device), compile=self.compile, log=_say)
 
 
+@dataclass(frozen=True)
+class BenchCommand:
+    """Time the training step (losses and gradients) on a made-up batch.
+
+    The model is the reference's R50-FPN with fresh weights; nothing is read from disk.
+    """
+
+    canvas: tuple[int, int] = (800, 1088)
+    """Height and width of the images in pixels, divisible by 32."""
+    batch: int = 2
+    """Images per step."""
+    objects: int = 8
+    """Objects per image."""
+    steps: int = 5
+    """Timed steps."""
+    json: bool = False
+    """Print one JSON object."""
+    device: str = "auto"
+    """auto: the accelerator if there is one, else the CPU. Or cpu, cuda, npu, ..."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of convolutions and matrix products; auto takes what suits the device."""
+    compile: bool = True
+    """Compile with torch.compile; --no-compile times the eager step."""
+
+    def run(self) -> int:
+        """Measure."""
+        from casc.bench import Load, bench_train, format_report
+        from casc.detector import DetectorConfig
+        from casc.devices import choose_device, choose_dtype, traits
+        from casc.train.step import Compute
+
+        if min(self.batch, self.steps) < 1 or self.objects < 0:
+            raise UserError("--batch and --steps must be at least 1, --objects at least 0")
+        if min(self.canvas) < 32 or any(side % 32 for side in self.canvas):
+            raise UserError(f"--canvas {self.canvas}: both sides must be multiples of 32")
+        device = choose_device(self.device)
+        dtype = choose_dtype(self.dtype, device)
+        compute = Compute(dtype, traits(device).memory_format, self.compile)
+        load = Load(self.canvas, self.batch, self.objects, self.steps)
+        report = bench_train(DetectorConfig(), load, compute, device)
+        _say(format_report(report, as_json=self.json))
+        return 0
+
+
 Command = (
     Annotated[EvalCommand, tyro.conf.subcommand("eval")]
     | Annotated[PredictCommand, tyro.conf.subcommand("predict")]
     | Annotated[VerifyCommand, tyro.conf.subcommand("verify")]
+    | Annotated[BenchCommand, tyro.conf.subcommand("bench")]
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 if all is well, 1 if not, 2 on wrong usage."""
-    command: EvalCommand | PredictCommand | VerifyCommand = tyro.cli(
+    command: EvalCommand | PredictCommand | VerifyCommand | BenchCommand = tyro.cli(
         Command,
         prog="casc",
         description=__doc__,

@@ -4,7 +4,7 @@
 folder, with the reference's settings, and compares every recorded tensor.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def verify(
         UserError: if the folder holds no golden set, or one can't be read.
     """
     passed = True
-    for golden in read_sets(folder):
+    for golden in read_sets(folder, log):
         mode = "compiled" if compile else "eager"
         log(f"{golden.name}: reference settings, float32, {mode}, {device}")
         rows = verify_set(golden, device, compile=compile)
@@ -80,8 +80,13 @@ def verify_set(golden: GoldenSet, device: torch.device, *, compile: bool = False
     params = {k: v.to(device) for k, v in params.items()}
     buffers = {k: v.to(device) for k, v in buffers.items()}
     table = Comparison(golden.tensors)
-    _verify_training(golden, config, params, buffers, device, table, compile=compile)
-    _verify_detections(golden, config, params, buffers, device, table, compile=compile)
+    record, gradients = run_training(golden, config, params, buffers, device, compile=compile)
+    compare_training(golden, record, table)
+    compare_gradients(golden, gradients, table)
+    for image, (found, masks) in enumerate(
+        run_detections(golden, config, params, buffers, device, compile=compile)
+    ):
+        compare_detections(golden, config, image, found, masks, table)
     # The pipeline's products are what the rest is computed from.
     inputs = ("raw.", "train.img", "train.gt_", "test")
     for key in golden.tensors.keys() - table.seen:
@@ -115,25 +120,23 @@ def format_rows(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-def _verify_training(
+def run_training(
     golden: GoldenSet,
     config: DetectorConfig,
     params: Params,
     buffers: Params,
     device: torch.device,
-    table: Comparison,
     *,
     compile: bool,
-) -> None:
+) -> tuple[Record, dict[str, Tensor | None]]:
+    """The training step on a set's batch: its record, and every parameter's gradient."""
     inputs = train_inputs(golden)
     height, width = inputs.image.shape[2:]
     noise = sampling_noise(golden, config, anchor_count(config.anchors, (height, width)))
-    batch = inputs.image.shape[0]
-    stored = [golden.tensors[f"rpn.proposals.{i}"] for i in range(batch)]
+    stored = [golden.tensors[f"rpn.proposals.{i}"] for i in range(inputs.image.shape[0])]
     proposals = _proposals(stored, config.rpn.train_proposals)
     params = {k: v.detach() for k, v in params.items()}
-    learned = trainable(config, params)
-    for value in learned.values():
+    for value in trainable(config, params).values():
         value.requires_grad_()
 
     def run(inputs: Inputs, noise: Noise, proposals: Proposals) -> tuple[Tensor, Record]:
@@ -142,24 +145,20 @@ def _verify_training(
     step = torch.compile(run, fullgraph=True, dynamic=False) if compile else run
     loss, record = step(*_to((inputs, noise, proposals), device))
     loss.backward()
-    gradients = {k: v.grad for k, v in params.items()}
-    compare_training(golden, record, table)
-    compare_gradients(golden, gradients, table)
-    for value in learned.values():
-        value.requires_grad_(False)
-        value.grad = None
+    return record, {k: v.grad for k, v in params.items()}
 
 
-def _verify_detections(
+def run_detections(
     golden: GoldenSet,
     config: DetectorConfig,
     params: Params,
     buffers: Params,
     device: torch.device,
-    table: Comparison,
     *,
     compile: bool,
-) -> None:
+) -> Iterator[tuple[Record, Tensor]]:
+    """Inference on each of a set's test images: its record, and masks at original size."""
+
     def run(inputs: Inputs, proposals: Proposals) -> Record:
         with torch.no_grad():
             return detection_record(params, buffers, config, inputs, proposals)
@@ -172,8 +171,7 @@ def _verify_detections(
         record = step(*_to((test_inputs(golden, image), proposals), device))
         height, width = golden.facts[f"test{image}.meta"]["ori_shape"][:2]
         boxes = record["det_bboxes"][0, :, :4].cpu()
-        masks = paste_masks(record["mask_prob"][0].cpu(), boxes, height, width)
-        compare_detections(golden, config, image, record, masks, table)
+        yield record, paste_masks(record["mask_prob"][0].cpu(), boxes, height, width)
         image += 1
 
 

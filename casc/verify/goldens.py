@@ -10,6 +10,7 @@ Legend: B images, G ground-truth capacity, A anchors, S samples.
 import json
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,18 +41,25 @@ class GoldenSet:
     """The JSON file: sizes, losses, gradient probes."""
 
 
-def read_sets(folder: Path) -> list[GoldenSet]:
+def read_sets(folder: Path, log: Callable[[str], None]) -> list[GoldenSet]:
     """Every golden set of a folder; a lite file is left out where the full one is there.
 
+    Args:
+        folder: where they lie.
+        log: told of files that are not sets.
+
     Raises:
-        UserError: if the folder holds no set, or a file of one is missing or unreadable.
+        UserError: if the folder holds no set, or a file of one is unreadable.
     """
     files = sorted(folder.glob(f"{PREFIX}*.safetensors"))
     sets = []
     for file in files:
         full = file.with_name(file.name.replace(LITE + ".", "."))
         facts_file = full.with_suffix(".json")
-        if (full != file and full in files) or not facts_file.exists():
+        if full != file and full in files:
+            continue
+        if not facts_file.exists():
+            log(f"{file.name}: left out, since there is no {facts_file.name} beside it")
             continue
         try:
             sets.append(GoldenSet(file.stem, load_file(file), json.loads(facts_file.read_text())))

@@ -1,0 +1,72 @@
+# Everything runs in .venv, which is made here on first use and again when pyproject.toml changes.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+# The Python that makes .venv: 3.11 or newer.
+python := env("CASC_PYTHON", "python3")
+# Processes (one per device) of train-8p and perf-8p.
+devices := env("CASC_DEVICES", "8")
+# Folder of shards that the training and performance runs read.
+data := env("CASC_DATA", "shards")
+
+bin := ".venv/bin"
+torchrun := bin / "torchrun --standalone --nproc-per-node " + devices
+
+[private]
+default:
+    @just --list --unsorted
+
+# The main job on generated data: make, shard, train, evaluate, draw (about 10 minutes on two CPU cores)
+demo *args: setup
+    {{ bin }}/python -m casc.recipes.demo {{ args }}
+
+# All tests
+test *args: setup
+    {{ bin }}/python -m pytest {{ args }}
+
+# Make or refresh .venv
+setup:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    [ .venv/.installed -nt pyproject.toml ] && exit 0
+    {{ python }} -c 'import sys; sys.exit("Python 3.11 or newer is needed; set CASC_PYTHON") if sys.version_info < (3, 11) else 0'
+    {{ python }} -m venv .venv
+    {{ bin }}/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+    touch .venv/.installed
+
+# Shard a data set in COCO's layout: just shard COCO [--splits val2017 ...]
+shard coco *args: setup
+    {{ bin }}/data_tools shard "{{ coco }}" --out "{{ data }}" {{ args }}
+
+# The full run on eight devices (CASC_DEVICES for another number): 12 epochs, evaluation, checkpoints
+train-8p *args: setup
+    {{ torchrun }} -m casc.recipes.coco_1x --data "{{ data }}" {{ args }}
+
+# The full run on one device
+train-1p *args: setup
+    {{ bin }}/python -m casc.recipes.coco_1x --data "{{ data }}" --name coco_1x_1p {{ args }}
+
+# Throughput on eight devices: a few hundred steps, no evaluation
+perf-8p *args: setup
+    {{ torchrun }} -m casc.recipes.coco_1x --data "{{ data }}" --name perf_8p --resume never --max-steps 300 --evaluate-every 0 --save-every 0 {{ args }}
+
+# Throughput on one device
+perf-1p *args: setup
+    {{ bin }}/python -m casc.recipes.coco_1x --data "{{ data }}" --name perf_1p --resume never --max-steps 300 --evaluate-every 0 --save-every 0 {{ args }}
+
+# Time the step of the demo's model and of the reference's on this machine
+bench *args: setup
+    {{ bin }}/casc bench {{ args }}
+
+# Style and types
+lint: setup
+    {{ bin }}/ruff check
+    {{ bin }}/ruff format --check
+    {{ bin }}/pyright --pythonpath {{ bin }}/python
+
+# Tests with coverage
+coverage: setup
+    {{ bin }}/python -m coverage erase
+    {{ bin }}/python -m coverage run -m pytest
+    {{ bin }}/python -m coverage combine --quiet
+    {{ bin }}/python -m coverage report
