@@ -3,6 +3,7 @@
 Each room's settings lie beside the function that they configure; here they come together.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,9 @@ class Recipe:
     """auto: the accelerator if there is one, else the CPU. Or cpu, cuda, npu, cuda:1, ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of convolutions and matrix products; auto takes what suits the device."""
+    exactness: Literal["default", "reference"] = "default"
+    """default: faster equivalents of some of the reference's operations. reference: its own way
+    in all of them (adaptive RoIAlign, mask targets from bitmaps)."""
     compile: bool = True
     """Compile the step with torch.compile; off, the same numbers come slower."""
 
@@ -115,6 +119,13 @@ class Facts(NamedTuple):
     """(H, W) of each bucket, by split."""
     wrapped: dict[str, int]
     """Per bucket, samples seen twice an epoch to fill its last step."""
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with its model as `exactness` wants it."""
+    if recipe.exactness == "reference":
+        return dataclasses.replace(recipe, model=detector.reference_settings(recipe.model))
+    return recipe
 
 
 def check(recipe: Recipe, index: Index, world: int = 1) -> None:
@@ -218,6 +229,7 @@ def split_canvases(split: Split, image: ImageConfig) -> list[tuple[int, int]]:
 
 def describe(recipe: Recipe, index: Index, device: torch.device, world: int = 1) -> str:
     """What `--dry-run` prints: the resolved recipe and what follows from it."""
+    recipe = resolved(recipe)
     derived = facts(recipe, index, world)
     params, _ = detector.init(recipe.model, torch.Generator().manual_seed(0))
     total = sum(p.numel() for p in params.values())

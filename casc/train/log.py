@@ -112,25 +112,6 @@ def run_log(folder: Path, **options: Any) -> Iterator[RunLog]:
         log.close()
 
 
-RESULT_COLUMNS = (
-    "NAME", "Batch_Size", "Epochs", "Throughput", "Box AP", "Mask AP", "AMP_Type", "Torch_Version"
-)  # fmt: skip
-
-
-def results_table(row: Mapping[str, str]) -> str:
-    """One row under the columns of `RESULT_COLUMNS`, as Markdown."""
-    widths = [max(len(name), len(row[name])) for name in RESULT_COLUMNS]
-    rows = [
-        RESULT_COLUMNS,
-        ["-" * width for width in widths],
-        [row[name] for name in RESULT_COLUMNS],
-    ]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)) + " |"
-        for cells in rows
-    )
-
-
 def _summary_writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -1,43 +1,37 @@
 """A training run from recipe to results, top to bottom."""
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-import torch
-
-import casc
-from casc.config import to_json
-from casc.data.index import Index, read_index
+from casc.data.index import read_index
 from casc.data.stream import to_device, training_batches
 from casc.detect import Detector, evaluate_split, new_detector
 from casc.devices import choose_device, choose_dtype, peak_memory, traits
 from casc.errors import UserError
 from casc.evaluate import Evaluation, format_table, write_evaluation
-from casc.ground_truth import read_json, write_json
-from casc.recipe import Facts, Recipe, advice, check, facts, rate_lines
+from casc.recipe import Recipe, check, facts, resolved
 from casc.train import checkpoint
-from casc.train.distributed import Ranks, average_gradients, process_group, ranks_from_environment
-from casc.train.log import RunLog, results_table, run_log
+from casc.train.distributed import (
+    average_gradients,
+    from_main,
+    process_group,
+    ranks_from_environment,
+)
 from casc.train.meter import Meter, watch_positives
 from casc.train.optim import make_optimizer, update
 from casc.train.picture import draw_batch
+from casc.train.results import conclude, concluded, figures_of
+from casc.train.run import Run, announce, open_log
 from casc.train.schedule import learning_rate
-from casc.train.start import (
-    CHECKPOINTS,
-    RECIPE,
-    data_position,
-    fresh_state,
-    resumed_state,
-    weights_metadata,
-)
+from casc.train.start import data_position, fresh_state, resumed_state, weights_metadata
 from casc.train.state import State
 from casc.train.step import Compute, LossStep, make_loss_step
 
-RESULTS, PICTURE, EVALUATIONS = "results.json", "first_batch.png", "evaluations"
+PICTURE, EVALUATIONS = "first_batch.png", "evaluations"
 
 
 class Summary(NamedTuple):
@@ -51,19 +45,6 @@ class Summary(NamedTuple):
     """The last one; None on other ranks than the main one, or if there was none."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """What stays the same all through a run."""
-
-    recipe: Recipe
-    index: Index
-    facts: Facts
-    compute: Compute
-    device: torch.device
-    ranks: Ranks
-    log: RunLog
-
-
 def train(recipe: Recipe) -> Summary:
     """Run a recipe to its end, or go on with it from where its output folder says.
 
@@ -72,6 +53,7 @@ def train(recipe: Recipe) -> Summary:
     Raises:
         UserError: the recipe, the data, the output folder or a loss is not as it has to be.
     """
+    recipe = resolved(recipe)
     index = read_index(recipe.data)
     ranks = ranks_from_environment()
     check(recipe, index, ranks.world)
@@ -85,9 +67,11 @@ def train(recipe: Recipe) -> Summary:
         if state is None:
             state, more = fresh_state(recipe, index, device, compute.memory_format)
             notes += more
-        with _open_log(recipe, derived, state, ranks) as log:
+        with open_log(recipe, derived, state, ranks) as log:
             run = Run(recipe, index, derived, compute, device, ranks, log)
-            _announce(run, state, notes)
+            if from_main(concluded(run, state.step) if ranks.main else None, ranks):
+                return Summary(recipe, state, 0.0, None)
+            announce(run, state, notes)
             return _loop(run, state)
 
 
@@ -154,7 +138,12 @@ def _loop(run: Run, state: State) -> Summary:
                 meter.check()
                 with meter.paused():
                     evaluation = _evaluate(run, detector, state)
-    return _conclude(run, state, meter.typical_speed(), evaluation)
+    if evaluation is None and recipe.evaluate_every:  # stopped between the last save and it
+        evaluation = _evaluate(run, detector, state)
+    speed = meter.typical_speed()
+    if ranks.main:
+        conclude(run, state.step, speed, evaluation)
+    return Summary(recipe, state, speed, evaluation)
 
 
 def _rate(run: Run, step: int) -> float:
@@ -180,10 +169,10 @@ def _due(run: Run, step: int, epochs: int, steps: int | None = None) -> bool:
 def _save(run: Run, state: State) -> None:
     if not run.ranks.main:
         return
-    recipe, folder = run.recipe, run.recipe.folder / CHECKPOINTS
+    recipe = run.recipe
     try:
         checkpoint.save(
-            folder,
+            run.checkpoints,
             state,
             metadata=weights_metadata(recipe, run.index, state.step),
             position=data_position(
@@ -195,13 +184,14 @@ def _save(run: Run, state: State) -> None:
             raise
         run.log.warn(f"{error}; training goes on")
         return
-    checkpoint.tidy(folder, keep_last=recipe.keep_last, keep_best=_best_metric(recipe))
+    run.tidy()
     run.log.record("save", step=state.step)
 
 
 def _evaluate(run: Run, detector: Detector, state: State) -> Evaluation | None:
     recipe, log = run.recipe, run.log
     images = run.index.splits[recipe.val_split].samples
+    began = time.perf_counter()
     log.say(f"evaluating on {recipe.val_split}, {images:,} images")
     with log.progress(images, "evaluating") as watch:
         evaluation = evaluate_split(
@@ -216,108 +206,23 @@ def _evaluate(run: Run, detector: Detector, state: State) -> Evaluation | None:
         )
     if evaluation is None:
         return None
-    figures = flat_figures(evaluation)
-    log.say(format_table(evaluation), "evaluation", step=state.step, figures=figures)
+    figures = figures_of(evaluation)
+    log.say(
+        format_table(evaluation),
+        "evaluation",
+        step=state.step,
+        seconds=round(time.perf_counter() - began, 1),
+        figures=figures,
+    )
     log.scalars(state.step, figures, "val")
     folder = recipe.folder / EVALUATIONS
     folder.mkdir(exist_ok=True)
     write_evaluation(evaluation, folder / f"step-{state.step:08d}.json")
-    checkpoints = recipe.folder / CHECKPOINTS
-    saved = checkpoint.path_of(checkpoints, state.step)
+    saved = checkpoint.path_of(run.checkpoints, state.step)
     if saved.is_dir():
         checkpoint.add_metrics(saved, figures)
-        checkpoint.tidy(checkpoints, keep_last=recipe.keep_last, keep_best=_best_metric(recipe))
+        run.tidy()
     return evaluation
-
-
-def _conclude(run: Run, state: State, speed: float, evaluation: Evaluation | None) -> Summary:
-    """Print the results in the columns of the project's table, and save them."""
-    recipe = run.recipe
-    summary = Summary(recipe, state, speed, evaluation)
-    if not run.ranks.main:
-        return summary
-    path = recipe.folder / RESULTS
-    if not speed and path.exists():
-        run.log.say(f"{recipe.folder}: the run is already at its end, step {state.step:,}")
-        print(results_table(read_json(path)["row"]))
-        return summary
-    figures = flat_figures(evaluation) if evaluation else {}
-    row = {
-        "NAME": recipe.name,
-        "Batch_Size": f"{run.facts.images_per_step} ({run.ranks.world} x {recipe.batch})",
-        "Epochs": f"{state.step / run.facts.steps_per_epoch:.4g}",
-        "Throughput": f"{speed:.2f} img/s",
-        "Box AP": _percent(figures.get("box_ap")),
-        "Mask AP": _percent(figures.get("mask_ap")),
-        "AMP_Type": str(run.compute.dtype).removeprefix("torch."),
-        "Torch_Version": torch.__version__,
-    }
-    write_json({"row": row, "step": state.step, "figures": figures}, path)
-    run.log.say(results_table(row), "results", row=row)
-    run.log.say(f"output in {recipe.folder.absolute()}")
-    return summary
-
-
-def flat_figures(evaluation: Evaluation) -> dict[str, float | None]:
-    """All figures under names such as box_ap and mask_ap50, in [0, 1]."""
-    titles = {"bbox": "box", "segm": "mask"}
-    return {
-        f"{titles[kind]}_{name.lower()}": value
-        for kind, figures in evaluation.figures.items()
-        for name, value in figures.items()
-    }
-
-
-def _best_metric(recipe: Recipe) -> str | None:
-    return None if recipe.keep_best == "none" else recipe.keep_best
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-@contextmanager
-def _open_log(recipe: Recipe, derived: Facts, state: State, ranks: Ranks) -> Iterator[RunLog]:
-    """Make the output folder with the resolved recipe in it, and open its log."""
-    if ranks.main:
-        try:
-            (recipe.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            write_json(to_json(recipe), recipe.folder / RECIPE)
-        except OSError as error:
-            raise UserError(f"--out {recipe.folder}: can't be written ({error})") from None
-        checkpoint.sweep(recipe.folder / CHECKPOINTS)
-    with run_log(
-        recipe.folder,
-        start=state.step,
-        total=derived.steps,
-        main=ranks.main,
-        tensorboard=recipe.tensorboard,
-    ) as log:
-        yield log
-
-
-def _announce(run: Run, state: State, notes: list[str]) -> None:
-    recipe, log = run.recipe, run.log
-    log.record(
-        "run",
-        step=state.step,
-        steps=run.facts.steps,
-        steps_per_epoch=run.facts.steps_per_epoch,
-        device=str(run.device),
-        world=run.ranks.world,
-        casc=casc.__version__,
-        torch=torch.__version__,
-        recipe=to_json(recipe),
-    )
-    for note in [*notes, *(f"warning: {text}" for text in advice(recipe))]:
-        log.say(note)
-    log.say(
-        f"{recipe.name}: {run.facts.steps:,} steps of {run.facts.images_per_step} images on"
-        f" {run.ranks.world} x {run.device.type}, {run.compute.dtype}; output in {recipe.folder}"
-    )
-    log.say("learning rate: " + "; ".join(rate_lines(recipe, run.facts)))
-    for bucket, count in run.facts.wrapped.items():
-        log.say(f"bucket {bucket}: {count} images an epoch are seen twice, to fill its last step")
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from casc.train.log import RESULT_COLUMNS, results_table, run_log
+from casc.train.log import run_log
+from casc.train.results import COLUMNS, results_table
 
 VALUES = {
     "loss": 1.25, "lr": 0.002, "images_per_second": 12.5, "data_wait": 0.031, "memory": 3 * 2**30,
@@ -91,7 +92,7 @@ def test_tensorboard(tmp_path):
 
 
 def test_results_table():
-    row = {name: f"value of {i}" for i, name in enumerate(RESULT_COLUMNS)}
+    row = {name: f"value of {i}" for i, name in enumerate(COLUMNS)}
     head, line, body = results_table(row).splitlines()
     assert [cell.strip() for cell in head.strip("|").split("|")] == [
         "NAME", "Batch_Size", "Epochs", "Throughput", "Box AP", "Mask AP", "AMP_Type",

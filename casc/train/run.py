@@ -1,0 +1,93 @@
+"""A run: what stays the same from its first step to its last, and where its output goes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import casc
+from casc.config import to_json
+from casc.data.index import Index
+from casc.errors import UserError
+from casc.ground_truth import write_json
+from casc.recipe import Facts, Recipe, advice, rate_lines
+from casc.train import checkpoint
+from casc.train.distributed import Ranks
+from casc.train.log import RunLog, run_log
+from casc.train.start import CHECKPOINTS, RECIPE
+from casc.train.state import State
+from casc.train.step import Compute
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe with everything that it was resolved to."""
+
+    recipe: Recipe
+    index: Index
+    facts: Facts
+    compute: Compute
+    device: torch.device
+    ranks: Ranks
+    log: RunLog
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.recipe.folder / CHECKPOINTS
+
+    def tidy(self) -> None:
+        """Delete the checkpoints that the recipe doesn't keep."""
+        best = None if self.recipe.keep_best == "none" else self.recipe.keep_best
+        checkpoint.tidy(self.checkpoints, keep_last=self.recipe.keep_last, keep_best=best)
+
+
+@contextmanager
+def open_log(recipe: Recipe, derived: Facts, state: State, ranks: Ranks) -> Iterator[RunLog]:
+    """Make the output folder with the resolved recipe in it, and open its log.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    if ranks.main:
+        try:
+            (recipe.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            write_json(to_json(recipe), recipe.folder / RECIPE)
+        except OSError as error:
+            raise UserError(f"--out {recipe.folder}: can't be written ({error})") from None
+        checkpoint.sweep(recipe.folder / CHECKPOINTS)
+    with run_log(
+        recipe.folder,
+        start=state.step,
+        total=derived.steps,
+        main=ranks.main,
+        tensorboard=recipe.tensorboard,
+    ) as log:
+        yield log
+
+
+def announce(run: Run, state: State, notes: list[str]) -> None:
+    """Say and record what is about to happen."""
+    recipe, log = run.recipe, run.log
+    log.record(
+        "run",
+        step=state.step,
+        steps=run.facts.steps,
+        steps_per_epoch=run.facts.steps_per_epoch,
+        device=str(run.device),
+        world=run.ranks.world,
+        casc=casc.__version__,
+        torch=torch.__version__,
+        recipe=to_json(recipe),
+    )
+    for note in [*notes, *(f"warning: {text}" for text in advice(recipe))]:
+        log.say(note)
+    log.say(
+        f"{recipe.name}: {run.facts.steps:,} steps of {run.facts.images_per_step} images on"
+        f" {run.ranks.world} x {run.device.type}, {run.compute.dtype}; output in {recipe.folder}"
+    )
+    log.say("learning rate: " + "; ".join(rate_lines(recipe, run.facts)))
+    for bucket, count in run.facts.wrapped.items():
+        log.say(f"bucket {bucket}: {count} images an epoch are seen twice, to fill its last step")
