@@ -16,7 +16,7 @@ torchrun := bin / "torchrun --standalone --nproc-per-node " + devices
 default:
     @just --list --unsorted
 
-# The main job on generated data: make, shard, train, evaluate, draw (about 10 minutes on two CPU cores)
+# The main job on generated data: make, shard, train, evaluate, draw
 demo *args: setup
     {{ bin }}/python -m casc.recipes.demo {{ args }}
 
@@ -54,7 +54,7 @@ perf-8p *args: setup
 perf-1p *args: setup
     {{ bin }}/python -m casc.recipes.coco_1x --data "{{ data }}" --name perf_1p --resume never --max-steps 300 --evaluate-every 0 --save-every 0 {{ args }}
 
-# Time the step of the demo's model and of the reference's on this machine
+# Time the training step of the reference model on this machine
 bench *args: setup
     {{ bin }}/casc bench {{ args }}
 

@@ -4,7 +4,7 @@ What to type:
 
     python -m casc.recipes.demo
 
-It generates 480 images of overlapping shapes in 6 classes and 60 others to evaluate on,
+It generates 1,200 images of overlapping shapes in 5 classes and 100 others to evaluate on,
 shards them, trains a ResNet-18 detector with group norm from scratch, evaluates it, and
 draws what it finds on images that it has not been trained on. Everything lies in runs/demo.
 
@@ -13,12 +13,13 @@ DEMO_COST
 
 from pathlib import Path
 
+from casc.anchors import AnchorConfig
 from casc.box_head import BoxHeadConfig
 from casc.cli import PredictCommand
 from casc.data.augment import ImageConfig
 from casc.data.index import INDEX_NAME
 from casc.data.stream import Loading
-from casc.detector import DetectorConfig
+from casc.detector import DetectorConfig, InferenceConfig
 from casc.fpn import FPNConfig
 from casc.mask_head import MaskHeadConfig
 from casc.recipe import RANDOM, Recipe
@@ -30,7 +31,9 @@ from casc.train.optim import Optim
 from casc.train.schedule import Schedule
 from data_tools.cli import ShardCommand, SynthCommand
 
-TRAIN, VAL = 480, 60
+TRAIN, VAL, SIDE = 1200, 100, 224
+# Two buckets, tall and wide: canvases without much padding.
+ASPECTS = (1.0,)
 PICTURES = 12
 
 
@@ -40,30 +43,33 @@ def demo() -> Recipe:
         name="demo",
         data=Path("runs/demo/shards"),
         init=RANDOM,
-        epochs=8,
+        epochs=4,
         batch=4,
         dtype="float32",
         compile=False,
-        evaluate_every=8,
-        save_every=2,
+        evaluate_every=2,
+        save_every=1,
         log_every=20,
-        optim=Optim(lr=0.02, reference_batch=4, clip_norm=10.0),
+        optim=Optim(lr=0.04, reference_batch=4, clip_norm=10.0),
         schedule=Schedule(kind="cosine", warmup_steps=100),
-        image=ImageConfig(short=192, long=256),
+        image=ImageConfig(short=192, long=SIDE),
         loading=Loading(workers=1),
         model=DetectorConfig(
-            classes=6,
+            classes=5,
             backbone=ResNetConfig(depth=18, norm="gn", frozen_stages=-1, width=32),
             fpn=FPNConfig(channels=64, norm="gn"),
+            anchors=AnchorConfig(scale=6.0),
             rpn=RPNConfig(
                 channels=64,
+                samples=128,
                 train_pre_nms=500,
-                train_proposals=300,
+                train_proposals=200,
                 test_pre_nms=300,
                 test_proposals=100,
             ),
-            box_head=BoxHeadConfig(samples=128, channels=256),
+            box_head=BoxHeadConfig(samples=64, channels=256),
             mask_head=MaskHeadConfig(convs=2, channels=64, norm="gn"),
+            inference=InferenceConfig(detections=30),
         ),
     )
 
@@ -74,8 +80,8 @@ def make_data(recipe: Recipe) -> None:
         return
     images = images_of(recipe)
     if not images.exists():
-        SynthCommand(images, train=TRAIN, val=VAL, classes=recipe.model.classes).run()
-    ShardCommand(images, out=recipe.data, workers=1).run()
+        SynthCommand(images, train=TRAIN, val=VAL, size=SIDE, classes=recipe.model.classes).run()
+    ShardCommand(images, out=recipe.data, aspects=ASPECTS).run()
 
 
 def draw(recipe: Recipe) -> None:

@@ -1,0 +1,53 @@
+"""What the README says is true of the project it stands in."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+TWO_COMMANDS = [f"python3 -m pip install rust-just && just {job}" for job in ("demo", "test")]
+
+
+def test_first_screen_has_the_two_commands() -> None:
+    first_screen = README.splitlines()[:24]
+    for command in TWO_COMMANDS:
+        assert any(line.strip() == command for line in first_screen)
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    install, job = TWO_COMMANDS[1].split(" && ")
+    assert install.split()[-1] in ci
+    assert job in ci.splitlines()
+
+
+def test_library_example_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["total"].isfinite()
+    assert all(p.grad is not None for p in names["params"].values() if p.requires_grad)
+    assert names["boxes"].shape == (2, 100, 4)
+    assert names["masks"].shape == (2, 100, 28, 28)
+
+
+def test_every_just_recipe_named_exists() -> None:
+    named = set(re.findall(r"\bjust ([a-z][\w-]*)", README)) - {"instead"}
+    listed = subprocess.run(
+        [str(Path(sys.executable).with_name("just")), "--justfile", str(ROOT / "justfile"), "--summary"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert named <= set(listed)
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_readme_stays_short() -> None:
+    assert len(README.splitlines()) < 200
