@@ -63,30 +63,52 @@ def map_tasks(
         pool = ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), initializer=_start_worker
         )
-        try:
-            with _interrupts_ignored():
-                results = pool.map(function, tasks)
-            for result, weight in zip(results, weights, strict=True):
-                yield result
-                bar.update(weight)
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process died, perhaps for lack of memory; try fewer --workers"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        with _one_interrupt():
+            try:
+                with _no_interrupts():
+                    results = pool.map(function, tasks)
+                for result, weight in zip(results, weights, strict=True):
+                    yield result
+                    bar.update(weight)
+            except BrokenProcessPool:
+                raise UserError(
+                    "a worker process died, perhaps for lack of memory; try fewer --workers"
+                ) from None
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
+def _one_interrupt() -> Iterator[None]:
+    """Take the first Control-C as usual and ignore further ones.
+
+    A second one would catch the pool while it shuts down, and leave it waiting for ever.
+    """
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    with _handling_interrupts(interrupt):
+        yield
+
+
+def _no_interrupts() -> contextlib.AbstractContextManager[None]:
     """Let workers be born deaf to Control-C, which goes to the whole process group.
 
     The parent ends them in order. Otherwise each would print a traceback.
     """
+    return _handling_interrupts(signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _handling_interrupts(
+    handler: Callable[..., None] | signal.Handlers,
+) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # only the main thread gets signals
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:

@@ -265,9 +265,9 @@ def test_killed_in_the_middle_it_can_be_run_again(
     coco, make_picture, tmp_path: Path, settings: Settings, quiet_run, how: signal.Signals
 ):
     # Large enough to be in the middle of something for a while.
-    data = make_picture(1200, 900)
-    for i in range(40):
-        coco.object(coco.image(1200, 900, data=data, name=f"{i}.jpg"))
+    data = make_picture(800, 600)
+    for i in range(32):
+        coco.object(coco.image(800, 600, data=data, name=f"{i}.jpg"))
     coco.write()
     whole, out = tmp_path / "whole", tmp_path / "out"
     shard_dataset(coco.root, whole, None, settings, quiet_run())
@@ -286,6 +286,10 @@ def test_killed_in_the_middle_it_can_be_run_again(
         and time.monotonic() < deadline
     ):
         time.sleep(0.002)
+    if how == signal.SIGINT:  # as a terminal sends it, and by someone impatient
+        os.killpg(process.pid, how)
+        time.sleep(0.02)
+        os.killpg(process.pid, how)
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     if how != signal.SIGKILL:
