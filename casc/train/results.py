@@ -47,7 +47,9 @@ def conclude(run: Run, step: int, speed: float, evaluation: Evaluation | None) -
 
 
 def concluded(run: Run, step: int) -> bool:
-    """Whether the run has ended at this step before; if so, print its row again."""
+    """Whether this step is the run's end and it got there before; if so, print its row."""
+    if step < run.facts.steps:
+        return False
     path = run.recipe.folder / RESULTS
     results = read_json(path) if path.exists() else {}
     if results.get("step") != step:
