@@ -175,9 +175,7 @@ def _save(run: Run, state: State) -> None:
             run.checkpoints,
             state,
             metadata=weights_metadata(recipe, run.index, state.step),
-            position=data_position(
-                recipe, run.index.splits[recipe.train_split], run.facts, state.step
-            ),
+            position=data_position(recipe, run.index, run.facts, state.step),
         )
     except UserError as error:
         if state.step == run.facts.steps:

@@ -10,7 +10,7 @@ import torch
 import casc
 from casc import detector
 from casc.config import differences, from_json, to_json
-from casc.data.index import Index, Split
+from casc.data.index import Index
 from casc.errors import UserError
 from casc.recipe import FREE_FIELDS, IMAGENET, RANDOM, Facts, Recipe
 from casc.resnet import PREFIX
@@ -78,14 +78,14 @@ def resumed_state(
         return None, notes
     loaded = checkpoint.load(found)
     _check_recipe(recipe, found)
-    _check_position(recipe, index.splits[recipe.train_split], derived, loaded.position)
+    _check_position(recipe, index, derived, loaded.position)
     params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
     state = new_state(recipe.model, params, buffers, device, memory_format)
     state = checkpoint.restore(state, loaded, found)
     return state, [*notes, f"continuing from {found} at step {state.step:,}"]
 
 
-def data_position(recipe: Recipe, split: Split, derived: Facts, step: int) -> dict[str, Any]:
+def data_position(recipe: Recipe, index: Index, derived: Facts, step: int) -> dict[str, Any]:
     """What resuming needs beside tensors: which samples the steps so far have seen."""
     return {
         "step": step,
@@ -95,7 +95,7 @@ def data_position(recipe: Recipe, split: Split, derived: Facts, step: int) -> di
         "workers": max(recipe.loading.workers, 1),
         "window": recipe.loading.window,
         "seed": recipe.seed,
-        "data": fingerprint(split),
+        "data": fingerprint(index, recipe.train_split),
     }
 
 
@@ -113,10 +113,13 @@ def weights_metadata(recipe: Recipe, index: Index, step: int) -> dict[str, str]:
     }
 
 
-def fingerprint(split: Split) -> str:
-    """A hash that changes when the shards to train on do."""
-    shards = [(s.name, s.bucket, s.samples, s.sha256) for s in split.shards if s.train]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
+def fingerprint(index: Index, split: str) -> str:
+    """A hash that changes when the shards to train on do, or the classes."""
+    shards = [
+        (s.name, s.bucket, s.samples, s.sha256) for s in index.splits[split].shards if s.train
+    ]
+    classes = [(category.id, category.name) for category in index.categories]
+    return hashlib.sha256(json.dumps([classes, shards]).encode()).hexdigest()[:16]
 
 
 def _find(recipe: Recipe) -> tuple[Path | None, list[str]]:
@@ -150,9 +153,9 @@ def _check_recipe(recipe: Recipe, found: Path) -> None:
             )
 
 
-def _check_position(recipe: Recipe, split: Split, derived: Facts, position: dict[str, Any]) -> None:
+def _check_position(recipe: Recipe, index: Index, derived: Facts, position: dict[str, Any]) -> None:
     """Refuse to continue where the steps so far would mean other samples."""
-    now = data_position(recipe, split, derived, position["step"])
+    now = data_position(recipe, index, derived, position["step"])
     within_epoch = position["step"] % derived.steps_per_epoch != 0
     for name, flag, always in (
         ("data", "--data", True),

@@ -142,8 +142,13 @@ def test_another_recipe_does_not_continue_a_run(tiny_recipe, change, flag):
         train(other)
 
 
-def test_other_shards_do_not_continue_a_run(tiny_recipe, write_shards):
+def test_other_data_does_not_continue_a_run(tiny_recipe, write_shards):
     train(replace(tiny_recipe, max_steps=1))
+    index = tiny_recipe.data / "index.json"
+    before = index.read_text()
+    index.write_text(before.replace('"green"', '"blue"'))
+    with pytest.raises(UserError, match="--data: "):
+        train(replace(tiny_recipe, max_steps=2))
     shutil.rmtree(tiny_recipe.data)
     write_shards(tiny_recipe.data, {"train": [(0, 9, True)], "val": [(0, 1, True)]})
     with pytest.raises(UserError, match="--data: "):
