@@ -227,7 +227,7 @@ def test_bitmap_targets_reproduce_the_reference(unit_goldens, mode):
     boxes, inds = unit_goldens["mt.boxes"], unit_goldens["mt.inds"]
     # One image of four objects, then two images of two: the same bitmaps.
     masks = unit_goldens["mt.masks"]
-    run = mode(lambda *a: bitmap_targets(*a, CELLS))
+    run = mode(lambda bitmaps, b, image, gt: bitmap_targets(bitmaps, b, image, gt, CELLS))
     made = run(masks[None], boxes, torch.zeros_like(inds), inds)
     assert torch.equal(made, unit_goldens["mt.targets"].bool())
     made = run(masks.reshape(2, 2, *masks.shape[1:]), boxes, inds // 2, inds % 2)

@@ -35,8 +35,9 @@ def test_library_example_runs() -> None:
 
 def test_every_just_recipe_named_exists() -> None:
     named = set(re.findall(r"\bjust ([a-z][\w-]*)", README)) - {"instead"}
+    just = Path(sys.executable).with_name("just")
     listed = subprocess.run(
-        [str(Path(sys.executable).with_name("just")), "--justfile", str(ROOT / "justfile"), "--summary"],
+        [just, "--justfile", ROOT / "justfile", "--summary"],
         capture_output=True,
         text=True,
         check=True,

@@ -154,6 +154,6 @@ def _maybe_compile(function: Callable, compute: Compute, graphs: int | None = No
     if not compute.compile:
         return function
     # torch counts the graphs of all canvases together and gives up after 8, unless told.
-    return torch.compile(
+    return torch.compile(  # type: ignore[call-overload]  # its stubs lack the last two
         function, fullgraph=True, dynamic=False, isolate_recompiles=True, recompile_limit=graphs
     )
