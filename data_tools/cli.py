@@ -11,7 +11,7 @@ import tyro
 
 from casc.data.index import Index
 from casc.errors import UserError
-from data_tools.parallel import default_workers
+from data_tools.parallel import default_workers, interrupt_once
 from data_tools.report import format_findings, format_table
 
 _ASPECTS = (1 / 1.52, 1 / 1.36, 1.0, 1.36, 1.52)
@@ -180,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     # Batch systems end jobs with SIGTERM: stop in order then too.
+    before = signal.signal(signal.SIGINT, interrupt_once)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         code = command.run()
@@ -188,7 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = 1
     except KeyboardInterrupt:
         print("data_tools: interrupted; the same command takes it up again", file=sys.stderr)
-        code = 130
+        sys.exit(130)  # deaf to further interrupts
+    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(code)
 
 

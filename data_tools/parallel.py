@@ -78,19 +78,20 @@ def map_tasks(
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _one_interrupt() -> Iterator[None]:
-    """Take the first Control-C as usual and ignore further ones.
+def interrupt_once(*_: object) -> None:
+    """Take Control-C as usual, and ignore further ones.
 
-    A second one would catch the pool while it shuts down, and leave it waiting for ever.
+    A signal handler. A second one would catch the pool while it shuts down, and leave it
+    waiting for ever, or the program while it says goodbye.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
-    def interrupt(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
 
-    with _handling_interrupts(interrupt):
-        yield
+def _one_interrupt() -> contextlib.AbstractContextManager[None]:
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return contextlib.nullcontext()  # whoever set another handler takes care
+    return _handling_interrupts(interrupt_once)
 
 
 def _no_interrupts() -> contextlib.AbstractContextManager[None]:
@@ -102,9 +103,7 @@ def _no_interrupts() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def _handling_interrupts(
-    handler: Callable[..., None] | signal.Handlers,
-) -> Iterator[None]:
+def _handling_interrupts(handler: Callable[..., None] | signal.Handlers) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets signals
         return

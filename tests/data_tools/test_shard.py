@@ -260,32 +260,47 @@ class Counting:
         return write_module.write_shard(task)
 
 
+SLOW = """
+import sys, time
+from data_tools import journal
+from data_tools.cli import main
+
+add = journal.Journal.add_shard
+
+def add_and_rest(*arguments):
+    add(*arguments)
+    time.sleep(0.5)
+
+journal.Journal.add_shard = add_and_rest
+main(sys.argv[1:])
+"""
+"""The command line, with a rest after every shard, so that one can be in the middle of it."""
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killed_in_the_middle_it_can_be_run_again(
-    coco, make_picture, tmp_path: Path, settings: Settings, quiet_run, how: signal.Signals
+    varied, tmp_path: Path, settings: Settings, quiet_run, how: signal.Signals
 ):
-    # Large enough to be in the middle of something for a while.
-    data = make_picture(800, 600)
-    for i in range(32):
-        coco.object(coco.image(800, 600, data=data, name=f"{i}.jpg"))
-    coco.write()
+    varied.write()
     whole, out = tmp_path / "whole", tmp_path / "out"
-    shard_dataset(coco.root, whole, None, settings, quiet_run())
+    settings = settings._replace(samples_per_shard=1)
+    shard_dataset(varied.root, whole, None, settings, quiet_run())
 
-    command = [sys.executable, "-m", "data_tools", "shard", str(coco.root), "--out", str(out)]
-    command += ["--workers", "2", "--samples-per-shard", "4"]
-    command += ["--aspects", *map(str, settings.aspects)]
+    arguments = ["shard", str(varied.root), "--out", str(out), "--workers", "2"]
+    arguments += ["--samples-per-shard", "1", "--aspects", *map(str, settings.aspects)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", SLOW, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     journal = out / ".unfinished" / "train.jsonl"
     deadline = time.monotonic() + 60
-    while (
-        not (journal.exists() and journal.stat().st_size)
-        and process.poll() is None
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.002)
+    while not (journal.exists() and b'"shard' in journal.read_bytes()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     if how == signal.SIGINT:  # as a terminal sends it, and by someone impatient
         os.killpg(process.pid, how)
         time.sleep(0.02)
@@ -293,13 +308,15 @@ def test_killed_in_the_middle_it_can_be_run_again(
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     if how != signal.SIGKILL:
-        assert process.returncode == 130
         assert errors == "data_tools: interrupted; the same command takes it up again\n"
+        assert process.returncode == 130
     assert not (out / "index.json").exists()
     wait_for_end_of_group(process.pid)
 
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "going on with an interrupted run" in again.stdout
+    heard: list[str] = []
+    shard_dataset(varied.root, out, None, settings, spied(quiet_run(), heard))
+    assert heard[0] == "train: going on with an interrupted run, 12 images known"
+    assert "of 12 shards reused" in heard[1]
     assert contents(out) == contents(whole)
 
 
