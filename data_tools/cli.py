@@ -131,6 +131,7 @@ class SynthCommand:
         counts = {"train2017": self.train, "val2017": self.val}
         for line in synthesise(self.out, counts, settings, progress=self.progress):
             _say(line)
+        _say(f"the data set is in {self.out}")
         return 0
 
 

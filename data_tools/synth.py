@@ -8,6 +8,7 @@ Everything follows from (seed, split, image number).
 import functools
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ _TOLERANCE = 0.5
 _SLIVER = 12
 """Pixels squared. Parts and holes of less are passed over, as a person would."""
 _TEXTURES = 5
+_UNFINISHED = ".unfinished"
 
 
 class SynthSettings(NamedTuple):
@@ -55,8 +57,8 @@ class Scene(NamedTuple):
 
 def synthesise(
     out: Path, counts: Mapping[str, int], settings: SynthSettings, *, progress: bool = False
-) -> Iterator[str]:
-    """Generate a data set, and yield a line on each split.
+) -> list[str]:
+    """Generate a data set, and give a line on each split.
 
     Args:
         out: a folder that doesn't exist yet or is empty.
@@ -68,9 +70,13 @@ def synthesise(
         UserError: on settings that make no sense, or when `out` holds something.
     """
     _check(out, counts, settings)
-    (out / "annotations").mkdir(parents=True)
+    # Made aside, so that an interrupted run leaves nothing that looks like a data set.
+    making = out / _UNFINISHED
+    shutil.rmtree(making, ignore_errors=True)
+    (making / "annotations").mkdir(parents=True)
+    lines: list[str] = []
     for number, (split, count) in enumerate(counts.items()):
-        (out / split).mkdir()
+        (making / split).mkdir()
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         disable = None if progress else True
@@ -83,7 +89,7 @@ def synthesise(
             scene = draw_scene(rng, settings, empty=i % 40 == 17, crowded=i % 20 == 8)
             picture = Image.fromarray(scene.image)
             picture = picture.convert("L") if i % 50 == 23 else picture
-            picture.save(out / split / name, "JPEG", quality=92)
+            picture.save(making / split / name, "JPEG", quality=92)
             height, width = scene.image.shape[:2]
             images.append({"id": image_id, "file_name": name, "width": width, "height": height})
             for entry in _entries(scene):
@@ -98,11 +104,15 @@ def synthesise(
                 for i, name in enumerate(CLASSES[: settings.classes])
             ],
         }
-        file = out / "annotations" / f"instances_{split}.json"
+        file = making / "annotations" / f"instances_{split}.json"
         file.write_text(json.dumps(data) + "\n", encoding="utf-8")
         crowds = sum(entry["iscrowd"] for entry in annotations)
         objects = len(annotations) - crowds
-        yield f"{split}: {count} images, {objects} objects, {crowds} crowds in {out / split}"
+        lines.append(f"{split}: {count} images, {objects} objects, {crowds} crowds")
+    for name in [*counts, "annotations"]:
+        (making / name).rename(out / name)
+    making.rmdir()
+    return lines
 
 
 def draw_scene(
@@ -185,7 +195,9 @@ class _Shape(NamedTuple):
 
 
 def _check(out: Path, counts: Mapping[str, int], settings: SynthSettings) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (
+        not out.is_dir() or any(path.name != _UNFINISHED for path in out.iterdir())
+    ):
         raise UserError(f"{out}: exists already; give a folder that is new or empty")
     for split, count in counts.items():
         if not 1 <= count < 1_000_000:

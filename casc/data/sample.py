@@ -1,7 +1,16 @@
 """Samples: the images of a shard with what there is to learn from them.
 
 A shard is a plain tar. Each sample is two members that share a key, the image id in 12
-digits: the image's own bytes, and a JSON with its annotations.
+digits: the image's own bytes, and a JSON with its annotations:
+
+    image_id, file_name, width, height (as decoded), orientation (EXIF's, that decoding has to
+    undo), train (false: for evaluation only), annotations: a list of
+        id, category_id, bbox, area, iscrowd, segmentation: COCO's own, for evaluation
+        label: 0-based, -1 where the category is unknown
+        train: false where the annotation isn't trained on (crowds, degenerate boxes ...)
+        box: [x0, y0, x1, y1] in pixels
+        rings: only where segmentation is an RLE: the mask's boundaries [[x, y, ...], ...]
+        mask_iou: of the rings with the RLE
 
 Legend: g trainable objects of an image, e polygon edges of an object, h x w stored size.
 """

@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from casc.errors import UserError
+from data_tools import synth
 from data_tools.synth import CLASSES, SynthSettings, draw_scene, mask_polygons, synthesise
 
 COUNTS = {"train2017": 60, "val2017": 20}
@@ -18,7 +19,7 @@ COUNTS = {"train2017": 60, "val2017": 20}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("synth") / "data"
-    lines = list(synthesise(out, COUNTS, SynthSettings()))
+    lines = synthesise(out, COUNTS, SynthSettings())
     assert lines[0].startswith("train2017: 60 images")
     return out
 
@@ -105,8 +106,8 @@ def test_objects_do_not_share_pixels(data: Path):
 @pytest.mark.parametrize("seed", [0, 5])
 def test_the_seed_decides_everything(tmp_path: Path, seed: int):
     for name in ("a", "b"):
-        list(synthesise(tmp_path / name, {"train2017": 6}, SynthSettings(size=96, seed=seed)))
-    list(synthesise(tmp_path / "c", {"train2017": 6}, SynthSettings(size=96, seed=seed + 1)))
+        synthesise(tmp_path / name, {"train2017": 6}, SynthSettings(size=96, seed=seed))
+    synthesise(tmp_path / "c", {"train2017": 6}, SynthSettings(size=96, seed=seed + 1))
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")]
     assert len(files) == 7
     for file in files:
@@ -115,8 +116,8 @@ def test_the_seed_decides_everything(tmp_path: Path, seed: int):
 
 
 def test_a_longer_data_set_begins_like_a_shorter_one(tmp_path: Path):
-    list(synthesise(tmp_path / "a", {"val2017": 3}, SynthSettings(size=96)))
-    list(synthesise(tmp_path / "b", {"val2017": 5}, SynthSettings(size=96)))
+    synthesise(tmp_path / "a", {"val2017": 3}, SynthSettings(size=96))
+    synthesise(tmp_path / "b", {"val2017": 5}, SynthSettings(size=96))
     for path in (tmp_path / "a" / "val2017").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / "val2017" / path.name).read_bytes()
 
@@ -167,11 +168,23 @@ def test_senseless_settings_are_refused(
     tmp_path: Path, counts: dict[str, int], settings: SynthSettings, flag: str
 ):
     with pytest.raises(UserError, match=flag):
-        list(synthesise(tmp_path / "x", counts, settings))
+        synthesise(tmp_path / "x", counts, settings)
     assert not (tmp_path / "x").exists()
+
+
+def test_an_interrupted_run_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*_: object, **__: object):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(synth, "draw_scene", interrupt)
+        synthesise(tmp_path, {"train2017": 2, "val2017": 2}, SynthSettings(size=64))
+    assert [path.name for path in tmp_path.iterdir()] == [".unfinished"]
+    synthesise(tmp_path, {"train2017": 2}, SynthSettings(size=64))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations", "train2017"]
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path):
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(UserError, match="exists already"):
-        list(synthesise(tmp_path, COUNTS, SynthSettings()))
+        synthesise(tmp_path, COUNTS, SynthSettings())
