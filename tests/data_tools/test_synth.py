@@ -176,9 +176,10 @@ def test_an_interrupted_run_can_be_repeated(tmp_path: Path, monkeypatch: pytest.
     def interrupt(*_: object, **__: object):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(synth, "draw_scene", interrupt)
-        synthesise(tmp_path, {"train2017": 2, "val2017": 2}, SynthSettings(size=64))
+        with pytest.raises(KeyboardInterrupt):
+            synthesise(tmp_path, {"train2017": 2, "val2017": 2}, SynthSettings(size=64))
     assert [path.name for path in tmp_path.iterdir()] == [".unfinished"]
     synthesise(tmp_path, {"train2017": 2}, SynthSettings(size=64))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations", "train2017"]
