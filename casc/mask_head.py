@@ -131,8 +131,12 @@ def mask_head(
         logits = F.linear(x, class_weight.to(x.dtype), class_bias.to(x.dtype)).float()
         logits = logits.reshape(rois, height, width, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
         return logits.reshape(rois, -1, 2 * height, 2 * width)
-    logits = (x * class_weight[labels].to(x.dtype)[:, None]).sum(-1, dtype=torch.float32)
-    logits = (logits + class_bias[labels][:, None]).reshape(rois, height, width, 2, 2)
+    # Picked by a product with ones and zeros, which is exact: the backward of an index would
+    # add up RoIs of one class in whatever order threads come, and no run could be repeated.
+    chosen = (labels[:, None] == torch.arange(len(class_bias), device=labels.device)).float()
+    own_weight, own_bias = chosen @ class_weight, chosen @ class_bias
+    logits = (x * own_weight.to(x.dtype)[:, None]).sum(-1, dtype=torch.float32)
+    logits = (logits + own_bias[:, None]).reshape(rois, height, width, 2, 2)
     return logits.permute(0, 1, 3, 2, 4).reshape(rois, 2 * height, 2 * width)
 
 
