@@ -7,25 +7,13 @@ interruptions.
 """
 
 import contextlib
-import hashlib
-import json
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from casc.data.index import (
-    INDEX_NAME,
-    Bucket,
-    Index,
-    Shard,
-    Split,
-    read_index,
-    write_index,
-)
+from casc.data.index import INDEX_NAME, Bucket, Index, Shard, Split
 from casc.errors import UserError
-from data_tools.coco import Annotations, read_annotations
+from data_tools.folder import enter_index, lock_folder, old_index, remove_stale
 from data_tools.images import Probe, file_digest, probe_image
 from data_tools.journal import Journal
 from data_tools.parallel import map_tasks
@@ -40,24 +28,16 @@ from data_tools.plan import (
     plan_shards,
 )
 from data_tools.report import Finding, printable, summarise
+from data_tools.source import (
+    Source,
+    count_unlisted,
+    find_splits,
+    plan_digest,
+    read_source,
+    source_digest,
+)
 from data_tools.tarball import TEMPORARY, Written, file_written
 from data_tools.write import ShardResult, ShardTask, write_shard
-
-_CONTENT_VERSION = 1
-"""Raised when the same input gives other shards than before, so that old ones aren't reused."""
-
-_SHARD_NAME = re.compile(r"[\w.-]+-\d{6}\.tar")
-
-
-class Source(NamedTuple):
-    """A split to make shards of."""
-
-    split: str
-    file: Path
-    images: Path
-    annotations: Annotations
-    digest: str
-    """Of the annotation file and the settings."""
 
 
 class Run(NamedTuple):
@@ -94,19 +74,23 @@ def shard_dataset(
     splits = find_splits(coco) if splits is None else list(dict.fromkeys(splits))
     if not splits:
         raise UserError("--splits: names no split")
-    sources = [_read_source(coco, out, split, settings) for split in splits]
+    sources = [read_source(coco, out, split, settings) for split in splits]
     with contextlib.suppress(FileExistsError):
         out.mkdir(parents=True)
     if not out.is_dir():
         raise UserError(f"{out}: is not a folder; give another --out")
-    with _lock(out):
-        index = _old_index(out, run)
+    with lock_folder(out):
+        index = old_index(out, run.say)
         lists = {str(source.file): source.annotations.categories for source in sources}
         if index is not None and set(index.splits) - set(splits):
             lists = {str(out / INDEX_NAME): index.categories, **lists}
         check_categories(lists)
         categories = sources[0].annotations.categories
-        made = {} if index is None else dict(index.splits)
+        # Other categories make other labels: then nothing that is there holds any more.
+        fits = index is not None and index.categories == categories
+        made = dict(index.splits) if index is not None and fits else {}
+        if not fits:
+            enter_index(out, Index(categories, made))
         for source in sources:
             if source.split in made and _unchanged(source, out, made[source.split], run):
                 shards = len(made[source.split].shards)
@@ -114,49 +98,12 @@ def shard_dataset(
                 continue
             if made.pop(source.split, None) is not None:
                 # From here on the old entry isn't true any more.
-                _enter(out, Index(categories, made))
+                enter_index(out, Index(categories, made))
             made[source.split] = _make_split(source, out, settings, run)
-            _enter(out, Index(categories, made))
+            enter_index(out, Index(categories, made))
             Journal(out, source.split).remove()
-            _remove_stale(out, source.split, made[source.split], run)
+            remove_stale(out, source.split, made[source.split], run.say)
         return Index(categories, made)
-
-
-def find_splits(coco: Path) -> list[str]:
-    """Give the splits of a data set: annotation files that have a folder of images.
-
-    Raises:
-        UserError: when there is none.
-    """
-    folder = coco / "annotations"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; is {coco} the root of a COCO data set?")
-    found = sorted(path.name[10:-5] for path in folder.glob("instances_*.json"))
-    splits = [split for split in found if split and (coco / split).is_dir()]
-    if not splits:
-        lacking = ", ".join(f"{coco / split}/" for split in found)
-        raise UserError(
-            f"{folder}: no instances_<split>.json with its folder <split>/ beside annotations/"
-            + (f"; there is no {lacking}" if lacking else "")
-        )
-    return splits
-
-
-def _read_source(coco: Path, out: Path, split: str, settings: Settings) -> Source:
-    if not re.fullmatch(r"\w[\w.-]*", split, re.ASCII):
-        raise UserError(f"--splits: {split!a} can't be a split's name (letters, digits, . _ -)")
-    file, images = coco / "annotations" / f"instances_{split}.json", coco / split
-    if not file.is_file():
-        raise UserError(f"{file}: not found; check --splits and the folder {coco}")
-    if not images.is_dir():
-        raise UserError(f"{images}: no such folder; the images of {file.name} belong there")
-    if (out / split).resolve() == images.resolve():
-        raise UserError(f"{out}: shards would lie among the images; give another --out")
-    annotations = read_annotations(file)
-    with file.open("rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
-    digest = hashlib.sha256(json.dumps([_CONTENT_VERSION, *settings, content]).encode())
-    return Source(split, file, images, annotations, digest.hexdigest())
 
 
 def _make_split(source: Source, out: Path, settings: Settings, run: Run) -> Split:
@@ -196,7 +143,7 @@ def _make_split(source: Source, out: Path, settings: Settings, run: Run) -> Spli
             for shard, result in zip(planned, results, strict=True)
         ),
         report=report,
-        source=_source_digest(source, [probe.sha256 for probe in probes]),
+        source=source_digest(source, [probe.sha256 for probe in probes]),
     )
 
 
@@ -241,7 +188,7 @@ def _write_shards(
     run: Run,
 ) -> list[ShardResult]:
     labels = {category.id: i for i, category in enumerate(source.annotations.categories)}
-    plans = [_plan_digest(source, shard) for shard in planned]
+    plans = [plan_digest(source, shard) for shard in planned]
     known = [journal.shard(shard.name, plan) for shard, plan in zip(planned, plans, strict=True)]
     done = [i for i, result in enumerate(known) if result is not None]
     present = map_tasks(
@@ -312,7 +259,7 @@ def _report(
         "stored": len(items),
         "trained": sum(item.train for item in items),
         "left_out": count("missing_file", "unreadable", "duplicate_image"),
-        "unlisted_files": _count_unlisted(source),
+        "unlisted_files": count_unlisted(source),
     }
     objects = {
         "listed": annotations.listed_annotations,
@@ -325,16 +272,6 @@ def _report(
         if total["listed"] != total["stored"] + total["left_out"]:
             raise RuntimeError(f"{source.file}: the account doesn't balance: {total}")
     return {"images": images, "annotations": objects, "findings": kinds}
-
-
-def _count_unlisted(source: Source) -> int:
-    listed = {os.path.normpath(image.file_name) for image in source.annotations.images}
-    files = (
-        os.path.relpath(os.path.join(folder, name), source.images)  # noqa: PTH118
-        for folder, _, names in os.walk(source.images)
-        for name in names
-    )
-    return sum(name not in listed for name in files)
 
 
 def _unchanged(source: Source, out: Path, split: Split, run: Run) -> bool:
@@ -365,23 +302,11 @@ def _unchanged(source: Source, out: Path, split: Split, run: Run) -> bool:
         progress=run.progress,
     )
     digests = [digest for chunk in found for digest in chunk]
-    return _source_digest(source, digests) == split.source
+    return source_digest(source, digests) == split.source
 
 
 def _digest_chunk(paths: Sequence[Path]) -> list[str]:
     return [file_digest(path) for path in paths]
-
-
-def _source_digest(source: Source, images: Sequence[str]) -> str:
-    """Digest of all that a split's shards come from: first the annotations, then the images."""
-    return source.digest[:32] + hashlib.sha256("\n".join(images).encode()).hexdigest()[:32]
-
-
-def _plan_digest(source: Source, shard: PlannedShard) -> str:
-    images = [
-        [item.image.id, item.probe.sha256, item.orientation, item.train] for item in shard.items
-    ]
-    return hashlib.sha256(json.dumps([source.digest, shard.name, images]).encode()).hexdigest()
 
 
 def _stamp(path: Path) -> list[int]:
@@ -390,57 +315,3 @@ def _stamp(path: Path) -> list[int]:
     except OSError:
         return []
     return [about.st_size, about.st_mtime_ns]
-
-
-def _old_index(out: Path, run: Run) -> Index | None:
-    file = out / INDEX_NAME
-    if not file.exists():
-        return None
-    try:
-        return read_index(file)
-    except UserError as error:
-        aside = file.with_name(f"{INDEX_NAME}.old")
-        file.replace(aside)
-        run.say(f"{error}\nit was moved to {aside}")
-        return None
-
-
-def _enter(out: Path, index: Index) -> None:
-    if index.splits:
-        write_index(out, index)
-    else:
-        (out / INDEX_NAME).unlink(missing_ok=True)
-
-
-def _remove_stale(out: Path, split: str, made: Split, run: Run) -> None:
-    names = {shard.name for shard in made.shards}
-    stale = [
-        path
-        for path in sorted((out / split).glob("*.tar"))
-        if f"{split}/{path.name}" not in names and _SHARD_NAME.fullmatch(path.name)
-    ]
-    for path in stale:
-        path.unlink()
-    if stale:
-        run.say(f"{split}: {len(stale)} shards of an earlier run removed")
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Keep a second run out of the folder, where the system can."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another data_tools shard is writing there") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
-    finally:
-        os.close(descriptor)

@@ -374,6 +374,32 @@ def test_an_index_never_describes_shards_that_are_not_there(
     assert not (out / "index.json").exists()
 
 
+def test_old_shards_never_get_new_categories(varied, settings, quiet_run, monkeypatch):
+    (varied.root / "val").mkdir()
+    varied.write()
+    val = varied.file.with_name("instances_val.json")
+    data = varied.file.read_text()
+    for path in (varied.root / "train").iterdir():
+        (varied.root / "val" / path.name).write_bytes(path.read_bytes())
+    val.write_text(data)
+    out = varied.root.with_name("shards")
+    shard_dataset(varied.root, out, None, settings, quiet_run())
+    for file in (varied.file, val):
+        file.write_text(data.replace('"ant"', '"bee"'))
+
+    def stop_at_val(task):
+        if "val" in task.path.parts:
+            raise StopError
+        return write_module.write_shard(task)
+
+    monkeypatch.setattr(shard_module, "write_shard", stop_at_val)
+    with pytest.raises(StopError):
+        shard_dataset(varied.root, out, None, settings, quiet_run())
+    assert sorted(read_index(out).splits) == ["train"]
+    assert read_index(out).categories[0].name == "bee"
+    assert sound(out)
+
+
 def test_an_unreadable_index_is_set_aside(varied, settings, quiet_run):
     _, out = varied.shard()
     before = contents(out)
