@@ -48,11 +48,11 @@ train-1p *args: setup
 
 # Throughput on eight devices: a few hundred steps, no evaluation
 perf-8p *args: setup
-    {{ torchrun }} -m casc.recipes.coco_1x --data "{{ data }}" --name perf_8p --resume never --max-steps 300 --evaluate-every 0 --save-every 0 {{ args }}
+    {{ torchrun }} -m casc.recipes.coco_1x --data "{{ data }}" --name perf_8p --max-steps 300 --evaluate-every 0 --save-every 0 {{ args }}
 
 # Throughput on one device
 perf-1p *args: setup
-    {{ bin }}/python -m casc.recipes.coco_1x --data "{{ data }}" --name perf_1p --resume never --max-steps 300 --evaluate-every 0 --save-every 0 {{ args }}
+    {{ bin }}/python -m casc.recipes.coco_1x --data "{{ data }}" --name perf_1p --max-steps 300 --evaluate-every 0 --save-every 0 {{ args }}
 
 # Time the training step of the reference model on this machine
 bench *args: setup
