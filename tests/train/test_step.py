@@ -24,6 +24,8 @@ from casc.train import step as steps
 from casc.train.step import Compute, make_detect_step, make_loss_step, mask_capacity
 
 EAGER = Compute(compile=False)
+# Minutes where nothing is compiled yet, a few seconds once it is.
+compiles = pytest.mark.slow
 # No object, one object, and as many as there can be.
 OBJECTS = [(0, 0), (1, 0), (5, 5)]
 
@@ -109,6 +111,7 @@ def assert_same(made: Result, expected: Result, rtol: float) -> None:
             assert (grad - right).norm() <= 10 * rtol * right.norm() + 1e-6, name
 
 
+@compiles
 @pytest.mark.parametrize("case", range(len(OBJECTS)), ids=["none", "one", "full"])
 def test_compiled_is_eager(tiny, tiny_batch, model, counted, case):
     config, image, canvas = tiny
@@ -117,6 +120,7 @@ def test_compiled_is_eager(tiny, tiny_batch, model, counted, case):
     assert_same(counted.results[case], expected, rtol=1e-4)
 
 
+@compiles
 def test_the_compile_budget(model, counted):
     """One graph without masks, and one per stage and mask capacity in use; no break."""
     needed = mask_graphs(model[0], counted.results)
@@ -125,6 +129,7 @@ def test_the_compile_budget(model, counted):
     assert counted.breaks == 0
 
 
+@compiles
 def test_nothing_recompiles(tiny_batch, model, counted):
     with torch.compiler.set_stance("fail_on_recompile"):
         for objects, first in zip(OBJECTS, counted.results, strict=True):
@@ -136,6 +141,7 @@ def test_nothing_recompiles(tiny_batch, model, counted):
                 assert same(grad, right), name
 
 
+@compiles
 def test_frozen_parameters_get_no_gradient(model, counted):
     names = set(detector.trainable(model[0], model[1]))
     for result in counted.results:
@@ -164,11 +170,13 @@ def full(tiny, tiny_batch, model) -> Compiled:
     )
 
 
+@compiles
 def test_full_capacity_is_a_single_graph(full):
     assert full.graphs == 1
     assert full.breaks == 0
 
 
+@compiles
 def test_bfloat16_is_near_float32(full, counted):
     for low, exact in zip(full.results, counted.results, strict=True):
         assert low.total.dtype == torch.float32
@@ -246,6 +254,7 @@ def test_the_step_is_pure(tiny, tiny_batch, model):
 # ---- detection ----
 
 
+@compiles
 def test_compiled_detection_is_eager_in_one_graph(tiny, tiny_batch, model):
     config, image, canvas = tiny
     _, params, buffers = model
