@@ -86,7 +86,8 @@ def _loop(run: Run, state: State) -> Summary:
     )
     meter = Meter(run.device, ranks)
     watch = watch_positives(log.warn)
-    evaluation = None
+    # `evaluation` is the main rank's alone, so it can't tell the others whether there was one.
+    evaluation, evaluated = None, False
 
     @cache
     def loss_step(bucket: int) -> LossStep:
@@ -137,8 +138,8 @@ def _loop(run: Run, state: State) -> Summary:
             if _due(run, state.step, recipe.evaluate_every):
                 meter.check()
                 with meter.paused():
-                    evaluation = _evaluate(run, detector, state)
-    if evaluation is None and recipe.evaluate_every:  # stopped between the last save and it
+                    evaluation, evaluated = _evaluate(run, detector, state), True
+    if not evaluated and recipe.evaluate_every:  # stopped between the last save and it
         evaluation = _evaluate(run, detector, state)
     speed = meter.typical_speed()
     if ranks.main:
