@@ -1,0 +1,37 @@
+"""The demo in miniature: every part of it once, on a handful of images."""
+
+import importlib
+import json
+
+
+def test_demo_makes_trains_evaluates_and_draws(tmp_path, monkeypatch, capsys):
+    demo = importlib.import_module("casc.recipes.demo")
+    monkeypatch.setattr(demo, "TRAIN", 8)
+    monkeypatch.setattr(demo, "VAL", 3)
+    out = tmp_path / "run"
+    demo.main(
+        [
+            *("--out", str(out), "--data", str(tmp_path / "shards")),
+            *("--epochs", "1", "--max-steps", "2", "--loading.workers", "0"),
+        ]
+    )
+    pictures = sorted(p.name for p in (out / "pictures").glob("*.jpg"))
+    images = sorted(p.name for p in (tmp_path / "images" / "val2017").glob("*.jpg"))
+    assert pictures == images
+    assert len(images) == 3
+    assert (out / "first_batch.png").exists()
+    shown = capsys.readouterr().out
+    assert str(out / "pictures") in shown
+    kinds = [json.loads(line)["kind"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert "train" in kinds
+    assert "evaluation" in kinds
+
+
+def test_the_small_recipes_differ_from_the_reference_only_where_they_say():
+    mini = importlib.import_module("casc.recipes.coco_mini").coco_mini()
+    reference = importlib.import_module("casc.recipes.coco_1x").coco_1x()
+    assert mini.model.backbone.depth == 50
+    assert mini.model.classes == 80
+    assert mini.model.rpn == reference.model.rpn
+    assert mini.model.box_head == reference.model.box_head
+    assert mini.model.stages == reference.model.stages
