@@ -112,6 +112,18 @@ def test_coinciding_objects_each_answer_for_themselves():
     assert rois.labels[rois.valid].tolist() == [0, 1, 2]
 
 
+def test_an_object_without_area_is_drawn_once():
+    # It doesn't even overlap itself, yet must not be its own negative as well.
+    gt = torch.tensor([[[10.0, 10, 10, 60], [30, 20, 90, 80]]])
+    targets = make_targets(gt, torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool))
+    nothing = torch.zeros(1, 4, dtype=torch.bool)
+    rois = heads.sample_rois(
+        CONFIG, STAGES[0], CLASSES, torch.zeros(1, 4, 4), nothing, targets, falling(1, 6)
+    )
+    assert rois.indices[rois.valid].tolist() == [0, 1]
+    assert rois.positive[rois.valid].all()
+
+
 def test_no_object_leaves_negatives_only():
     rois, _ = draw(torch.zeros_like(SOME))
     assert not rois.positive.any()

@@ -11,6 +11,7 @@ from casc import detector
 from casc.data.batch import Batch
 from casc.detector import DetectorConfig, InferenceConfig, Inputs, Noise
 from casc.layers import Params
+from casc.rpn import Proposals
 from casc.train.step import Compute, anchor_count, make_loss_step, training_inputs
 
 STAGES = range(3)
@@ -293,6 +294,96 @@ def test_detections_hold_together(world, tiny_batch):
         assert x2.max() > 0.8 * width
 
 
+def constant_heads(world: World, **values: list[list[float]]) -> Params:
+    """Parameters whose layers give the same output whatever they see, stage by stage."""
+    params = dict(world.params)
+    for layer, stages in values.items():
+        kind = "mask" if layer == "conv_logits" else "bbox"
+        for i, bias in enumerate(stages):
+            name = f"roi_head.{kind}_head.{i}.{layer}"
+            params[f"{name}.weight"] = torch.zeros_like(params[f"{name}.weight"])
+            params[f"{name}.bias"] = torch.tensor(bias)
+    return params
+
+
+def test_scores_come_from_the_mean_logits_and_masks_from_the_mean_probabilities(world, tiny_batch):
+    logits = torch.tensor([[3.0, 0, 0, 0], [-1, 2, 0, 0], [1, 1, 0, 5]])
+    masks = torch.tensor([[-4.0, 1, 0], [2, 1, 0], [0.5, 1, 0]])
+    params = constant_heads(world, fc_cls=logits.tolist(), conv_logits=masks.tolist())
+    inputs = world.inputs(tiny_batch([2, 1]))
+    found = detector.detect(params, world.buffers, world.config, inputs)
+    assert found.valid.any()
+    scores, probabilities = logits.mean(0).softmax(0), masks.sigmoid().mean(0)
+    torch.testing.assert_close(found.scores, (scores[found.labels] * found.valid))
+    expected = (probabilities[found.labels] * found.valid)[..., None, None]
+    torch.testing.assert_close(found.masks, expected.expand_as(found.masks))
+
+
+def test_each_stage_moves_the_boxes_of_the_one_before(world, tiny_batch):
+    # Right by a tenth of the width, up by a fifth of the height, wider by e ** 0.1.
+    moves = [[1.0, 0, 0, 0], [0.0, -4, 0, 0], [0.0, 0, 0.1 / 0.067, 0]]
+    params = constant_heads(world, fc_reg=moves)
+    inputs = world.inputs(tiny_batch([2, 1]))
+    features = detector.extract(params, world.buffers, world.config, inputs.image)
+    boxes = torch.tensor([[[20.0, 30, 40, 50]]]).expand(2, -1, -1)
+    proposals = Proposals(boxes, torch.ones(2, 1), torch.ones(2, 1, dtype=torch.bool))
+    _, moved = detector.cascade_scores(
+        params, world.config, features.pyramid, proposals, inputs.size
+    )
+    half = 10 * math.exp(0.1)
+    expected = torch.tensor([32 - half, 26, 32 + half, 46])
+    torch.testing.assert_close(moved, expected.expand(2, 1, 4), rtol=1e-4, atol=1e-3)
+
+    # The same when training: without proposals the objects alone are sampled, by every
+    # stage afresh; a stage's refinement of an object isn't handed on.
+    none = Proposals(boxes, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.bool))
+    keys = tuple(torch.rand(2, 5 + n, generator=torch.manual_seed(0)) for n in (1, 32, 32))
+    measures, samples = detector.cascade_losses(
+        params, world.config, features.pyramid, none, inputs, keys
+    )
+    for i, sample in enumerate(samples):
+        assert sample.valid.sum(1).tolist() == [2, 1]
+        assert torch.equal(sample.from_gt, sample.valid)
+        assert measures[f"s{i}.positives"] == 1.5
+
+    # With proposals, the next stage's candidates are where this one moved them.
+    measures, samples = detector.cascade_losses(
+        params, world.config, features.pyramid, proposals, inputs, keys
+    )
+    for sample, x in zip(samples, (20, 22, 22), strict=True):
+        proposed = sample.boxes[sample.valid & ~sample.from_gt]
+        assert proposed.shape == (2, 4)
+        assert proposed[:, 0].tolist() == pytest.approx([x, x], abs=1e-3)
+
+
+def test_stage_losses_are_weighted(world, tiny_batch):
+    batch = tiny_batch([3, 1])
+    arguments = world.params, world.buffers
+    inputs, noise = world.inputs(batch), world.noise(batch)
+    weighted = detector.losses(*arguments, world.config, inputs, noise)
+    plain = replace(
+        world.config, stages=tuple(replace(s, loss_weight=1.0) for s in world.config.stages)
+    )
+    raw = detector.losses(*arguments, plain, inputs, noise)
+    for i, weight in enumerate((1.0, 0.5, 0.25)):
+        for part in ("loss_cls", "loss_bbox", "loss_mask"):
+            name = f"s{i}.{part}"
+            torch.testing.assert_close(weighted[name], weight * raw[name], msg=name)
+        assert weighted[f"s{i}.acc"] == raw[f"s{i}.acc"]
+
+
+def test_masks_are_read_where_the_canvas_shows_the_box(world, tiny_batch):
+    inputs = world.inputs(tiny_batch([2, 1]))
+    assert (inputs.scale > 1.2).all()
+    arguments = world.params, world.buffers, world.config
+    stored = detector.detect(*arguments, inputs)
+    # As if the stored image were the canvas: the same network, other units.
+    canvas = detector.detect(*arguments, inputs._replace(scale=torch.ones(2, 4)))
+    assert torch.equal(stored.labels, canvas.labels)
+    torch.testing.assert_close(stored.boxes * inputs.scale[:, None], canvas.boxes)
+    torch.testing.assert_close(stored.masks, canvas.masks, rtol=1e-4, atol=1e-4)
+
+
 def test_nothing_found_is_all_padding(world, tiny_batch):
     config = replace(world.config, inference=InferenceConfig(score_threshold=1.0, detections=10))
     batch = tiny_batch([2, 1])
@@ -327,6 +418,16 @@ def test_selection_leaves_padded_boxes_out():
     assert labels.tolist() == [[0, 1, 0, 0]]
     assert (found[0, 2:] == 0).all()
     assert scores[0, 0].item() == pytest.approx(math.exp(5) / (math.exp(5) + 2), rel=1e-5)
+
+
+def test_the_score_threshold_is_exclusive():
+    # One class against background, undecided: exactly 0.5.
+    logits, boxes = torch.zeros(1, 1, 2), torch.tensor([[[0.0, 0, 9, 9]]])
+    valid = torch.ones(1, 1, dtype=torch.bool)
+    for threshold, expected in ((0.5, False), (0.499, True)):
+        config = InferenceConfig(score_threshold=threshold, detections=1)
+        *_, kept = detector.select(config, logits, boxes, valid)
+        assert kept.item() == expected
 
 
 def test_noise_differs_between_parts_and_images(world, tiny_batch):

@@ -164,6 +164,25 @@ def test_degenerate_boxes_and_polygons_are_finite_work():
     assert not rasterise(flat, [0, 0, 10, 10]).any()
 
 
+def test_corners_and_edges_on_a_scan_line_count_once():
+    # 84 samples on 84 pixels: the scan lines lie at k + 0.5, and so do these corners.
+    box = [0.0, 0, 84, 84]
+    # A corner on every line along one side: a line that counts them twice stays on.
+    steps = np.arange(10.5, 61)
+    comb = np.stack([np.full_like(steps, 60), steps], axis=1)
+    shapes = [
+        [np.concatenate([[[20, 10.5]], comb, [[20, 60.5]]])],
+        [np.concatenate([[[70, 10.5]], comb, [[70, 60.5]]])],
+        [rectangle(20.5, 10.5, 60.5, 50.5)],
+        [np.array([[40.0, 10.5], [70, 40.5], [40, 70.5], [10, 40.5]])],
+        [np.array([[20, 10.5], [40, 30.5], [60, 10.5], [60, 60.5], [20, 60.5]], float)],
+    ]
+    for parts in shapes:
+        share = coverage(parts, box)
+        sure = (share - 0.5).abs() > 0.2
+        assert torch.equal(rasterise(parts, box)[sure], (share > 0.5)[sure])
+
+
 def winding(parts: Sequence[Points], points: np.ndarray) -> np.ndarray:
     """Turns of each part around each point, by summing angles: no scan line involved."""
     total = np.zeros(len(points))

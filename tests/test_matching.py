@@ -204,6 +204,25 @@ def test_the_last_claim_wins_even_over_a_better_match():
     assert as_assigned(match_anchors(anchors, everywhere, gt.flip(1), everywhere, **RPN)) == [2, 0]
 
 
+def test_thresholds_belong_to_the_upper_side():
+    # Overlaps of 1, exactly 0.5, and exactly 0.25 with the one object.
+    boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4], [0, 0, 8, 2]])
+    gt, everywhere = boxes[None, :1], torch.ones(1, 3, dtype=torch.bool)
+
+    def anchors(positive: float, negative: float) -> list[int]:
+        thresholds = {"positive_iou": positive, "negative_iou": negative, "low_quality_iou": 0.9}
+        return as_assigned(match_anchors(boxes, everywhere, gt, everywhere[:, :1], **thresholds))
+
+    assert anchors(0.5, 0.25) == [1, 1, -1]
+    assert anchors(0.5 + 1e-6, 0.25 + 1e-6) == [1, -1, 0]
+
+    def rois(iou: float) -> list[int]:
+        return as_assigned(match_rois(boxes[None], everywhere, gt, everywhere[:, :1], iou=iou))
+
+    assert rois(0.5) == [1, 1, 0]
+    assert rois(0.5 + 1e-6) == [1, 0, 0]
+
+
 # ---- sampling ----
 
 COUNT, MAX_POSITIVE = 12, 5

@@ -131,14 +131,16 @@ def test_invalid_boxes_do_not_move_the_groups_apart():
     # The shift between groups follows the largest valid coordinate: garbage in padded
     # rows must not cost the others their precision, nor suppress them.
     boxes, scores, group = scene(40, 2)
+    group = group + 1
     padded = torch.cat([boxes, torch.full((3, 4), 1e30)])
     more_scores, more_groups = torch.cat([scores, torch.ones(3)]), torch.cat([group, group[:3]])
     valid = torch.arange(43)[None] < 40
     index, kept = batched_nms(
-        padded[None], more_scores[None], more_groups, valid, iou=0.5, count=20
+        padded[None], more_scores[None], more_groups, valid, iou=0.5, count=40
     )
     keep = torchvision_batched_nms(boxes, scores, group, 0.5).tolist()
-    check(index[0], kept[0], keep, 20)
+    assert len(keep) < 40
+    check(index[0], kept[0], keep, 40)
 
 
 def test_padding_of_the_canvas_has_no_gradient():
