@@ -199,7 +199,8 @@ class BenchCommand:
 
     def run(self) -> int:
         """Measure."""
-        from casc.bench import Load, bench_train, format_report
+        from casc.bench.batch import Load
+        from casc.bench.train import bench_train, format_report
         from casc.detector import DetectorConfig
         from casc.devices import choose_device, choose_dtype, traits
         from casc.train.step import Compute

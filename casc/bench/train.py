@@ -7,7 +7,6 @@ and the load is known.
 import json
 import statistics
 import time
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,26 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from casc.bench.batch import Load, made_up_batch
 from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
 from casc.data.stream import to_device
 from casc.detector import DetectorConfig, init, trainable
 from casc.devices import peak_memory, synchronize
 from casc.train.step import Compute, LossStep, make_loss_step, to_format
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is timed."""
-
-    canvas: tuple[int, int] = (800, 1088)
-    """Height and width in pixels, divisible by 32."""
-    batch: int = 2
-    """Images per step."""
-    objects: int = 8
-    """Objects per image."""
-    steps: int = 5
-    """Timed steps, after two that are not."""
 
 
 class Report(NamedTuple):
@@ -126,35 +112,6 @@ def format_report(report: Report, *, as_json: bool) -> str:
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         lines.append(f"{name:<16} {shown}")
     return "\n".join(lines)
-
-
-def made_up_batch(config: DetectorConfig, load: Load, seed: int = 0) -> Batch:
-    """Noise images full of square objects, with a capacity of at least one."""
-    generator = torch.Generator().manual_seed(seed)
-    height, width = load.canvas
-    batch, count = load.batch, max(load.objects, 1)
-    side = torch.rand(batch, count, 1, generator=generator) * 0.3 + 0.1
-    sides = side * min(height, width) * torch.ones(2)
-    room = torch.tensor([width, height]) - sides
-    corner = torch.rand(batch, count, 2, generator=generator) * room
-    valid = torch.arange(count).expand(batch, -1) < load.objects
-    boxes = torch.cat([corner, corner + sides], dim=-1) * valid[..., None]
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
-    edges = torch.stack(
-        [torch.stack([*corners[i], *corners[(i + 1) % 4]], dim=-1) for i in range(4)], dim=2
-    )
-    ids = torch.arange(batch)
-    return Batch(
-        image=torch.randint(256, (batch, height, width, 3), dtype=torch.uint8, generator=generator),
-        size=torch.tensor([[height, width]] * batch, dtype=torch.float32),
-        boxes=boxes,
-        labels=torch.randint(config.classes, (batch, count), generator=generator) * valid,
-        valid=valid,
-        edges=edges,
-        image_id=ids,
-        seed=ids,
-    )
 
 
 def convolution_rate(compute: Compute, device: torch.device) -> float:

@@ -1,0 +1,1 @@
+"""How fast each part is here, beside the usual way of doing it: `casc bench`."""
