@@ -3,17 +3,11 @@
 detections on the device -> COCO results -> against the ground truth -> 12 figures of each.
 """
 
-import contextlib
-import io
 import os
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from casc.detector import Detections
@@ -24,12 +18,11 @@ from casc.ground_truth import (
     is_rle,
     read_json,
     usable_objects,
-    with_masks,
     write_json,
 )
 from casc.results import Result, collect_results
+from casc.tally import IouType, Tally, average_precision, match
 
-IouType = Literal["bbox", "segm"]
 IOU_TYPES: tuple[IouType, ...] = ("bbox", "segm")
 
 FIGURES = {
@@ -148,29 +141,36 @@ def evaluate(
     _check_results(results, every, categories.keys(), iou_types)
     results = [result for result in results if result["image_id"] in images]
     objects, skipped = usable_objects(ground_truth, images, categories)
+    return sum_up(match(images, categories, objects, results, iou_types, skipped), categories)
 
+
+def sum_up(tally: Tally, categories: Mapping[int, str]) -> Evaluation:
+    """Give the figures of all images that were tallied.
+
+    Args:
+        tally: of the images.
+        categories: names by id.
+    """
     figures: dict[str, dict[str, float | None]] = {}
     class_ap: dict[str, dict[int, float | None]] = {}
-    unmasked = 0
-    for iou_type in iou_types:
-        measured = objects
-        if iou_type == "segm":
-            measured, unmasked = with_masks(objects, images)
-        figures[iou_type], class_ap[iou_type] = _measure(
-            images, categories, measured, results, iou_type
+    for iou_type, matches in tally.matches.items():
+        values, class_ap[iou_type] = average_precision(
+            matches, tally.image_ids, list(categories), iou_type
         )
-    counts = Counter(o["category_id"] for o in objects if not o["iscrowd"])
+        figures[iou_type] = dict(zip(FIGURES, values, strict=True))
     return Evaluation(
         figures=figures,
         classes=tuple(
-            ClassFigures(key, name, counts[key], {t: class_ap[t][key] for t in iou_types})
+            ClassFigures(
+                key, name, tally.instances[key], {t: ap[key] for t, ap in class_ap.items()}
+            )
             for key, name in categories.items()
         ),
-        images=len(images),
-        instances=counts.total(),
-        detections=len(results),
-        skipped=skipped,
-        unmasked=unmasked,
+        images=len(tally.image_ids),
+        instances=tally.instances.total(),
+        detections=tally.detections,
+        skipped=tally.skipped,
+        unmasked=tally.unmasked,
     )
 
 
@@ -251,57 +251,6 @@ def _check_results(
                 raise UserError(
                     f"{place}: segmentation: expected compressed RLE (size, counts) of size {size}"
                 )
-
-
-def _measure(
-    images: Mapping[int, Any],
-    categories: Mapping[int, str],
-    objects: Sequence[dict[str, Any]],
-    results: Sequence[Result],
-    iou_type: IouType,
-) -> tuple[dict[str, float | None], dict[int, float | None]]:
-    """The twelve figures, and AP by category id."""
-    field = "bbox" if iou_type == "bbox" else "segmentation"
-    # pycocotools writes into what it is given, and with a box at hand it would take the box's
-    # area for the mask's.
-    kept = ("image_id", "category_id", "score", field)
-    detections = [{key: result[key] for key in kept} for result in results]
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        dataset: Any = {
-            "info": {},
-            "images": list(images.values()),
-            "annotations": [dict(entry) for entry in objects],
-            "categories": [{"id": key, "name": name} for key, name in categories.items()],
-        }
-        truth.dataset = dataset
-        truth.createIndex()
-        if detections:
-            found = truth.loadRes(detections)  # type: ignore[arg-type]
-        else:
-            # loadRes looks at the first detection to tell boxes from masks.
-            found = COCO()
-            nothing: Any = {**dataset, "annotations": []}
-            found.dataset = nothing
-            found.createIndex()
-        evaluator = COCOeval(truth, found, iou_type)
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    figures = {key: _known(v) for key, v in zip(FIGURES, evaluator.stats, strict=True)}
-    # [T thresholds, R recalls, K classes, A areas, M detection limits]
-    precision: np.ndarray = evaluator.eval["precision"][:, :, :, 0, -1]
-    ap: dict[int, float | None] = {}
-    for k, key in enumerate(evaluator.params.catIds):
-        values = precision[:, :, k]
-        values = values[values > -1]
-        ap[key] = float(values.mean()) if values.size else None
-    return figures, ap
-
-
-def _known(value: float) -> float | None:
-    """Translate: pycocotools says -1 where there is nothing to measure."""
-    return None if value < 0 else float(value)
 
 
 def _percent(value: float | None) -> str:
