@@ -1,7 +1,9 @@
 """The detector over a split of shards: detections, and what they are worth."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +14,18 @@ from torch import Tensor
 from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
 from casc.data.index import Index, canvas
+from casc.data.plan import plan_evaluation
+from casc.data.sample import iter_tar
 from casc.data.stream import Loading, evaluation_batches, to_device
 from casc.detector import Detections, DetectorConfig
 from casc.devices import traits
-from casc.evaluate import Evaluation, evaluate
-from casc.ground_truth import ground_truth_from_shards
+from casc.errors import UserError
+from casc.evaluate import Evaluation, sum_up
+from casc.ground_truth import ground_truth_from_samples
 from casc.layers import Params
-from casc.results import collect_results, merge_results
+from casc.results import found_in
+from casc.tally import join
+from casc.tally_pool import Truth, by_image, tally_images
 from casc.train.distributed import ALONE, Ranks, gather
 from casc.train.step import Compute, DetectStep, make_detect_step
 
@@ -97,8 +104,13 @@ def evaluate_split(
     loading: Loading,
     ranks: Ranks = ALONE,
     watch: Callable[[int], object] = lambda images: None,
+    processes: int | None = None,
 ) -> Evaluation | None:
     """COCO's figures of a split; ranks share the images, rank 0 has the result.
+
+    Every rank matches its own images while its device computes the next ones, and sends
+    what the figures need, some 30 bytes of a detection. So nothing but the sums is left to
+    rank 0 in the end, and the others need not wait for it.
 
     Args:
         detector: what to evaluate.
@@ -109,11 +121,12 @@ def evaluate_split(
         loading: how shards are read.
         ranks: the processes that share the work; all must call this.
         watch: is told how many images each batch had.
+        processes: that paste and match beside this one; 0 does it in this one, and so does
+            None for a split so small that starting them would take longer.
 
     Raises:
         UserError: as `detect_split`, or when a detection isn't finite.
     """
-    category_ids = [category.id for category in index.categories]
 
     def outputs() -> Iterator[tuple[Detections, Tensor, Tensor]]:
         for output in detect_split(
@@ -122,8 +135,28 @@ def evaluate_split(
             watch(int((output[1] >= 0).sum()))
             yield output
 
-    parts = gather(collect_results(outputs(), category_ids), ranks)
+    samples = index.splits[split].samples
+    if processes is None:
+        processes = 2 if samples >= 500 * ranks.world else 0
+    with ThreadPoolExecutor(1, thread_name_prefix="truth") as reader:
+        truth = reader.submit(_truth, Path(root), index, split, batch, ranks)
+        tally = tally_images(found_in(outputs()), truth, processes=processes)
+    tallies = gather(tally, ranks)
     if not ranks.main:
         return None
-    truth = ground_truth_from_shards(Path(root), index, split)
-    return evaluate(truth, merge_results(parts).detections)
+    tally = join(tallies)
+    if len(tally.image_ids) != samples:
+        raise UserError(
+            f"{root}: {split} has {samples} images by its index, of which "
+            f"{len(tally.image_ids)} were found in the shards"
+        )
+    return sum_up(tally, {category.id: category.name for category in index.categories})
+
+
+def _truth(root: Path, index: Index, split: str, batch: int, ranks: Ranks) -> Truth:
+    """The ground truth of all shards in which this rank has images."""
+    shards = index.splits[split].shards
+    plan = plan_evaluation(index.splits[split], batch=batch, world=ranks.world, rank=ranks.rank)
+    mine = sorted({segment.shard for step in plan for segment in step.segments})
+    records = (json.loads(r) for i in mine for _, _, r in iter_tar(root / shards[i].name))
+    return by_image(ground_truth_from_samples(records, index.categories))

@@ -8,8 +8,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +32,23 @@ class Results(NamedTuple):
     """The images that were looked at, also those in which nothing was found."""
 
 
+class Found(NamedTuple):
+    """What was found in one image, in host memory."""
+
+    image_id: int
+    height: int
+    """Of the stored image, in pixels."""
+    width: int
+    boxes: np.ndarray
+    """`[D, 4]` float32 xyxy in pixels of the stored image."""
+    scores: np.ndarray
+    """`[D]` float32."""
+    labels: np.ndarray
+    """`[D]` int64."""
+    masks: np.ndarray
+    """`[D, M, M]` float32, probabilities inside the box."""
+
+
 def collect_results(
     outputs: Iterable[tuple[Detections, Tensor, Tensor]],
     category_ids: Sequence[int],
@@ -38,9 +57,8 @@ def collect_results(
 ) -> Results:
     """Turn the detections of batches into COCO results, masks pasted at the stored size.
 
-    Pasting (17 ms for 100 masks on a 640 x 480 image, one core) runs in a thread while the
-    device computes the next batch. Rows that only fill up a batch (image id below 0) are
-    dropped; of an image that occurs twice the first counts.
+    Pasting runs in a thread while the device computes the next batch. Rows that only fill up
+    a batch (image id below 0) are dropped; of an image that occurs twice the first counts.
 
     Args:
         outputs: per batch the detections, `Batch.image_id` [B] and `Batch.size` [B, 2].
@@ -54,19 +72,48 @@ def collect_results(
     detections: list[Result] = []
     seen: dict[int, None] = {}
 
-    def images() -> Iterator[Callable[[], list[Result]]]:
-        for found, image_id, size in outputs:
-            # One copy per tensor and batch, not one per image.
-            found = Detections(*(torch.as_tensor(t).cpu() for t in found))
-            sizes = torch.as_tensor(size).round().int().tolist()
-            for row, identity in enumerate(torch.as_tensor(image_id).tolist()):
-                if identity >= 0 and identity not in seen:
-                    seen[identity] = None
-                    yield _deferred(found, row, identity, sizes[row], category_ids)
+    def jobs() -> Iterator[Callable[[], list[Result]]]:
+        for found in found_in(outputs):
+            if found.image_id not in seen:
+                seen[found.image_id] = None
+                yield partial(image_results, found, category_ids)
 
-    for results in _in_threads(images(), threads):
+    for results in _in_threads(jobs(), threads):
         detections += results
     return Results(detections, list(seen))
+
+
+def found_in(outputs: Iterable[tuple[Detections, Tensor, Tensor]]) -> Iterator[Found]:
+    """Copy the detections of batches to the host, image by image, without holding up the device.
+
+    A batch is read when the next one is under way, so that the device never waits for the
+    host to ask for more. Rows that only fill up a batch are left out.
+
+    Args:
+        outputs: as for `collect_results`.
+    """
+    waiting: deque[tuple[Detections, torch.Event | None, Tensor, Tensor]] = deque()
+    for found, image_id, size in outputs:
+        waiting.append((*_start_copy(found), image_id, size))
+        # What is in host memory already gains nothing by waiting.
+        if len(waiting) > 1 or waiting[0][1] is None:
+            yield from _images(*waiting.popleft())
+    while waiting:
+        yield from _images(*waiting.popleft())
+
+
+def image_results(found: Found, category_ids: Sequence[int]) -> list[Result]:
+    """As `coco_results`, of all that was found in an image."""
+    return coco_results(
+        torch.from_numpy(found.boxes),
+        torch.from_numpy(found.scores),
+        torch.from_numpy(found.labels),
+        torch.from_numpy(found.masks),
+        image_id=found.image_id,
+        height=found.height,
+        width=found.width,
+        category_ids=category_ids,
+    )
 
 
 def coco_results(
@@ -123,17 +170,6 @@ def coco_results(
     return results
 
 
-def merge_results(parts: Iterable[Results]) -> Results:
-    """Join the results of several processes; of an image that occurs twice the first counts."""
-    detections: list[Result] = []
-    seen: dict[int, None] = {}
-    for part in parts:
-        fresh = set(part.image_ids).difference(seen)
-        seen.update(dict.fromkeys(part.image_ids))
-        detections += [d for d in part.detections if d["image_id"] in fresh]
-    return Results(detections, list(seen))
-
-
 def read_results(path: str | os.PathLike[str]) -> list[Result]:
     """Read a COCO results file.
 
@@ -151,23 +187,27 @@ def write_results(results: Sequence[Result], path: str | os.PathLike[str]) -> No
     write_json(list(results), path, indent=None)
 
 
-def _deferred(
-    found: Detections, row: int, image_id: int, size: Sequence[int], category_ids: Sequence[int]
-) -> Callable[[], list[Result]]:
-    def convert() -> list[Result]:
-        keep = found.valid[row]
-        return coco_results(
-            found.boxes[row][keep],
-            found.scores[row][keep],
-            found.labels[row][keep],
-            found.masks[row][keep],
-            image_id=image_id,
-            height=size[0],
-            width=size[1],
-            category_ids=category_ids,
-        )
+def _start_copy(found: Detections) -> tuple[Detections, torch.Event | None]:
+    """The detections in host memory, and the event after which they are really there."""
+    device = found.boxes.device
+    if device.type == "cpu":
+        return found, None
+    # To memory that torch pins for this, so that the copy runs beside the next batch.
+    host = Detections(*(t.to("cpu", non_blocking=True) for t in found))
+    return host, torch.accelerator.current_stream(device).record_event()
 
-    return convert
+
+def _images(
+    found: Detections, copied: torch.Event | None, image_id: Tensor, size: Tensor
+) -> Iterator[Found]:
+    if copied is not None:
+        copied.synchronize()
+    sizes = size.round().int().tolist()
+    for row, identity in enumerate(image_id.tolist()):
+        if identity >= 0:
+            keep = found.valid[row]
+            fields = (found.boxes, found.scores, found.labels, found.masks)
+            yield Found(identity, *sizes[row], *(t[row][keep].numpy() for t in fields))
 
 
 def _in_threads(jobs: Iterable[Callable[[], list[Result]]], threads: int) -> Iterator[list[Result]]:

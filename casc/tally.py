@@ -21,6 +21,7 @@ from casc.errors import UserError
 from casc.ground_truth import with_masks
 
 IouType = Literal["bbox", "segm"]
+TWICE = "is it in the shards more than once?"
 
 
 class Matches(NamedTuple):
@@ -100,8 +101,7 @@ def join(tallies: Sequence[Tally]) -> Tally:
     twice = [key for key, count in Counter(image_ids).items() if count > 1]
     if twice:
         raise UserError(
-            f"image {twice[0]} was evaluated {image_ids.count(twice[0])} times; "
-            "is it in the shards more than once?"
+            f"image {twice[0]} was evaluated {image_ids.count(twice[0])} times; {TWICE}"
         )
     matches: dict[IouType, Matches] = {}
     for iou_type in tallies[0].matches if tallies else ():
