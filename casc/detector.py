@@ -38,16 +38,17 @@ from casc.mask_head import (
 )
 from casc.matching import take
 from casc.ops.nms import batched_nms
-from casc.ops.roi_align import Pyramid, flatten_pyramid, roi_align
+from casc.ops.pyramid import Pyramid, flatten_pyramid
+from casc.ops.roi_align import roi_align
 from casc.resnet import ResNetConfig, init_resnet, is_frozen, out_channels, resnet
 from casc.rpn import (
     Proposals,
     RPNConfig,
-    RPNOutput,
     candidates,
     init_rpn,
     propose,
     rpn_head,
+    rpn_head_at,
     rpn_losses,
     rpn_targets,
 )
@@ -223,9 +224,8 @@ def losses(
     features = extract(params, buffers, config, inputs.image)
     result, rois = box_branch(params, config, features, inputs, noise)
     for i in range(len(config.stages)):
-        result[f"s{i}.loss_mask"] = mask_branch(
-            params, config, i, features.pyramid, rois[i], inputs.targets
-        )
+        loss = mask_branch(params, config, i, features.pyramid, rois[i], inputs.targets)
+        result[f"s{i}.loss_mask"] = config.stages[i].loss_weight * loss
     return result
 
 
@@ -239,8 +239,9 @@ def box_branch(
 ) -> tuple[dict[str, Tensor], list[MaskRois]]:
     """All losses but the masks', and the positive RoIs that these need, per stage."""
     anchors = grid_anchors(config.anchors, level_sizes(features.levels), inputs.size.device)
-    output = rpn_head(params, features.levels)
-    result = rpn_branch(config, output, torch.cat(anchors), inputs, noise.rpn)
+    result = rpn_branch(params, config, features, torch.cat(anchors), inputs, noise.rpn)
+    with torch.no_grad():
+        output = rpn_head(params, features.levels)
     found = candidates(config.rpn, output, anchors, inputs.size, train=True)
     proposals = propose(config.rpn, found, train=True)
     cascade, samples = cascade_losses(
@@ -250,12 +251,19 @@ def box_branch(
 
 
 def rpn_branch(
-    config: DetectorConfig, output: RPNOutput, anchors: Tensor, inputs: Inputs, keys: Tensor
+    params: Params,
+    config: DetectorConfig,
+    features: Features,
+    anchors: Tensor,
+    inputs: Inputs,
+    keys: Tensor,
 ) -> dict[str, Tensor]:
     """The RPN's losses and its number of positive anchors per image."""
     gt = inputs.targets
     targets = rpn_targets(config.rpn, anchors, inputs.size, gt.boxes, gt.valid, keys)
-    result = rpn_losses(config.rpn, output, anchors, targets, gt.boxes)
+    sizes = level_sizes(features.levels)
+    sampled = rpn_head_at(params, features.pyramid, sizes, targets.sample.indices)
+    result = rpn_losses(config.rpn, sampled, anchors, targets, gt.boxes)
     result["rpn.positives"] = _per_image(targets.sample.positive)
     return result
 
@@ -295,12 +303,11 @@ def mask_branch(
     rois: MaskRois,
     targets: Targets,
 ) -> Tensor:
-    """The weighted mask loss of one stage."""
+    """The mask loss of one stage, without its weight."""
     head = config.mask_head
     features = roi_align(pyramid, rois.boxes, rois.image, head.cells, config.roi_align)
     logits = mask_head(params, head, stage, features, rois.labels)
-    loss = mask_loss(logits, mask_targets(head, rois, targets), rois.valid)
-    return config.stages[stage].loss_weight * loss
+    return mask_loss(logits, mask_targets(head, rois, targets), rois.valid)
 
 
 def detect(params: Params, buffers: Params, config: DetectorConfig, inputs: Inputs) -> Detections:

@@ -89,6 +89,15 @@ def pack(rois: MaskRois, capacity: int) -> MaskRois:
     return MaskRois(*(t[index] for t in rois))
 
 
+def stage_params(params: Params, stage: int) -> Params:
+    """The parameters of one stage's head, named as if it were the first's.
+
+    One compiled function then serves all stages.
+    """
+    own, first = f"{PREFIX}.{stage}.", f"{PREFIX}.0."
+    return {first + k.removeprefix(own): v for k, v in params.items() if k.startswith(own)}
+
+
 def mask_targets(config: MaskHeadConfig, rois: MaskRois, targets: Targets) -> Tensor:
     """Where each RoI's object is: [R, M, M] bool."""
     cells = 2 * config.cells

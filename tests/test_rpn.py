@@ -7,6 +7,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 from casc.anchors import AnchorConfig, grid_anchors, inside
 from casc.boxes import MAX_LOG_RATIO, encode
 from casc.matching import Sample, match_anchors, take
+from casc.ops.pyramid import flatten_pyramid
 from casc.rpn import (
     STDS,
     Proposals,
@@ -16,6 +17,7 @@ from casc.rpn import (
     init_rpn,
     propose,
     rpn_head,
+    rpn_head_at,
     rpn_losses,
     rpn_targets,
 )
@@ -84,6 +86,40 @@ def test_the_head_reads_every_anchor_in_order(mode):
     assert output.logits.dtype == output.deltas.dtype == torch.float32
 
 
+def test_the_head_at_chosen_anchors_is_the_head_everywhere(mode):
+    """Values and gradients; the coarsest level is every second cell of the one before it."""
+    params: dict[str, Tensor] = {}
+    init_rpn(CONFIG, ANCHORS, 4, params, torch.Generator().manual_seed(0))
+    params = {
+        k: randn(*v.shape, seed=i).requires_grad_() for i, (k, v) in enumerate(params.items())
+    }
+    sizes = [(11, 16), (5, 7), (3, 4)]
+    stored = [randn(2, 4, h, w, seed=h).requires_grad_() for h, w in sizes[:2]]
+    count = sum(h * w * 3 for h, w in sizes)
+    # Every anchor once, in no order, and some of them twice.
+    order = torch.stack(
+        [torch.randperm(count, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    )
+    order = torch.cat([order, order[:, :7]], dim=1)
+
+    def at(params, stored, index):
+        return rpn_head_at(params, flatten_pyramid(stored, (8, 16)), sizes, index)
+
+    def everywhere(params, stored, index):
+        coarsest = F.max_pool2d(stored[-1], kernel_size=1, stride=2)
+        return RPNOutput(*(take(t, index) for t in rpn_head(params, [*stored, coarsest])))
+
+    variables = [*params.values(), *stored]
+    results = []
+    for run in (mode(at), everywhere):
+        output = run(params, stored, order)
+        loss = (output.logits * randn(*output.logits.shape)).sum()
+        loss = loss + (output.deltas * randn(*output.deltas.shape, seed=1)).sum()
+        results.append([*output, *torch.autograd.grad(loss, variables)])
+    for made, right in zip(*results, strict=True):
+        torch.testing.assert_close(made, right, rtol=1e-4, atol=1e-4)
+
+
 def test_targets_ignore_anchors_that_cross_the_image():
     anchors = torch.cat(make_anchors())
     keys = torch.rand(2, len(anchors), generator=torch.Generator().manual_seed(0))
@@ -138,7 +174,8 @@ def test_losses_are_the_literal_ones(mode, case):
     targets = rpn_targets(CONFIG, anchors, SIZE, GT, valid, keys)
 
     def run(output, anchors, targets, gt):
-        return rpn_losses(CONFIG, output, anchors, targets, gt)
+        sampled = RPNOutput(*(take(t, targets.sample.indices) for t in output))
+        return rpn_losses(CONFIG, sampled, anchors, targets, gt)
 
     losses = mode(run)(output, anchors, targets, GT)
     cls, box = literal_losses(output, anchors, targets.sample, targets.matches.gt)

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from casc.data.batch import Batch
-from casc.detector import DetectorConfig
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is timed."""
+    """How much work a step is."""
 
     canvas: tuple[int, int] = (800, 1088)
     """Height and width in pixels, divisible by 32."""
@@ -18,21 +17,41 @@ class Load:
     """Images per step."""
     objects: int = 8
     """Objects per image."""
-    steps: int = 5
-    """Timed steps, after two that are not."""
+    positives: int | None = None
+    """RoIs per image and stage that get a mask loss, at least. Fresh weights find hardly more
+    than the objects themselves; a trained network has about 120."""
 
 
-def made_up_batch(config: DetectorConfig, load: Load, seed: int = 0) -> Batch:
-    """Noise images full of square objects, with a capacity of at least one."""
+def made_up_batch(load: Load, classes: int, seed: int = 0) -> Batch:
+    """Noise images full of square objects, with a capacity of at least one.
+
+    Positives are imposed by repeating objects, a pixel or less apart, as so many instances:
+    every stage of every detector of this family adds ground truth to its samples.
+
+    Args:
+        load: sizes and counts.
+        classes: K.
+        seed: of the generator; the same seed gives the same batch.
+    """
     generator = torch.Generator().manual_seed(seed)
     height, width = load.canvas
-    batch, count = load.batch, max(load.objects, 1)
-    side = torch.rand(batch, count, 1, generator=generator) * 0.3 + 0.1
+    batch, places = load.batch, max(load.objects, 1)
+    side = torch.rand(batch, places, 1, generator=generator) * 0.3 + 0.1
     sides = side * min(height, width) * torch.ones(2)
     room = torch.tensor([width, height]) - sides
-    corner = torch.rand(batch, count, 2, generator=generator) * room
-    valid = torch.arange(count).expand(batch, -1) < load.objects
-    boxes = torch.cat([corner, corner + sides], dim=-1) * valid[..., None]
+    corner = torch.rand(batch, places, 2, generator=generator) * room
+    labels = torch.randint(classes, (batch, places), generator=generator)
+    instances = max(load.objects, load.positives or 0)
+    capacity = max(instances, 1)
+    at = torch.arange(capacity) % places
+    # The repetitions lie a little apart, as the proposals for one object do.
+    shift = (
+        torch.rand(batch, capacity, 2, generator=generator)
+        * (torch.arange(capacity) >= places)[:, None]
+    )
+    corner, sides, labels = corner[:, at], sides[:, at] - 1, labels[:, at]
+    valid = torch.arange(capacity).expand(batch, -1) < instances
+    boxes = torch.cat([corner + shift, corner + shift + sides], dim=-1) * valid[..., None]
     x1, y1, x2, y2 = boxes.unbind(-1)
     corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
     edges = torch.stack(
@@ -43,7 +62,7 @@ def made_up_batch(config: DetectorConfig, load: Load, seed: int = 0) -> Batch:
         image=torch.randint(256, (batch, height, width, 3), dtype=torch.uint8, generator=generator),
         size=torch.tensor([[height, width]] * batch, dtype=torch.float32),
         boxes=boxes,
-        labels=torch.randint(config.classes, (batch, count), generator=generator) * valid,
+        labels=labels * valid,
         valid=valid,
         edges=edges,
         image_id=ids,

@@ -12,35 +12,19 @@ Legend: B images, R RoIs, C channels, L levels, P all pixels of all levels, O ou
 per side, T taps per output cell.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from casc.ops.bags import weighted_bags
+from casc.ops.pyramid import Pyramid, by_level
 
 Sampling = Literal["fixed", "adaptive"]
 
 # A RoI of sqrt(area) below 2 * 56 pixels reads the finest level; each doubling goes one up.
 FINEST_SIDE = 56.0
 GRID = 2
-
-
-class Pyramid(NamedTuple):
-    """A feature pyramid in the form that RoIAlign reads."""
-
-    levels: list[Tensor]
-    """L tensors [B, C, H_l, W_l]."""
-    pixels: Tensor
-    """[B * P, C], the same values flattened (image, level, y, x)."""
-    strides: tuple[int, ...]
-    """Pixels per cell of each level."""
-
-
-def flatten_pyramid(levels: list[Tensor], strides: tuple[int, ...]) -> Pyramid:
-    """Lay all levels out as rows of channels, once for every RoIAlign of the step."""
-    batch, channels = levels[0].shape[:2]
-    rows = [level.permute(0, 2, 3, 1).reshape(batch, -1, channels) for level in levels]
-    return Pyramid(levels, torch.cat(rows, dim=1).reshape(-1, channels), strides)
 
 
 def roi_levels(boxes: Tensor, count: int) -> Tensor:
@@ -81,7 +65,7 @@ def roi_align(
         return _adaptive(pyramid.levels, rois, level, scales, cells)
     sizes = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
     index, weight = _taps(boxes, image, level, sizes, pyramid.strides, cells)
-    rows = _bag(pyramid.pixels, index, weight.to(pyramid.pixels.dtype))
+    rows = weighted_bags(pyramid.pixels, index, weight.to(pyramid.pixels.dtype))
     return rows.reshape(boxes.shape[0], cells, cells, -1).permute(0, 3, 1, 2)
 
 
@@ -96,10 +80,10 @@ def _taps(
     """Rows of `Pyramid.pixels` and their weights: [R * O * O, T] int64 and float32."""
     per_image = sum(h * w for h, w in sizes)
     offsets = [sum(h * w for h, w in sizes[:i]) for i in range(len(sizes))]
-    height = _by_level(level, [h for h, _ in sizes])
-    width = _by_level(level, [w for _, w in sizes])
-    start = _by_level(level, offsets) + image * per_image
-    scaled = boxes / _by_level(level, list(strides)).to(boxes.dtype)[:, None] - 0.5
+    height = by_level(level, [h for h, _ in sizes])
+    width = by_level(level, [w for _, w in sizes])
+    start = by_level(level, offsets) + image * per_image
+    scaled = boxes / by_level(level, list(strides)).to(boxes.dtype)[:, None] - 0.5
     y, y_weight = _axis_taps(scaled[:, 1], scaled[:, 3], height, cells)
     x, x_weight = _axis_taps(scaled[:, 0], scaled[:, 2], width, cells)
     # [R, O, 1, t, 1] against [R, 1, O, 1, t], t taps per axis.
@@ -137,63 +121,6 @@ def _axis_taps(low: Tensor, high: Tensor, size: Tensor, cells: int) -> tuple[Ten
     weight = torch.stack([1 - fraction, fraction], dim=-1) * counts[..., None] / GRID
     shape = (low.shape[0], cells, 2 * GRID)
     return position.reshape(shape), weight.reshape(shape)
-
-
-def _by_level(level: Tensor, values: list[int]) -> Tensor:
-    """values[level] without a table on the device: [R] int64."""
-    result = torch.full_like(level, values[0])
-    for i, value in enumerate(values[1:], start=1):
-        result = torch.where(level == i, value, result)
-    return result
-
-
-# An operator of our own around embedding_bag: inside a compiled graph the generated code
-# would write through an output that the CPU kernel leaves empty in bfloat16.
-@torch.library.custom_op("casc::bag", mutates_args=())
-def _bag(pixels: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    return F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)
-
-
-@_bag.register_fake
-def _(pixels: Tensor, index: Tensor, weight: Tensor):
-    return pixels.new_empty((index.shape[0], pixels.shape[1]))
-
-
-@torch.library.custom_op("casc::bag_backward", mutates_args=())
-def _bag_backward(grad: Tensor, index: Tensor, weight: Tensor, rows: int) -> Tensor:
-    bags, taps = index.shape
-    owner = torch.arange(bags, device=grad.device)[:, None].expand(bags, taps).reshape(-1)
-    sizes = torch.full((bags,), taps, dtype=torch.long, device=grad.device)
-    return torch.ops.aten._embedding_bag_dense_backward(
-        grad.contiguous(),
-        index.reshape(-1),
-        owner,
-        sizes,
-        sizes,
-        rows,
-        False,
-        0,
-        weight.reshape(-1),
-    )
-
-
-@_bag_backward.register_fake
-def _(grad: Tensor, index: Tensor, weight: Tensor, rows: int):
-    return grad.new_empty((rows, grad.shape[1]))
-
-
-def _bag_setup(ctx, inputs, output) -> None:
-    pixels, index, weight = inputs
-    ctx.save_for_backward(index, weight)
-    ctx.rows = pixels.shape[0]
-
-
-def _bag_grad(ctx, grad: Tensor):
-    index, weight = ctx.saved_tensors
-    return _bag_backward(grad, index, weight, ctx.rows), None, None
-
-
-_bag.register_autograd(_bag_grad, setup_context=_bag_setup)
 
 
 # The RoIs of one level are as many as the data has it: that stays inside the operator.

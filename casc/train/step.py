@@ -18,15 +18,17 @@ from casc.data.augment import ImageConfig, prepare
 from casc.data.batch import Batch
 from casc.detector import Detections, DetectorConfig, Inputs
 from casc.layers import Params
-from casc.mask_head import MaskRois, pack
-from casc.ops.roi_align import Pyramid
+from casc.mask_head import MaskRois, pack, stage_params
+from casc.ops.pyramid import Pyramid
 from casc.targets import Targets
 
 LossStep = Callable[[Params, Params, Batch], tuple[Tensor, dict[str, Tensor]]]
 DetectStep = Callable[[Params, Params, Batch], Detections]
 
-# Shares of the full mask capacity that a counted step may run on. Each is one shape, so
-# one compilation at most; sixteenths would follow the count closer but compile longer.
+# A counted step runs its mask heads on the next multiple of this many RoIs ...
+CAPACITY_STEP = 16
+# ... or, without dynamic shapes, on the next of these shares of the most there can be: each
+# is a compilation, so they follow the count less closely.
 CAPACITY_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
@@ -39,6 +41,9 @@ class Compute(NamedTuple):
     """Of images and 4-d parameters."""
     compile: bool = True
     """Whether to compile; eager gives the same numbers up to rounding."""
+    dynamic_rois: bool = True
+    """How "counted" mask heads are compiled: once for any number of RoIs, or, where dynamic
+    shapes are dear, once for each of a few capacities."""
 
 
 def make_loss_step(
@@ -67,31 +72,34 @@ def make_loss_step(
         losses, rois = detector.box_branch(params, config, features, inputs, noise)
         return losses, features.pyramid, rois, inputs.targets
 
-    def masks(
-        params: Params, stage: int, pyramid: Pyramid, rois: MaskRois, targets: Targets
-    ) -> Tensor:
-        return detector.mask_branch(params, config, stage, pyramid, rois, targets)
-
     def full(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, pyramid, rois, targets = boxes(params, buffers, batch)
-        for stage in range(len(config.stages)):
-            losses[f"s{stage}.loss_mask"] = masks(params, stage, pyramid, rois[stage], targets)
+        for i, stage in enumerate(config.stages):
+            loss = detector.mask_branch(params, config, i, pyramid, rois[i], targets)
+            losses[f"s{i}.loss_mask"] = stage.loss_weight * loss
         return detector.total(losses), {k: v.detach() for k, v in losses.items()}
 
     if config.mask_head.capacity == "full":
         return _maybe_compile(full, compute)
 
+    def masks(head: Params, pyramid: Pyramid, rois: MaskRois, targets: Targets) -> Tensor:
+        return detector.mask_branch(head, config, 0, pyramid, rois, targets)
+
     box_step = _maybe_compile(boxes, compute)
-    mask_graphs = len(config.stages) * len(CAPACITY_SHARES)
-    mask_step = _maybe_compile(masks, compute, mask_graphs)
+    mask_step = _compile_for_any_count(masks, compute)
 
     def counted(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, pyramid, rois, targets = box_step(params, buffers, batch)
         # The step's only read: everything after it has a shape that depends on it.
         counts = torch.stack([r.valid.sum() for r in rois]).tolist()
-        for stage, (r, count) in enumerate(zip(rois, counts, strict=True)):
-            packed = pack(r, mask_capacity(count, r.valid.shape[0]))
-            losses[f"s{stage}.loss_mask"] = mask_step(params, stage, pyramid, packed, targets)
+        for i, (stage, count) in enumerate(zip(config.stages, counts, strict=True)):
+            slots = rois[i].valid.shape[0]
+            packed = pack(rois[i], mask_capacity(count, slots, compute.dynamic_rois))
+            if compute.compile and compute.dynamic_rois and slots > CAPACITY_STEP:
+                for value in packed:
+                    torch._dynamo.mark_dynamic(value, 0)
+            loss = mask_step(stage_params(params, i), pyramid, packed, targets)
+            losses[f"s{i}.loss_mask"] = stage.loss_weight * loss
         return detector.total(losses), {k: v.detach() for k, v in losses.items()}
 
     return counted
@@ -127,9 +135,11 @@ def training_inputs(
     return prepare(batch, flip, image, canvas, compute.dtype, compute.memory_format)
 
 
-def mask_capacity(count: int, full: int) -> int:
-    """The smallest capacity of the ladder that holds `count` of at most `full` RoIs."""
-    ladder = (max(1, round(share * full)) for share in CAPACITY_SHARES)
+def mask_capacity(count: int, slots: int, dynamic: bool) -> int:
+    """How many RoIs to run on when `count` of at most `slots` are needed."""
+    if dynamic:
+        return min(slots, max(1, -(-count // CAPACITY_STEP)) * CAPACITY_STEP)
+    ladder = (max(1, round(share * slots)) for share in CAPACITY_SHARES)
     return next(capacity for capacity in ladder if capacity >= count)
 
 
@@ -150,10 +160,24 @@ def to_format(params: Params, memory_format: torch.memory_format) -> Params:
     }
 
 
-def _maybe_compile(function: Callable, compute: Compute, graphs: int | None = None) -> Callable:
+def _maybe_compile(function: Callable, compute: Compute) -> Callable:
     if not compute.compile:
         return function
     # torch counts the graphs of all canvases together and gives up after 8, unless told.
-    return torch.compile(  # type: ignore[call-overload]  # its stubs lack the last two
-        function, fullgraph=True, dynamic=False, isolate_recompiles=True, recompile_limit=graphs
+    return torch.compile(  # type: ignore[call-overload]  # its stubs lack the last one
+        function, fullgraph=True, dynamic=False, isolate_recompiles=True
+    )
+
+
+def _compile_for_any_count(function: Callable, compute: Compute) -> Callable:
+    """Compile a function whose number of RoIs differs from call to call."""
+    if not compute.compile:
+        return function
+    graphs = 1 if compute.dynamic_rois else len(CAPACITY_SHARES)
+    return torch.compile(  # type: ignore[call-overload]
+        function,
+        fullgraph=True,
+        dynamic=None if compute.dynamic_rois else False,
+        isolate_recompiles=True,
+        recompile_limit=graphs,
     )

@@ -13,7 +13,9 @@ from casc.anchors import grid_anchors, inside
 from casc.box_head import box_head, box_losses, max_positive, refine, sample_rois
 from casc.boxes import encode
 from casc.detector import (
+    ROI_LEVELS,
     DetectorConfig,
+    Features,
     Inputs,
     Noise,
     cascade_scores,
@@ -28,7 +30,8 @@ from casc.layers import Params
 from casc.mask_head import mask_head, mask_loss, mask_rois, mask_targets
 from casc.masks import bitmap_coverage
 from casc.matching import match_rois, take
-from casc.ops.roi_align import Pyramid, flatten_pyramid, roi_align, roi_levels
+from casc.ops.pyramid import Pyramid, flatten_pyramid
+from casc.ops.roi_align import roi_align, roi_levels
 from casc.resnet import resnet
 from casc.rpn import (
     STDS,
@@ -36,6 +39,7 @@ from casc.rpn import (
     candidates,
     propose,
     rpn_head,
+    rpn_head_at,
     rpn_losses,
     rpn_targets,
 )
@@ -61,8 +65,9 @@ def training_record(
     levels = fpn(params, config.fpn, maps)
     record = {f"feat.C{i + 2}": x for i, x in enumerate(maps)}
     record |= {f"feat.P{i + 2}": x for i, x in enumerate(levels)}
-    losses, rpn = _rpn_record(params, config, levels, inputs, noise.rpn)
-    pyramid = flatten_pyramid(levels[:4], config.anchors.strides[:4])
+    pyramid = flatten_pyramid(levels[:ROI_LEVELS], config.anchors.strides[:ROI_LEVELS])
+    features = Features(levels, pyramid)
+    losses, rpn = _rpn_record(params, config, features, inputs, noise.rpn)
     boxes, valid = proposals.boxes, proposals.valid
     for i in range(len(config.stages)):
         stage_losses, stage = _stage_record(
@@ -128,16 +133,20 @@ def _scored(
 
 
 def _rpn_record(
-    params: Params, config: DetectorConfig, levels: list[Tensor], inputs: Inputs, keys: Tensor
+    params: Params, config: DetectorConfig, features: Features, inputs: Inputs, keys: Tensor
 ) -> tuple[Record, Record]:
-    output = rpn_head(params, levels)
+    levels = features.levels
+    with torch.no_grad():
+        output = rpn_head(params, levels)
     per_level = grid_anchors(config.anchors, level_sizes(levels), inputs.size.device)
     anchors, gt = torch.cat(per_level), inputs.targets
     targets = rpn_targets(config.rpn, anchors, inputs.size, gt.boxes, gt.valid, keys)
     matches = targets.matches
     found = candidates(config.rpn, output, per_level, inputs.size, train=True)
     proposals = propose(config.rpn, found, train=True)
-    losses = rpn_losses(config.rpn, output, anchors, targets, gt.boxes)
+    index = targets.sample.indices
+    sampled = rpn_head_at(params, features.pyramid, level_sizes(levels), index)
+    losses = rpn_losses(config.rpn, sampled, anchors, targets, gt.boxes)
     return losses, {
         "rpn.logits": output.logits,
         "rpn.deltas": output.deltas,

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from casc.ops.roi_align import flatten_pyramid, roi_align, roi_levels
+from casc.ops.pyramid import flatten_pyramid
+from casc.ops.roi_align import roi_align, roi_levels
 
 STRIDES = (4, 8, 16, 32)
 

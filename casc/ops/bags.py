@@ -1,0 +1,65 @@
+"""Weighted sums of rows: what RoIAlign and the RPN's sampled head read features with."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# An operator of our own around embedding_bag: inside a compiled graph the generated code
+# would write through an output that the CPU kernel leaves empty in bfloat16.
+@torch.library.custom_op("casc::bag", mutates_args=())
+def weighted_bags(pixels: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of rows, differentiable in the rows only.
+
+    Args:
+        pixels: [P, C].
+        index: [N, T] int64 into P.
+        weight: [N, T] of the pixels' dtype.
+
+    Returns:
+        [N, C].
+    """
+    return F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)
+
+
+@weighted_bags.register_fake
+def _(pixels: Tensor, index: Tensor, weight: Tensor):
+    return pixels.new_empty((index.shape[0], pixels.shape[1]))
+
+
+@torch.library.custom_op("casc::bag_backward", mutates_args=())
+def bag_backward(grad: Tensor, index: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """The gradient [P, C] of the pixels, of `rows` rows, from that of the bags [N, C]."""
+    bags, taps = index.shape
+    owner = torch.arange(bags, device=grad.device)[:, None].expand(bags, taps).reshape(-1)
+    sizes = torch.full((bags,), taps, dtype=torch.long, device=grad.device)
+    return torch.ops.aten._embedding_bag_dense_backward(
+        grad.contiguous(),
+        index.reshape(-1),
+        owner,
+        sizes,
+        sizes,
+        rows,
+        False,
+        0,
+        weight.reshape(-1),
+    )
+
+
+@bag_backward.register_fake
+def _(grad: Tensor, index: Tensor, weight: Tensor, rows: int):
+    return grad.new_empty((rows, grad.shape[1]))
+
+
+def _bag_setup(ctx, inputs, output) -> None:
+    pixels, index, weight = inputs
+    ctx.save_for_backward(index, weight)
+    ctx.rows = pixels.shape[0]
+
+
+def _bag_grad(ctx, grad: Tensor):
+    index, weight = ctx.saved_tensors
+    return bag_backward(grad, index, weight, ctx.rows), None, None
+
+
+weighted_bags.register_autograd(_bag_grad, setup_context=_bag_setup)

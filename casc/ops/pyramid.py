@@ -1,0 +1,78 @@
+"""A feature pyramid as rows of channels, and reading from it at chosen places.
+
+Legend: B images, C channels, L levels, P pixels of all levels of an image.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from casc.ops.bags import weighted_bags
+
+
+class Pyramid(NamedTuple):
+    """A feature pyramid in the form that RoIAlign reads."""
+
+    levels: list[Tensor]
+    """L tensors [B, C, H_l, W_l]."""
+    pixels: Tensor
+    """[B * P, C], the same values flattened (image, level, y, x)."""
+    strides: tuple[int, ...]
+    """Pixels per cell of each level."""
+
+
+def flatten_pyramid(levels: list[Tensor], strides: tuple[int, ...]) -> Pyramid:
+    """Lay all levels out as rows of channels, once for every RoIAlign of the step."""
+    batch, channels = levels[0].shape[:2]
+    rows = [level.permute(0, 2, 3, 1).reshape(batch, -1, channels) for level in levels]
+    return Pyramid(levels, torch.cat(rows, dim=1).reshape(-1, channels), strides)
+
+
+def patches(pyramid: Pyramid, sizes: list[tuple[int, int]], cell: Tensor, side: int) -> Tensor:
+    """The square neighbourhood of chosen cells, as a convolution with zero padding sees it.
+
+    Args:
+        pyramid: from `flatten_pyramid`.
+        sizes: (H_l, W_l) of each level that a cell may lie on. Levels beyond the pyramid's
+            are every 2nd, 4th, ... cell of its coarsest, as the FPN's P6 is.
+        cell: [B, S] int64, counted (level, y, x).
+        side: of the neighbourhood in cells, odd.
+
+    Returns:
+        [B * S, side * side * C] of the features' dtype, in the order (y, x, channel).
+    """
+    stored = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
+    last = len(stored) - 1
+    level = torch.zeros_like(cell)
+    for i in range(1, len(sizes)):
+        level = torch.where(cell >= _first(sizes, i), i, level)
+    at = cell - by_level(level, [_first(sizes, i) for i in range(len(sizes))])
+    height = by_level(level, [h for h, _ in sizes])[..., None]
+    width = by_level(level, [w for _, w in sizes])[..., None]
+    reach = torch.arange(side, device=cell.device) - side // 2
+    y, x = at[..., None] // width + reach, at[..., None] % width + reach
+    within = ((y >= 0) & (y < height))[..., :, None] & ((x >= 0) & (x < width))[..., None, :]
+    # From the level's own cells to the rows where they are stored.
+    skip = by_level(level, [2 ** max(i - last, 0) for i in range(len(sizes))])[..., None]
+    row_length = by_level(level, [stored[min(i, last)][1] for i in range(len(sizes))])
+    start = by_level(level, [_first(stored, min(i, last)) for i in range(len(sizes))])
+    per_image = _first(stored, len(stored))
+    start = start + torch.arange(cell.shape[0], device=cell.device)[:, None] * per_image
+    rows = (y * skip)[..., :, None] * row_length[..., None, None] + (x * skip)[..., None, :]
+    rows = torch.where(within, rows + start[..., None, None], 0).reshape(-1, 1)
+    weight = within.reshape(-1, 1).to(pyramid.pixels.dtype)
+    return weighted_bags(pyramid.pixels, rows, weight).reshape(cell.numel(), -1)
+
+
+def by_level(level: Tensor, values: list[int]) -> Tensor:
+    """values[level] without a table on the device: int64 of the level's shape."""
+    result = torch.full_like(level, values[0])
+    for i, value in enumerate(values[1:], start=1):
+        result = torch.where(level == i, value, result)
+    return result
+
+
+def _first(sizes: list[tuple[int, int]], level: int) -> int:
+    """Cells of all levels before this one."""
+    return sum(h * w for h, w in sizes[:level])
