@@ -1,18 +1,27 @@
 """Samples to a batch: everything of an image padded to its bucket's capacities.
 
+A batch is one block of memory, and its columns are views of it: between processes and into
+pinned memory it moves in one piece.
+
 Legend: B images, G ground-truth capacity, E edge capacity, Hi x Wi input canvas.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from casc.data.batch import Batch
 from casc.data.index import Bucket
 from casc.data.sample import Sample
 from casc.errors import UserError
+
+_ALIGNMENT = 64
+"""Bytes that columns start at a multiple of: what vectorised code wants at most."""
 
 
 def collate(
@@ -37,40 +46,99 @@ def collate(
         UserError: a sample exceeds the bucket's capacity, which the index got wrong.
     """
     B = len(samples) if batch is None else batch
-    G, E, H, W = bucket.instances, bucket.edges, bucket.height, bucket.width
     if len(samples) > B:
         raise ValueError(f"{len(samples)} samples don't fit a batch of {B}")
-    image = np.zeros((B, H, W, 3), np.uint8)
-    size = np.ones((B, 2), np.float32)
-    boxes = np.zeros((B, G, 4), np.float32)
-    labels = np.zeros((B, G), np.int64)
-    valid = np.zeros((B, G), np.bool_)
-    edges = np.zeros((B, G, E, 4), np.float32)
-    image_id = np.full(B, -1, np.int64)
-    seed = np.zeros(B, np.int64)
-    masks = np.zeros((B, G, H, W), np.uint8) if bitmaps else None
+    made = unpack(_allocate(_size(bucket, B, bitmaps)), bucket, B, bitmaps=bitmaps)
+    columns = {k: v.numpy() for k, v in made._asdict().items() if v is not None}
+    # The memory is as it comes. The images are most of it, so only their padding is cleared.
+    for name, column in columns.items():
+        if name != "image":
+            column.fill(_FILL.get(name, 0))
+    image = columns["image"]
+    image[len(samples) :] = 0
     for i, sample in enumerate(samples):
         _check(sample, bucket)
         h, w = sample.image.shape[:2]
         g = len(sample.boxes)
         image[i, :h, :w] = sample.image
-        size[i] = h, w
-        boxes[i, :g] = sample.boxes
-        labels[i, :g] = sample.labels
-        valid[i, :g] = True
+        image[i, :h, w:] = 0
+        image[i, h:] = 0
+        columns["size"][i] = h, w
+        columns["boxes"][i, :g] = sample.boxes
+        columns["labels"][i, :g] = sample.labels
+        columns["valid"][i, :g] = True
+        edges = columns["edges"][i]
         for k, lines in enumerate(sample.edges):
-            edges[i, k, : len(lines)] = lines
-        image_id[i] = sample.image_id
+            edges[k, : len(lines)] = lines
+        columns["image_id"][i] = sample.image_id
         if seeds is not None:
-            seed[i] = seeds[i]
-        if masks is not None:
+            columns["seed"][i] = seeds[i]
+        if bitmaps:
             for k, segmentation in enumerate(sample.segmentations):
-                masks[i, k, :h, :w] = _bitmap(segmentation, h, w)
-    columns = (image, size, boxes, labels, valid, edges, image_id, seed)
-    return Batch(
-        *(torch.from_numpy(column) for column in columns),
-        bitmaps=None if masks is None else torch.from_numpy(masks),
-    )
+                columns["bitmaps"][i, k, :h, :w] = _bitmap(segmentation, h, w)
+    return made
+
+
+def pack(batch: Batch) -> Tensor:
+    """Give the `[bytes]` uint8 that all columns of a batch from `collate` are views of."""
+    return torch.empty(0, dtype=torch.uint8).set_(batch.image.untyped_storage())
+
+
+def unpack(block: Tensor, bucket: Bucket, batch: int, *, bitmaps: bool = False) -> Batch:
+    """Give the batch whose memory is `block`, the inverse of `pack`.
+
+    Args:
+        block: `[bytes]` uint8.
+        bucket: whose capacities make the columns' shapes.
+        batch: B.
+        bitmaps: whether there are any.
+    """
+    storage, at, columns = block.untyped_storage(), block.storage_offset(), {}
+    for name, (dtype, shape) in _columns(bucket, batch, bitmaps).items():
+        column = torch.empty(0, dtype=dtype)
+        stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        columns[name] = column.set_(storage, at // dtype.itemsize, shape, stride)
+        at += _round_up(dtype.itemsize * math.prod(shape))
+    return Batch(**columns)
+
+
+_FILL = {"size": 1, "image_id": -1}
+"""What rows without a sample hold where it isn't 0."""
+
+
+def _columns(
+    bucket: Bucket, B: int, bitmaps: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    G, E, H, W = bucket.instances, bucket.edges, bucket.height, bucket.width
+    columns = {
+        "image": (torch.uint8, (B, H, W, 3)),
+        "size": (torch.float32, (B, 2)),
+        "boxes": (torch.float32, (B, G, 4)),
+        "labels": (torch.int64, (B, G)),
+        "valid": (torch.bool, (B, G)),
+        "edges": (torch.float32, (B, G, E, 4)),
+        "image_id": (torch.int64, (B,)),
+        "seed": (torch.int64, (B,)),
+    }
+    return {**columns, "bitmaps": (torch.uint8, (B, G, H, W))} if bitmaps else columns
+
+
+def _size(bucket: Bucket, B: int, bitmaps: bool) -> int:
+    columns = _columns(bucket, B, bitmaps).values()
+    return sum(_round_up(dtype.itemsize * math.prod(shape)) for dtype, shape in columns)
+
+
+def _round_up(size: int) -> int:
+    return math.ceil(size / _ALIGNMENT) * _ALIGNMENT
+
+
+def _allocate(size: int) -> Tensor:
+    """Memory for a batch, `[size]` uint8 of any content: in a worker, shared already."""
+    block = torch.empty(0, dtype=torch.uint8)
+    if get_worker_info() is None:
+        return block.resize_(size)
+    # As torch's own collation does; sent from ordinary memory the batch would be copied.
+    return block.set_(torch.UntypedStorage._new_shared(size))
 
 
 def _check(sample: Sample, bucket: Bucket) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from casc.data.batch import Batch
-from casc.data.collate import collate
+from casc.data.collate import collate, pack, unpack
 from casc.data.index import Split
 from casc.data.plan import (
     EpochPlan,
@@ -35,7 +35,7 @@ from casc.data.sample import Sample, iter_tar, read_sample
 from casc.errors import UserError
 
 Walk = Callable[[int, int], Iterator[tuple[int, Batch]]]
-"""(worker, workers) to the batches that this worker reads."""
+"""(worker, workers) to the (bucket, batch) that this worker reads."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def training_batches(
         seed=seed, steps=steps, batch=batch, world=world, rank=rank,
         window=loading.window, bitmaps=bitmaps,
     )  # fmt: skip
-    return _load(walk, loading, pin_memory)
+    return _load(walk, split, batch, loading, pin_memory, bitmaps)
 
 
 def evaluation_batches(
@@ -103,7 +103,7 @@ def evaluation_batches(
     The rows that fill up a batch have image id -1. Raises as `training_batches`.
     """
     walk = partial(_walk_evaluation, Path(root), split, batch=batch, world=world, rank=rank)
-    return _load(walk, loading, pin_memory)
+    return _load(walk, split, batch, loading, pin_memory)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -112,6 +112,39 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         k: v.to(device, non_blocking=True) for k, v in batch._asdict().items() if v is not None
     }
     return Batch(**columns)
+
+
+def ahead(
+    batches: Iterator[tuple[int, Batch]], device: torch.device, *, copy_stream: bool = False
+) -> Iterator[tuple[int, Batch, Batch]]:
+    """Yield (bucket, batch, batch on the device), each copied while the last step still runs.
+
+    The host is ahead of an accelerator and asks for a batch while the step before it runs;
+    nothing here makes the host wait. On the CPU both batches are the same.
+
+    Args:
+        batches: as `training_batches` yields them, in pinned memory where copies are to be
+            asynchronous.
+        device: where to.
+        copy_stream: copy in a stream of its own, which passes the step that is running;
+            what the caller then launches on the current stream waits for the copy only.
+            Otherwise the copy is done between the two steps.
+    """
+    copies = torch.Stream(device) if copy_stream else None
+    for bucket, batch in batches:
+        if copies is None:
+            yield bucket, batch, to_device(batch, device)
+            continue
+        with copies:
+            moved = to_device(batch, device)
+        steps = torch.accelerator.current_stream(device)
+        steps.wait_stream(copies)
+        for column in moved:
+            if column is not None:
+                # The memory belongs to the other stream, which mustn't use it again before
+                # the step is through with it.
+                column.record_stream(steps)
+        yield bucket, batch, moved
 
 
 def _walk_training(
@@ -210,17 +243,27 @@ class _Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         try:
-            yield from self.walk(info.id, info.num_workers) if info else self.walk(0, 1)
+            for bucket, batch in self.walk(info.id, info.num_workers) if info else self.walk(0, 1):
+                # One tensor: each costs both processes a file descriptor and a handshake.
+                yield bucket, pack(batch)
         except UserError as error:
             # As a value: the loader would hand on an exception with the worker's stack in
             # its message, and users are to read one line.
             yield error
 
 
-def _load(walk: Walk, loading: Loading, pin_memory: bool) -> Iterator[tuple[int, Batch]]:
+def _load(
+    walk: Walk,
+    split: Split,
+    batch: int,
+    loading: Loading,
+    pin_memory: bool,
+    bitmaps: bool = False,
+) -> Iterator[tuple[int, Batch]]:
     loader = DataLoader(
         _Stream(walk),
         batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=loading.workers,
         prefetch_factor=loading.prefetch if loading.workers else None,
         pin_memory=pin_memory,
@@ -229,7 +272,17 @@ def _load(walk: Walk, loading: Loading, pin_memory: bool) -> Iterator[tuple[int,
     for item in loader:
         if isinstance(item, UserError):
             raise item
-        yield item
+        bucket, block = item
+        made = unpack(block, split.buckets[bucket], batch, bitmaps=bitmaps)
+        # Ids and sizes are kept for longer than images are; they mustn't hold on to those.
+        small = {"image_id": made.image_id.clone(), "size": made.size.clone()}
+        if pin_memory:
+            small = {name: column.pin_memory() for name, column in small.items()}
+        yield bucket, made._replace(**small)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _start_worker(_: int) -> None:

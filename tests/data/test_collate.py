@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import torch
 
-from casc.data.collate import collate
+from casc.data import collate as module
+from casc.data.collate import collate, pack, unpack
 from casc.data.index import Bucket
 from casc.data.sample import Sample, polygon_edges
 from casc.errors import UserError
@@ -66,3 +68,41 @@ def test_more_than_the_index_says(bad, name):
 def test_too_many_samples():
     with pytest.raises(ValueError, match="batch of 1"):
         collate([sample(), sample()], BUCKET, batch=1)
+
+
+@pytest.mark.parametrize("bitmaps", [False, True])
+def test_memory_that_is_not_zero_makes_no_difference(monkeypatch, bitmaps):
+    samples = [sample(7, 4, 6), sample(9, objects=0), sample(8, 6, 8, objects=2)]
+    clean = collate(samples, BUCKET, batch=4, seeds=[1, 2, 3], bitmaps=bitmaps)
+
+    def dirty(size: int) -> torch.Tensor:
+        return torch.full((size,), 0xAB, dtype=torch.uint8)
+
+    monkeypatch.setattr(module, "_allocate", dirty)
+    again = collate(samples, BUCKET, batch=4, seeds=[1, 2, 3], bitmaps=bitmaps)
+    # What padding is, said by hand.
+    assert (again.image[0, 4:] == 0).all()
+    assert (again.image[0, :, 6:] == 0).all()
+    assert (again.image[3] == 0).all()
+    for column, expected in zip(again, clean, strict=True):
+        assert (column is None) == (expected is None)
+        assert column is None or (expected is not None and torch.equal(column, expected))
+
+
+@pytest.mark.parametrize("bitmaps", [False, True])
+def test_a_batch_is_one_block_that_can_be_sent_and_unpacked(bitmaps):
+    batch = collate([sample(7), sample(9, objects=2)], BUCKET, seeds=[5, 6], bitmaps=bitmaps)
+    block = pack(batch)
+    assert block.dtype == torch.uint8
+    assert block.ndim == 1
+    copy = block.clone()
+    block.fill_(1)
+    assert (batch.image == 1).all()  # its columns are views of the block
+    again = unpack(copy, BUCKET, 2, bitmaps=bitmaps)
+    expected = collate([sample(7), sample(9, objects=2)], BUCKET, seeds=[5, 6], bitmaps=bitmaps)
+    for column, wanted in zip(again, expected, strict=True):
+        assert (column is None) == (wanted is None)
+        if column is not None and wanted is not None:
+            assert column.dtype == wanted.dtype
+            assert column.data_ptr() % 16 == copy.data_ptr() % 16
+            assert torch.equal(column, wanted)

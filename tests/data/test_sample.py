@@ -12,6 +12,7 @@ from PIL import Image
 
 from casc.data.sample import (
     annotation_edges,
+    annotations_edges,
     iter_tar,
     polygon_edges,
     read_sample,
@@ -137,6 +138,55 @@ def test_edges_close_every_part_and_have_length(parts: list[list[float]], keep: 
     used = [np.reshape(part, (-1, 2)).astype(float) for part in parts if len(part) >= 6]
     areas = [signed_area(part) for part in used]
     assert green == pytest.approx(sum(areas if keep else map(abs, areas)), abs=1e-3)
+
+
+PARTS = st.lists(
+    st.lists(st.integers(0, 20), max_size=14).map(lambda v: v[: len(v) // 2 * 2]), max_size=4
+)
+
+
+def by_hand(parts: list[list[float]], keep: bool) -> list[tuple[float, ...]]:
+    """Edges, one part and point after the other."""
+    edges = []
+    for part in parts:
+        points = list(zip(part[::2], part[1::2], strict=True))
+        if len(points) < 3:
+            continue
+        following = points[1:] + points[:1]
+        turns = zip(points, following, strict=True)
+        if sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in turns) < 0 and not keep:
+            points = points[::-1]
+            following = points[1:] + points[:1]
+        edges += [(*p, *q) for p, q in zip(points, following, strict=True) if p != q]
+    return edges
+
+
+@given(st.lists(st.tuples(PARTS, st.booleans()), max_size=5))
+def test_edges_of_many_objects_are_each_objects_own(objects: list[tuple[Any, bool]]):
+    annotations = [
+        {"rings": parts, "segmentation": {}} if keep else {"segmentation": parts}
+        for parts, keep in objects
+    ]
+    together = annotations_edges(annotations)
+    assert len(together) == len(objects)
+    for edges, annotation, (parts, keep) in zip(together, annotations, objects, strict=True):
+        assert edges.dtype == np.float32
+        assert edges.shape[1:] == (4,)
+        assert list(map(tuple, edges.tolist())) == by_hand(parts, keep)
+        np.testing.assert_array_equal(edges, annotation_edges(annotation))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [[0, 0, 4, 0, 4, 4, 0]],
+        [[0, 0, 4, 0, 4, 4, 0], [0, 0, 4, 0, 4, 4, 0]],
+        [[[0, 0], [4, 0], [4, 4], [0, 4], [1, 1], [2, 2]]],
+    ],
+)
+def test_polygons_that_are_no_flat_lists_of_pairs_are_refused(parts: Any):
+    with pytest.raises(ValueError, match="polygon"):
+        polygon_edges(parts)
 
 
 def test_area_is_positive_clockwise_on_the_screen():

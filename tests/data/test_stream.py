@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from casc.data.batch import Batch
+from casc.data.collate import collate
 from casc.data.plan import noise_seed, plan_epoch
-from casc.data.stream import Loading, evaluation_batches, to_device, training_batches
+from casc.data.sample import iter_tar, read_sample
+from casc.data.stream import Loading, ahead, evaluation_batches, to_device, training_batches
 from casc.errors import UserError
 
+EMPTY = Batch(*(torch.zeros(0) for _ in range(8)))
 SHARDS = [(0, 7, True), (1, 5, True), (0, 4, True), (1, 3, False)]
 
 
@@ -147,3 +151,85 @@ def test_to_device(tmp_path, write_shards):
     assert to_device(batch._replace(bitmaps=None), torch.device("meta")).bitmaps is None
     assert batch.bitmaps is not None
     assert np.array_equal(batch.bitmaps.sum((2, 3)) > 0, batch.valid)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("bitmaps", [False, True])
+def test_workers_hand_over_what_is_collated(tmp_path, write_shards, workers, bitmaps):
+    split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
+    pairs = {
+        int(key): read_sample(image, record)
+        for shard in split.shards
+        for key, image, record in iter_tar(tmp_path / shard.name)
+    }
+    stream = training_batches(
+        tmp_path, split, seed=0, steps=range(9), batch=2, loading=Loading(workers=workers),
+        bitmaps=bitmaps,
+    )  # fmt: skip
+    # All at once: no batch may be written over by a later one.
+    for bucket, batch in list(stream):
+        samples = [pairs[i] for i in batch.image_id.tolist()]
+        for k, sample in enumerate(samples):
+            height, width = sample.image.shape[:2]
+            assert batch.size[k].tolist() == [height, width]
+            assert np.array_equal(batch.image[k, :height, :width], sample.image)
+            assert batch.image[k].int().sum() == sample.image.astype(int).sum()
+            objects = len(sample.boxes)
+            assert batch.valid[k].sum() == objects
+            assert np.array_equal(batch.boxes[k, :objects], sample.boxes)
+            assert np.array_equal(batch.labels[k, :objects], sample.labels)
+        again = collate(samples, split.buckets[bucket], seeds=batch.seed.tolist(), bitmaps=bitmaps)
+        for ours, theirs in zip(batch, again, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None and theirs is not None:
+                assert ours.dtype == theirs.dtype
+                assert ours.is_contiguous()
+                assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ids_and_sizes_do_not_keep_images_alive(tmp_path, write_shards, workers):
+    split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
+    _, batch = next(
+        training_batches(
+            tmp_path, split, seed=0, steps=range(1), batch=2, loading=Loading(workers=workers)
+        )
+    )
+    assert batch.image_id.untyped_storage().nbytes() < 100
+    assert batch.size.untyped_storage().nbytes() < 100
+    if workers:
+        assert batch.image.is_shared()
+
+
+def test_ahead_hands_on_every_batch_and_its_copy(tmp_path, write_shards):
+    split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
+
+    def batches():
+        return training_batches(
+            tmp_path, split, seed=0, steps=range(5), batch=2, loading=Loading(workers=0)
+        )
+
+    plain = list(batches())
+    moved = list(ahead(batches(), torch.device("meta")))
+    assert [bucket for bucket, _, _ in moved] == [bucket for bucket, _ in plain]
+    for (_, host, device), (_, expected) in zip(moved, plain, strict=True):
+        assert torch.equal(host.image, expected.image)
+        assert torch.equal(host.image_id, expected.image_id)
+        assert all(t.is_meta for t in device if t is not None)
+        assert device.image.shape == expected.image.shape
+    for _, host, device in ahead(batches(), torch.device("cpu")):
+        assert all(a is b for a, b in zip(host, device, strict=True))
+
+
+def test_ahead_takes_no_batch_before_it_is_asked():
+    taken = []
+
+    def batches():
+        for i in range(3):
+            taken.append(i)
+            yield i, EMPTY
+
+    stream = ahead(batches(), torch.device("cpu"))
+    assert next(stream)[0] == 0
+    # The host mustn't wait for a batch that the step doesn't need yet.
+    assert taken == [0]
