@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -15,7 +16,11 @@ from torch import Tensor
 
 from casc.data.augment import ImageConfig, prepare, resized
 from casc.data.batch import Batch
+from casc.data.decode import decode_image
 from casc.detector import Inputs
+
+PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared/coco_mini/train2017"
+"""Real ones where they lie beside the project; they are never a part of it."""
 
 
 def make_batch(
@@ -122,6 +127,33 @@ def test_resampling_is_opencvs_bilinear(name):
     rounded = cv2.resize(image, (new_width, new_height)).astype(np.float32)
     assert np.abs(ours - rounded).max() <= 0.5 + 0.3
     assert np.abs(ours - rounded).mean() <= 0.3
+
+
+@pytest.mark.parametrize(("short", "long"), [(800, 1333), (256, 320)])
+def test_photographs_are_within_half_a_grey_level_of_opencv(short, long):
+    """The whole way: decoded, resized up or down, flipped, normalised and padded."""
+    files = sorted(PHOTOGRAPHS.glob("*.jpg"))[:4]
+    if not files:
+        pytest.skip(f"no photographs in {PHOTOGRAPHS}")
+    images = [decode_image(file.read_bytes()) for file in files]
+    batch = make_batch(images, stored=(640, 640))
+    flip = torch.tensor([False, True, True, False])
+    config, canvas = ImageConfig(short=short, long=long), (1344, 1344)
+    made = run(batch, flip, config, canvas)
+    for i, file in enumerate(files):
+        stored = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
+        height, width = (int(v) for v in made.size[i])
+        exact = cv2.resize(stored.astype(np.float32), (width, height))
+        exact = exact[:, ::-1] if flip[i] else exact
+        pixels = made.image[i].permute(1, 2, 0)[:height, :width].numpy()
+        pixels = pixels * np.array(config.std) + np.array(config.mean)
+        # Of the half that may be, in fact hardly anything.
+        assert np.abs(pixels - exact).max() <= 0.05
+        # On bytes OpenCV adds its own rounding, to a grey level and of its weights.
+        rounded = cv2.resize(stored, (width, height)).astype(np.float32)
+        rounded = rounded[:, ::-1] if flip[i] else rounded
+        assert np.abs(pixels - rounded).max() <= 0.5 + 0.3
+        assert np.abs(pixels - rounded).mean() <= 0.3
 
 
 def test_flip_mirrors_the_resized_image():
