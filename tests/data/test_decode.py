@@ -2,6 +2,7 @@ import io
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -69,6 +70,18 @@ def test_cmyk_becomes_rgb():
     decoded = decode_image(data).astype(int)
     assert decoded.shape == (32, 32, 3)
     assert np.abs(decoded - [0, 204, 204]).max() <= 4
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpegs_pixels_are_opencvs(subsampling: str, progressive: bool):
+    """The reference decodes with OpenCV: which library decodes must make no difference."""
+    smooth = cv2.GaussianBlur(RNG.integers(0, 256, (75, 101, 3), dtype=np.uint8), (0, 0), 2)
+    strong = cv2.normalize(smooth, np.empty_like(smooth), 0, 255, cv2.NORM_MINMAX)
+    data = encode(Image.fromarray(strong), "JPEG", subsampling=subsampling, progressive=progressive)
+    theirs = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert theirs is not None
+    np.testing.assert_array_equal(decode_image(data), theirs[..., ::-1])
 
 
 def test_sixteen_bits_keep_the_upper_eight():
