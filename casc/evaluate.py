@@ -154,9 +154,7 @@ def sum_up(tally: Tally, categories: Mapping[int, str]) -> Evaluation:
     figures: dict[str, dict[str, float | None]] = {}
     class_ap: dict[str, dict[int, float | None]] = {}
     for iou_type, matches in tally.matches.items():
-        values, class_ap[iou_type] = average_precision(
-            matches, tally.image_ids, list(categories), iou_type
-        )
+        values, class_ap[iou_type] = average_precision(matches, list(categories), iou_type)
         figures[iou_type] = dict(zip(FIGURES, values, strict=True))
     return Evaluation(
         figures=figures,

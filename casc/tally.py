@@ -9,8 +9,9 @@ A areas (all, small, medium, large), T IoU thresholds.
 
 import contextlib
 import io
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -118,22 +119,25 @@ def join(tallies: Sequence[Tally]) -> Tally:
 
 
 def average_precision(
-    matches: Matches, image_ids: Sequence[int], category_ids: Sequence[int], iou_type: IouType
+    matches: Matches, category_ids: Sequence[int], iou_type: IouType
 ) -> tuple[list[float | None], dict[int, float | None]]:
     """Give pycocotools' twelve figures in its order, and AP by category; None where nothing is."""
-    evaluator: Any = _evaluator(iou_type, image_ids, category_ids)
-    evaluator.evalImgs = _entries(matches, evaluator.params)
-    evaluator._paramsEval = evaluator.params
+    evaluator: Any = _evaluator(iou_type, [], category_ids)
+    params = evaluator.params
+    parts = [_accumulate(matches, category_ids, iou_type, limit) for limit in params.maxDets]
+    evaluator.eval = {
+        key: np.concatenate([part[key] for part in parts], axis=-1)
+        for key in ("precision", "recall", "scores")
+    }
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator.accumulate()
         evaluator.summarize()
     # [T thresholds, R recalls, K classes, A areas, M detection limits]
     precision: np.ndarray = evaluator.eval["precision"][:, :, :, 0, -1]
     ap: dict[int, float | None] = {}
-    for k, key in enumerate(evaluator.params.catIds):
+    for k, key in enumerate(params.catIds):
         values = precision[:, :, k]
         values = values[values > -1]
-        ap[int(key)] = float(values.mean()) if values.size else None
+        ap[key] = float(values.mean()) if values.size else None
     # pycocotools says -1 where there is nothing to measure.
     return [None if value < 0 else float(value) for value in evaluator.stats], ap
 
@@ -218,30 +222,59 @@ def _compact(evaluator: COCOeval) -> Matches:
     )
 
 
-def _entries(matches: Matches, params: Any) -> list[dict[str, Any] | None]:
-    """`evalImgs` as `accumulate` wants it: by category, area and image, None where nothing is."""
+def _accumulate(
+    matches: Matches, category_ids: Sequence[int], iou_type: IouType, limit: int
+) -> dict[str, np.ndarray]:
+    """Give pycocotools' precision and recall with so many detections per image and category.
+
+    Its loops over images take longest, and do no more than lay their columns end to end; so
+    it is given those of each category as if they were of one image, cut to the limit here.
+    """
+    evaluator: Any = _evaluator(iou_type, [0], category_ids)
+    params = evaluator.params
+    params.maxDets = [sys.maxsize]
     areas, thresholds = len(params.areaRng), len(params.iouThrs)
-    images, categories = np.array(params.imgIds), np.array(params.catIds)
-    entries: list[dict[str, Any] | None] = [None] * (len(images) * len(categories) * areas)
-    shape = (areas, thresholds, -1)
+    # By category, then by image: equal scores keep that order.
+    order = np.lexsort((matches.image, matches.category))
+    found, objects = matches.detections, matches.objects
+    first = np.cumsum(found) - found
+    pair = np.repeat(order, np.minimum(found[order], limit))
+    kept = _ranges(first[order], np.minimum(found[order], limit))
+    objects_kept = _ranges((np.cumsum(objects) - objects)[order], objects[order])
     matched, ignored = (
-        np.unpackbits(bits, axis=0, count=areas * thresholds).astype(bool).reshape(shape)
+        np.unpackbits(bits[:, kept], axis=0, count=areas * thresholds)
+        .view(bool)
+        .reshape(areas, thresholds, -1)
         for bits in (matches.matched, matches.ignored)
     )
-    places = np.searchsorted(categories, matches.category) * areas * len(images)
-    places += np.searchsorted(images, matches.image)
-    spans = zip(_spans(matches.detections), _spans(matches.objects), strict=True)
-    for place, (found, objects) in zip(places.tolist(), spans, strict=True):
-        for area in range(areas):
-            entries[place + area * len(images)] = {
-                "dtScores": matches.scores[found],
-                "dtMatches": matched[area, :, found],
-                "dtIgnore": ignored[area, :, found],
-                "gtIgnore": matches.objects_ignored[area, objects],
-            }
-    return entries
+    scores = matches.scores[kept]
+    unwanted = matches.objects_ignored[:, objects_kept]
+    found_of = _slices(matches.category[pair], params.catIds)
+    objects_of = _slices(np.repeat(matches.category[order], objects[order]), params.catIds)
+    evaluator.evalImgs = [
+        {
+            "dtScores": scores[mine],
+            "dtMatches": matched[area][:, mine],
+            "dtIgnore": ignored[area][:, mine],
+            "gtIgnore": unwanted[area][theirs],
+        }
+        for mine, theirs in zip(found_of, objects_of, strict=True)
+        for area in range(areas)
+    ]
+    evaluator._paramsEval = params
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator.accumulate()
+    return evaluator.eval
 
 
-def _spans(lengths: np.ndarray) -> Iterator[slice]:
-    ends = np.cumsum(lengths)
-    return map(slice, (ends - lengths).tolist(), ends.tolist())
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Indices of some ranges, one after the other."""
+    shift = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    return shift + np.arange(len(shift))
+
+
+def _slices(ascending: np.ndarray, values: Sequence[int]) -> list[slice]:
+    """Where each value stands."""
+    begin = np.searchsorted(ascending, values, side="left")
+    end = np.searchsorted(ascending, values, side="right")
+    return list(map(slice, begin.tolist(), end.tolist()))
