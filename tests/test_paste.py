@@ -123,6 +123,41 @@ def test_run_lengths_equal_those_of_whole_masks(data: st.DataObject):
         assert rle["counts"].encode() == expected["counts"]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    threshold=st.sampled_from([0.5, 0.5, 0.05, 0.3, 0.71, 1.0]),
+    kind=st.sampled_from(["soft", "noise", "hard", "level", "constant", "outside"]),
+)
+def test_run_lengths_equal_at_any_threshold_and_of_odd_masks(
+    seed: int, threshold: float, kind: str
+):
+    generator = torch.Generator().manual_seed(seed)
+    height, width, count = 75, 100, 12
+    masks = soft_masks(count, seed)
+    if kind == "noise":
+        masks = torch.rand(masks.shape, generator=generator)
+    elif kind == "hard":
+        masks = masks.round()
+    elif kind == "level":  # rounding decides everywhere
+        masks = threshold + (masks - 0.5) * 1e-5
+    elif kind == "constant":
+        masks = torch.full_like(masks, threshold)
+    elif kind == "outside":  # not probabilities
+        masks = masks * 40 - 10
+        masks[0, 3, 4] = torch.nan
+        masks[1, 3, 4] = torch.inf
+    side = torch.randn(count, 2, generator=generator).mul(1.3).exp() * 12
+    corner = torch.rand(count, 2, generator=generator) * torch.tensor([width + 20, height + 20])
+    boxes = torch.cat([corner - 20, corner - 20 + side], dim=1)
+    boxes[0, 2:] = boxes[0, :2] + 1e-4  # narrower than rounding is bounded for
+    boxes[1, 2] = boxes[1, 0] - 0.5  # turned inside out
+    pasted = paste_masks(masks, boxes, height, width, threshold).numpy()
+    encoded = encode_masks(masks, boxes, height, width, threshold)
+    for rle, mask in zip(encoded, pasted, strict=True):
+        assert rle["counts"].encode() == encode_whole(mask)["counts"]
+
+
 def test_masks_over_whole_columns_join_their_runs():
     masks = torch.ones(1, 28, 28)
     box = torch.tensor([[2.0, -50, 7, 90]])
@@ -154,5 +189,12 @@ def test_empty_boxes_and_no_boxes():
     ],
 )
 def test_bad_arguments_are_refused(masks, boxes, size: tuple[int, int], threshold, message):
-    with pytest.raises(ValueError, match=message):
-        paste_masks(torch.zeros(masks), torch.zeros(boxes), *size, threshold)
+    for function in (paste_masks, encode_masks):
+        with pytest.raises(ValueError, match=message):
+            function(torch.zeros(masks), torch.zeros(boxes), *size, threshold)
+
+
+@pytest.mark.parametrize("function", [paste_masks, encode_masks])
+def test_boxes_that_are_not_finite_are_refused(function):
+    with pytest.raises(ValueError, match="finite"):
+        function(soft_masks(1), torch.tensor([[0, 0, 5, torch.nan]]), 9, 9)
