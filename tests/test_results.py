@@ -10,6 +10,7 @@ from casc.results import (
     Results,
     coco_results,
     collect_results,
+    found_in,
     read_results,
     write_results,
 )
@@ -119,3 +120,31 @@ def test_results_files(tmp_path: Path):
             read_results(tmp_path / "r.json")
     with pytest.raises(UserError, match="not found"):
         read_results(tmp_path / "none.json")
+
+
+def test_a_batch_is_read_when_the_next_is_under_way(monkeypatch: pytest.MonkeyPatch):
+    # As on an accelerator: batches are launched, and their copies are there some time later.
+    happened: list[str] = []
+
+    class Copied:
+        def __init__(self, name: str):
+            self.name = name
+
+        def synchronize(self):
+            happened.append(f"wait {self.name}")
+
+    batches = {name: batch([2 * i, 2 * i + 1], seed=i) for i, name in enumerate("abc")}
+
+    def start_copy(found: Detections):
+        name = next(n for n, (other, _, _) in batches.items() if other.boxes is found.boxes)
+        return found, Copied(name)
+
+    def outputs():
+        for name, each in batches.items():
+            happened.append(f"launch {name}")
+            yield each
+
+    monkeypatch.setattr("casc.results._start_copy", start_copy)
+    ids = [found.image_id for found in found_in(outputs())]
+    assert ids == [0, 1, 2, 3, 4, 5]
+    assert happened == ["launch a", "launch b", "wait a", "launch c", "wait b", "wait c"]
