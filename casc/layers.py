@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from casc.ops.linear import linear as linear_product
+
 Params = dict[str, Tensor]
 Norm = Literal["none", "gn"]
 
@@ -29,7 +31,8 @@ def conv(params: Params, name: str, x: Tensor, stride: int = 1, padding: int = 0
 
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
     """Affine map: [N, C] to [N, C']."""
-    return F.linear(x, params[f"{name}.weight"].to(x.dtype), params[f"{name}.bias"].to(x.dtype))
+    weight, bias = params[f"{name}.weight"].to(x.dtype), params[f"{name}.bias"].to(x.dtype)
+    return linear_product(x, weight, bias)
 
 
 def conv_frozen_bn(

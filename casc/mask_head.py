@@ -26,6 +26,7 @@ from casc.layers import (
     torch_default,
 )
 from casc.masks import bitmap_targets, polygon_targets
+from casc.ops.linear import linear
 from casc.targets import Targets
 
 PREFIX = "roi_head.mask_head"
@@ -131,7 +132,8 @@ def mask_head(
     # four. As one, its bias gradient doesn't cost more than all the rest (on the CPU).
     rois, channels, height, width = x.shape
     weight = params[f"{name}.upsample.weight"].permute(0, 2, 3, 1)
-    x = x.permute(0, 2, 3, 1).reshape(-1, channels) @ weight.reshape(channels, -1).to(x.dtype)
+    x = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    x = linear(x, weight.reshape(channels, -1).t().to(x.dtype), None)
     x = x.reshape(rois, height * width * 4, -1)
     x = F.relu(x + params[f"{name}.upsample.bias"].to(x.dtype))
     class_weight = params[f"{name}.conv_logits.weight"][:, :, 0, 0]

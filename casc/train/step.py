@@ -26,7 +26,7 @@ LossStep = Callable[[Params, Params, Batch], tuple[Tensor, dict[str, Tensor]]]
 DetectStep = Callable[[Params, Params, Batch], Detections]
 
 # A counted step runs its mask heads on the next multiple of this many RoIs ...
-CAPACITY_STEP = 16
+CAPACITY_STEP = 8
 # ... or, without dynamic shapes, on the next of these shares of the most there can be: each
 # is a compilation, so they follow the count less closely.
 CAPACITY_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
