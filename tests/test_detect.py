@@ -74,10 +74,11 @@ def of_whole(folder: Path, index: Index) -> Evaluation:
     )
 
 
-def test_a_split_is_evaluated(shards):
+@pytest.mark.parametrize("processes", [None, 1])
+def test_a_split_is_evaluated(shards, processes: int | None):
     folder, index = shards
     seen: list[int] = []
-    evaluation = evaluated(folder, index, watch=seen.append)
+    evaluation = evaluated(folder, index, watch=seen.append, processes=processes)
     assert evaluation is not None
     assert evaluation == of_whole(folder, index)
     assert evaluation.images == sum(seen) == 17

@@ -1,9 +1,13 @@
+import os
 import pickle
+import subprocess
+import sys
 import time
 from collections import Counter
 from concurrent.futures import Future
 from itertools import pairwise
 from multiprocessing import active_children
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,3 +164,34 @@ def test_a_killed_process_is_noticed():
 
     with pytest.raises(UserError, match="process that evaluates was killed"):
         tally_images(until_killed(), ready(by_image(truth)), processes=1)
+
+
+ORPHANS = """
+import os, time
+from casc.tally_pool import _workers
+
+if __name__ == "__main__":
+    with _workers(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path):
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(500):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{worker}/stat").exists():  # dead, though nobody has asked for its status
+            state = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0]
+            if state == "Z":
+                return
+        time.sleep(0.02)
+    pytest.fail("the worker outlives its parent")
