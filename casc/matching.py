@@ -12,6 +12,10 @@ from torch import Tensor
 
 from casc.boxes import iou_matrix
 
+# Anchors meet the ground truths in so many blocks: smaller tensors are faster and, eager, need
+# less memory, but each block is compiled anew.
+GT_BLOCKS = 4
+
 
 class Matches(NamedTuple):
     """The assignment of boxes to ground truth."""
@@ -65,18 +69,29 @@ def match_anchors(
     Returns:
         Matches of N anchors.
     """
-    iou = iou_matrix(gt_boxes, anchors[None])
-    # Both sides of the equality below must come out of this one tensor: recomputed in
-    # another fused kernel, the same overlap may differ in its last bit.
-    iou = torch.where(gt_valid[:, :, None] & inside[:, None], iou, -1.0)
-    best, gt = iou.max(dim=1)
-    gt_best = iou.amax(dim=2, keepdim=True)
-    claimed = (iou == gt_best) & (gt_best >= low_quality_iou)
-    order = torch.arange(gt_boxes.shape[1], device=iou.device)[None, :, None]
-    claim = torch.where(claimed, order, -1).amax(dim=1)
+    best = torch.full(inside.shape, -1.0, device=inside.device)
+    gt = torch.zeros(inside.shape, dtype=torch.int32, device=inside.device)
+    claim = torch.full_like(gt, -1)
+    capacity = gt_boxes.shape[1]
+    step = max(1, -(-capacity // GT_BLOCKS))
+    for first in range(0, capacity, step):
+        last = min(first + step, capacity)
+        iou = iou_matrix(gt_boxes[:, first:last], anchors[None])
+        # Both sides of an equality below must come out of this one tensor: recomputed in
+        # another fused kernel, the same overlap may differ in its last bit.
+        iou = torch.where(gt_valid[:, first:last, None] & inside[:, None], iou, -1.0)
+        order = torch.arange(first, last, dtype=torch.int32, device=iou.device)[None, :, None]
+        # The first of the best: max() says so too, but no compiler makes it fast.
+        block_best = iou.amax(dim=1, keepdim=True)
+        block_gt = torch.where(iou == block_best, order, capacity).amin(dim=1)
+        gt = torch.where(block_best[:, 0] > best, block_gt, gt)
+        best = torch.maximum(best, block_best[:, 0])
+        gt_best = iou.amax(dim=2, keepdim=True)
+        claimed = (iou == gt_best) & (gt_best >= low_quality_iou)
+        claim = torch.maximum(claim, torch.where(claimed, order, -1).amax(dim=1))
     positive = inside & ((best >= positive_iou) | (claim >= 0))
     negative = inside & (best < negative_iou) & ~positive
-    return Matches(torch.where(claim >= 0, claim, gt), best, positive, negative)
+    return Matches(torch.where(claim >= 0, claim, gt).long(), best, positive, negative)
 
 
 def match_rois(
