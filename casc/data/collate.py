@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from casc.data.batch import Batch
 from casc.data.index import Bucket
@@ -31,6 +30,7 @@ def collate(
     batch: int | None = None,
     seeds: Sequence[int] | None = None,
     bitmaps: bool = False,
+    block: Tensor | None = None,
 ) -> Batch:
     """Pad samples of one bucket and stack them.
 
@@ -41,6 +41,8 @@ def collate(
             By default there are none.
         seeds: each sample's noise seed; 0 by default, for inference.
         bitmaps: also rasterise the masks at stored size, as the reference does.
+        block: memory to use, `[n]` uint8 of any content, n at least `block_size`. By default
+            it is allocated.
 
     Raises:
         UserError: a sample exceeds the bucket's capacity, which the index got wrong.
@@ -48,7 +50,9 @@ def collate(
     B = len(samples) if batch is None else batch
     if len(samples) > B:
         raise ValueError(f"{len(samples)} samples don't fit a batch of {B}")
-    made = unpack(_allocate(_size(bucket, B, bitmaps)), bucket, B, bitmaps=bitmaps)
+    if block is None:
+        block = torch.empty(block_size(bucket, B, bitmaps=bitmaps), dtype=torch.uint8)
+    made = unpack(block, bucket, B, bitmaps=bitmaps)
     columns = {k: v.numpy() for k, v in made._asdict().items() if v is not None}
     # The memory is as it comes. The images are most of it, so only their padding is cleared.
     for name, column in columns.items():
@@ -79,16 +83,17 @@ def collate(
     return made
 
 
-def pack(batch: Batch) -> Tensor:
-    """Give the `[bytes]` uint8 that all columns of a batch from `collate` are views of."""
-    return torch.empty(0, dtype=torch.uint8).set_(batch.image.untyped_storage())
+def block_size(bucket: Bucket, batch: int, *, bitmaps: bool = False) -> int:
+    """Bytes of a batch."""
+    columns = _columns(bucket, batch, bitmaps).values()
+    return sum(_round_up(dtype.itemsize * math.prod(shape)) for dtype, shape in columns)
 
 
 def unpack(block: Tensor, bucket: Bucket, batch: int, *, bitmaps: bool = False) -> Batch:
-    """Give the batch whose memory is `block`, the inverse of `pack`.
+    """Give the batch whose memory is `block`.
 
     Args:
-        block: `[bytes]` uint8.
+        block: `[n]` uint8, n at least `block_size`.
         bucket: whose capacities make the columns' shapes.
         batch: B.
         bitmaps: whether there are any.
@@ -123,22 +128,8 @@ def _columns(
     return {**columns, "bitmaps": (torch.uint8, (B, G, H, W))} if bitmaps else columns
 
 
-def _size(bucket: Bucket, B: int, bitmaps: bool) -> int:
-    columns = _columns(bucket, B, bitmaps).values()
-    return sum(_round_up(dtype.itemsize * math.prod(shape)) for dtype, shape in columns)
-
-
 def _round_up(size: int) -> int:
     return math.ceil(size / _ALIGNMENT) * _ALIGNMENT
-
-
-def _allocate(size: int) -> Tensor:
-    """Memory for a batch, `[size]` uint8 of any content: in a worker, shared already."""
-    block = torch.empty(0, dtype=torch.uint8)
-    if get_worker_info() is None:
-        return block.resize_(size)
-    # As torch's own collation does; sent from ordinary memory the batch would be copied.
-    return block.set_(torch.UntypedStorage._new_shared(size))
 
 
 def _check(sample: Sample, bucket: Bucket) -> None:

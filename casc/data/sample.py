@@ -20,6 +20,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -111,33 +112,39 @@ def _edges(
     parts = [part for inner in used for part in inner]
     if not parts:
         return [np.zeros((0, 4), np.float32) for _ in objects]
-    points = np.array([value for part in parts for value in part], np.float64)
-    length = np.array([len(part) for part in parts])
-    if (length % 2).any() or points.shape != (length.sum(),):
+    values: list[float] = []
+    for part in parts:
+        values += part
+    points = np.array(values, np.float64)
+    stop = np.cumsum([len(part) for part in parts])
+    if points.shape != (stop[-1],) or (stop & 1).any():
         raise ValueError("a polygon isn't a flat list [x0, y0, x1, y1, ...]")
-    points, length = points.reshape(-1, 2), length // 2
-    stop = np.cumsum(length)
-    start = stop - length
+    points, stop = points.reshape(-1, 2), stop >> 1
+    start = np.concatenate([[0], stop[:-1]])
     after = np.arange(1, len(points) + 1)
     after[stop - 1] = start
+    following = points[after]
 
-    # The shoelace formula from each part's first point, which loses nothing far from 0.
-    x, y = (points - points[start].repeat(length, axis=0)).T
-    area = np.add.reduceat(x * y[after] - x[after] * y, start)
-    keep = np.repeat(keep_direction, [len(inner) for inner in used])
-    turned = (area < 0) & ~keep
+    twice_area = np.add.reduceat(
+        points[:, 0] * following[:, 1] - following[:, 0] * points[:, 1], start
+    )
+    turned = twice_area < 0
+    if any(keep_direction):
+        turned &= ~np.repeat(keep_direction, [len(inner) for inner in used])
     if turned.any():
-        place = np.arange(len(points))
+        place, length = np.arange(len(points)), stop - start
         mirrored = (start + stop - 1).repeat(length) - place
         points = points[np.where(turned.repeat(length), mirrored, place)]
-    edges = np.concatenate([points, points[after]], axis=1).astype(np.float32)
+        following = points[after]
+    edges = np.empty((len(points), 4), np.float32)
+    edges[:, :2], edges[:, 2:] = points, following
 
-    long = (edges[:, :2] != edges[:, 2:]).any(axis=1)
-    ends = np.cumsum([sum(len(part) for part in inner) // 2 for inner in used])
+    bounds = list(accumulate((sum(map(len, inner)) // 2 for inner in used), initial=0))
+    long = (edges[:, 0] != edges[:, 2]) | (edges[:, 1] != edges[:, 3])
     if not long.all():
+        bounds = np.concatenate([[0], np.cumsum(long)])[bounds].tolist()
         edges = edges[long]
-        ends = np.concatenate([[0], np.cumsum(long)])[ends]
-    return np.split(edges, ends[:-1])
+    return [edges[low:high] for low, high in pairwise(bounds)]
 
 
 def signed_area(points: np.ndarray) -> float:

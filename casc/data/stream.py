@@ -1,4 +1,4 @@
-"""Shards to batches: torch's DataLoader over the plan.
+"""Shards to batches: workers walk through the plan.
 
 Workers read, decode and pad, nothing else, and hold no more than the windows that they
 draw from. One pass of a loader is the whole run: its workers walk from epoch to epoch by
@@ -6,19 +6,15 @@ themselves, so no epoch begins with an empty queue.
 """
 
 import os
-import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from casc.data.batch import Batch
-from casc.data.collate import collate, pack, unpack
+from casc.data.collate import collate
 from casc.data.index import Split
 from casc.data.plan import (
     EpochPlan,
@@ -32,22 +28,8 @@ from casc.data.plan import (
     worker_windows,
 )
 from casc.data.sample import Sample, iter_tar, read_sample
+from casc.data.workers import DEFAULT_LOADING, Blocks, Loading, load
 from casc.errors import UserError
-
-Walk = Callable[[int, int], Iterator[tuple[int, Batch]]]
-"""(worker, workers) to the (bucket, batch) that this worker reads."""
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How batches are read; none of it changes what an image sees."""
-
-    workers: int = 2
-    """Reading processes per rank; 0 reads in the training process itself."""
-    prefetch: int = 4
-    """Batches that each worker keeps ready."""
-    window: int = 128
-    """Encoded images per bucket that a worker holds in memory to draw from in random order."""
 
 
 def training_batches(
@@ -59,7 +41,7 @@ def training_batches(
     batch: int,
     world: int = 1,
     rank: int = 0,
-    loading: Loading = Loading(),
+    loading: Loading = DEFAULT_LOADING,
     pin_memory: bool = False,
     bitmaps: bool = False,
 ) -> Iterator[tuple[int, Batch]]:
@@ -85,7 +67,7 @@ def training_batches(
         seed=seed, steps=steps, batch=batch, world=world, rank=rank,
         window=loading.window, bitmaps=bitmaps,
     )  # fmt: skip
-    return _load(walk, split, batch, loading, pin_memory, bitmaps)
+    return load(walk, split, batch, loading, pin_memory, bitmaps)
 
 
 def evaluation_batches(
@@ -95,7 +77,7 @@ def evaluation_batches(
     batch: int,
     world: int = 1,
     rank: int = 0,
-    loading: Loading = Loading(),
+    loading: Loading = DEFAULT_LOADING,
     pin_memory: bool = False,
 ) -> Iterator[tuple[int, Batch]]:
     """Yield (bucket, batch) until this rank has seen its part of the split, each image once.
@@ -103,7 +85,7 @@ def evaluation_batches(
     The rows that fill up a batch have image id -1. Raises as `training_batches`.
     """
     walk = partial(_walk_evaluation, Path(root), split, batch=batch, world=world, rank=rank)
-    return _load(walk, split, batch, loading, pin_memory)
+    return load(walk, split, batch, loading, pin_memory)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -148,7 +130,7 @@ def ahead(
 
 
 def _walk_training(
-    root: Path, split: Split, worker: int, workers: int, *,
+    root: Path, split: Split, worker: int, workers: int, blocks: Blocks, *,
     seed: int, steps: range, batch: int, world: int, rank: int, window: int, bitmaps: bool,
 ) -> Iterator[tuple[int, Batch]]:  # fmt: skip
     per_epoch = steps_per_epoch(split, world=world, batch=batch)
@@ -163,19 +145,36 @@ def _walk_training(
             if at >= steps.stop:
                 return
             seeds = [noise_seed(seed, epoch, sample.image_id) for sample in samples]
-            yield bucket, collate(samples, split.buckets[bucket], seeds=seeds, bitmaps=bitmaps)
+            yield (
+                bucket,
+                collate(
+                    samples,
+                    split.buckets[bucket],
+                    seeds=seeds,
+                    bitmaps=bitmaps,
+                    block=next(blocks),
+                ),
+            )
             at += workers
 
 
 def _walk_evaluation(
-    root: Path, split: Split, worker: int, workers: int, *, batch: int, world: int, rank: int
+    root: Path,
+    split: Split,
+    worker: int,
+    workers: int,
+    blocks: Blocks,
+    *,
+    batch: int,
+    world: int,
+    rank: int,
 ) -> Iterator[tuple[int, Batch]]:
     reader = ShardReader(root, split)
     for bucket, segments in plan_evaluation(
         split, batch=batch, world=world, rank=rank, workers=workers, worker=worker
     ):
         samples = [decode(*member) for part in segments for member in reader.read(part)]
-        yield bucket, collate(samples, split.buckets[bucket], batch=batch)
+        yield bucket, collate(samples, split.buckets[bucket], batch=batch, block=next(blocks))
 
 
 def epoch_samples(
@@ -232,60 +231,3 @@ def decode(name: str, image: bytes, record: bytes) -> Sample:
         return read_sample(image, record)
     except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{name}: {error}; run `data_tools check`") from error
-
-
-class _Stream(IterableDataset[Any]):
-    """What the loader wants of a data set: to be told the worker, then to be walked through."""
-
-    def __init__(self, walk: Walk):
-        self.walk = walk
-
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        try:
-            for bucket, batch in self.walk(info.id, info.num_workers) if info else self.walk(0, 1):
-                # One tensor: each costs both processes a file descriptor and a handshake.
-                yield bucket, pack(batch)
-        except UserError as error:
-            # As a value: the loader would hand on an exception with the worker's stack in
-            # its message, and users are to read one line.
-            yield error
-
-
-def _load(
-    walk: Walk,
-    split: Split,
-    batch: int,
-    loading: Loading,
-    pin_memory: bool,
-    bitmaps: bool = False,
-) -> Iterator[tuple[int, Batch]]:
-    loader = DataLoader(
-        _Stream(walk),
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=loading.workers,
-        prefetch_factor=loading.prefetch if loading.workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-    )
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        bucket, block = item
-        made = unpack(block, split.buckets[bucket], batch, bitmaps=bitmaps)
-        # Ids and sizes are kept for longer than images are; they mustn't hold on to those.
-        small = {"image_id": made.image_id.clone(), "size": made.size.clone()}
-        if pin_memory:
-            small = {name: column.pin_memory() for name, column in small.items()}
-        yield bucket, made._replace(**small)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    # Ctrl-C reaches the whole process group; the training process ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

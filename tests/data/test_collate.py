@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from casc.data import collate as module
-from casc.data.collate import collate, pack, unpack
+from casc.data.collate import block_size, collate, unpack
 from casc.data.index import Bucket
 from casc.data.sample import Sample, polygon_edges
 from casc.errors import UserError
@@ -71,15 +70,13 @@ def test_too_many_samples():
 
 
 @pytest.mark.parametrize("bitmaps", [False, True])
-def test_memory_that_is_not_zero_makes_no_difference(monkeypatch, bitmaps):
+@pytest.mark.parametrize("spare", [0, 128])
+def test_memory_of_any_content_will_do(bitmaps, spare):
     samples = [sample(7, 4, 6), sample(9, objects=0), sample(8, 6, 8, objects=2)]
     clean = collate(samples, BUCKET, batch=4, seeds=[1, 2, 3], bitmaps=bitmaps)
-
-    def dirty(size: int) -> torch.Tensor:
-        return torch.full((size,), 0xAB, dtype=torch.uint8)
-
-    monkeypatch.setattr(module, "_allocate", dirty)
-    again = collate(samples, BUCKET, batch=4, seeds=[1, 2, 3], bitmaps=bitmaps)
+    size = block_size(BUCKET, 4, bitmaps=bitmaps)
+    block = torch.full((size + spare,), 0xAB, dtype=torch.uint8)
+    again = collate(samples, BUCKET, batch=4, seeds=[1, 2, 3], bitmaps=bitmaps, block=block)
     # What padding is, said by hand.
     assert (again.image[0, 4:] == 0).all()
     assert (again.image[0, :, 6:] == 0).all()
@@ -87,22 +84,24 @@ def test_memory_that_is_not_zero_makes_no_difference(monkeypatch, bitmaps):
     for column, expected in zip(again, clean, strict=True):
         assert (column is None) == (expected is None)
         assert column is None or (expected is not None and torch.equal(column, expected))
+    assert (block[size:] == 0xAB).all()
 
 
 @pytest.mark.parametrize("bitmaps", [False, True])
-def test_a_batch_is_one_block_that_can_be_sent_and_unpacked(bitmaps):
-    batch = collate([sample(7), sample(9, objects=2)], BUCKET, seeds=[5, 6], bitmaps=bitmaps)
-    block = pack(batch)
-    assert block.dtype == torch.uint8
-    assert block.ndim == 1
+def test_a_batch_is_one_block_that_can_be_copied_and_unpacked(bitmaps):
+    size = block_size(BUCKET, 2, bitmaps=bitmaps)
+    # Somewhere inside of other memory, as a worker's blocks are.
+    block = torch.zeros(3, size, dtype=torch.uint8)[1]
+    samples = [sample(7), sample(9, objects=2)]
+    batch = collate(samples, BUCKET, seeds=[5, 6], bitmaps=bitmaps, block=block)
     copy = block.clone()
     block.fill_(1)
     assert (batch.image == 1).all()  # its columns are views of the block
     again = unpack(copy, BUCKET, 2, bitmaps=bitmaps)
-    expected = collate([sample(7), sample(9, objects=2)], BUCKET, seeds=[5, 6], bitmaps=bitmaps)
+    expected = collate(samples, BUCKET, seeds=[5, 6], bitmaps=bitmaps)
     for column, wanted in zip(again, expected, strict=True):
         assert (column is None) == (wanted is None)
         if column is not None and wanted is not None:
             assert column.dtype == wanted.dtype
-            assert column.data_ptr() % 16 == copy.data_ptr() % 16
+            assert (column.data_ptr() - copy.data_ptr()) % 64 == 0
             assert torch.equal(column, wanted)

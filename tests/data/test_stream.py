@@ -1,4 +1,5 @@
 import itertools
+import time
 from collections import Counter
 from multiprocessing import active_children
 
@@ -197,8 +198,57 @@ def test_ids_and_sizes_do_not_keep_images_alive(tmp_path, write_shards, workers)
     )
     assert batch.image_id.untyped_storage().nbytes() < 100
     assert batch.size.untyped_storage().nbytes() < 100
-    if workers:
-        assert batch.image.is_shared()
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 1), (2, 3)])
+def test_workers_that_are_far_ahead_write_over_nothing(tmp_path, write_shards, workers, prefetch):
+    """Memory is used again; a slow reader must find each batch as it was made."""
+    split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
+    made = {
+        workers: training_batches(
+            tmp_path, split, seed=1, steps=range(24), batch=2,
+            loading=Loading(workers=workers, prefetch=prefetch, window=4),
+        )
+        for workers in (0, workers)
+    }  # fmt: skip
+    images = {}
+    for _, batch in made[0]:
+        images.update(zip(batch.image_id.tolist(), batch.image, strict=True))
+    held = []
+    for _, batch in made[workers]:
+        time.sleep(0.02)  # by now the workers have gone as far as they can
+        held.append(batch)
+    assert len(held) == 24
+    for batch in held:
+        for image_id, image in zip(batch.image_id.tolist(), batch.image, strict=True):
+            assert torch.equal(image, images[image_id])
+
+
+def test_workers_with_unequal_shares_write_over_nothing(tmp_path, write_shards):
+    """When others have ended, a worker is asked for more batches ahead than usual."""
+    split = write_shards(tmp_path, {"val": [(0, 17, True), (1, 1, True)]}).splits["val"]
+    expected = {}
+    for _, batch in evaluation_batches(tmp_path, split, batch=1, loading=Loading(workers=0)):
+        expected[int(batch.image_id)] = batch.image[0]
+    held = []
+    for _, batch in evaluation_batches(
+        tmp_path, split, batch=1, loading=Loading(workers=2, prefetch=1)
+    ):
+        time.sleep(0.02)
+        held.append(batch)
+    assert sorted(int(batch.image_id) for batch in held) == list(range(1, 19))
+    assert all(torch.equal(b.image[0], expected[int(b.image_id)]) for b in held)
+
+
+def test_too_little_shared_memory_says_what_to_do(tmp_path, write_shards, monkeypatch):
+    split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
+
+    def refuse(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to resize file: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    with pytest.raises(UserError, match=r"shared memory .*--loading\.workers"):
+        next(training_batches(tmp_path, split, seed=0, steps=range(2), batch=2))
 
 
 def test_ahead_hands_on_every_batch_and_its_copy(tmp_path, write_shards):
