@@ -10,6 +10,9 @@ Legend: B images, N boxes, K kept.
 import torch
 from torch import Tensor
 
+# On the CPU each survivor meets all boxes in turn: from so many on, one group at a time is faster.
+MANY = 1000
+
 
 def batched_nms(
     boxes: Tensor, scores: Tensor, group: Tensor, valid: Tensor, *, iou: float, count: int
@@ -33,21 +36,23 @@ def batched_nms(
     """
     boxes, scores = boxes.detach(), scores.detach()
     largest = torch.where(valid[..., None], boxes, 0.0).amax(dim=(1, 2), keepdim=True)
-    shifted = boxes + group.to(boxes.dtype).expand_as(scores)[..., None] * (largest + 1)
-    index, survivors = nms(shifted, scores, valid, iou, count)
+    group = group.expand_as(scores)
+    shifted = boxes + group.to(boxes.dtype)[..., None] * (largest + 1)
+    index, survivors = nms(shifted, scores, group, valid, iou, count)
     slot = torch.arange(count, device=boxes.device)
     return index, slot < survivors[:, None]
 
 
 @torch.library.custom_op("casc::nms", mutates_args=(), device_types=("cpu", "cuda"))
 def nms(
-    boxes: Tensor, scores: Tensor, valid: Tensor, iou: float, count: int
+    boxes: Tensor, scores: Tensor, group: Tensor, valid: Tensor, iou: float, count: int
 ) -> tuple[Tensor, Tensor]:
     """Greedy suppression per image by torchvision's kernel.
 
     Args:
-        boxes: [B, N, 4] float32 xyxy.
+        boxes: [B, N, 4] float32 xyxy; those of different groups don't overlap.
         scores: [B, N] float32.
+        group: [B, N] int64.
         valid: [B, N] bool.
         iou: suppress above this overlap.
         count: K.
@@ -55,19 +60,32 @@ def nms(
     Returns:
         index [B, K] int64 and number of survivors [B] int64, at most K.
     """
-    from torchvision.ops import nms as torchvision_nms
-
     index = boxes.new_zeros((boxes.shape[0], count), dtype=torch.long)
     survivors = boxes.new_zeros((boxes.shape[0],), dtype=torch.long)
     for image in range(boxes.shape[0]):
         candidates = valid[image].nonzero()[:, 0]
-        keep = torchvision_nms(boxes[image, candidates], scores[image, candidates], iou)[:count]
+        box, score, one = (t[image, candidates] for t in (boxes, scores, group))
+        keep = _greedy(box, score, one, iou)[:count]
         index[image, : keep.shape[0]] = candidates[keep]
         survivors[image] = keep.shape[0]
     return index, survivors
 
 
 @nms.register_fake
-def _(boxes: Tensor, scores: Tensor, valid: Tensor, iou: float, count: int):
+def _(boxes: Tensor, scores: Tensor, group: Tensor, valid: Tensor, iou: float, count: int):
     shape = (boxes.shape[0], count)
     return boxes.new_empty(shape, dtype=torch.long), boxes.new_empty(shape[:1], dtype=torch.long)
+
+
+def _greedy(boxes: Tensor, scores: Tensor, group: Tensor, iou: float) -> Tensor:
+    """Survivors of one image, best first, equal scores in the boxes' order."""
+    from torchvision.ops import nms as torchvision_nms
+
+    if not boxes.is_cpu or len(boxes) < MANY:
+        return torchvision_nms(boxes, scores, iou)
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    for one in group.unique():
+        rows = (group == one).nonzero()[:, 0]
+        kept[rows[torchvision_nms(boxes[rows], scores[rows], iou)]] = True
+    survivors = kept.nonzero()[:, 0]
+    return survivors[scores[survivors].argsort(descending=True, stable=True)]

@@ -143,6 +143,23 @@ def test_invalid_boxes_do_not_move_the_groups_apart():
     check(index[0], kept[0], keep, 40)
 
 
+def test_many_boxes_are_suppressed_like_few(monkeypatch):
+    """Group by group or all at once: the same survivors in the same order, ties included."""
+    for seed in range(4):
+        boxes, scores, group = scene(1500, seed, groups=5)
+        boxes[:, 2:] = boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) / 4
+        scores = (scores * 40).round() / 40
+        valid = torch.arange(1500)[None] % 7 > 0
+        arguments = (boxes[None], scores[None], group, valid)
+        results = []
+        for many in (1, 10_000):
+            monkeypatch.setattr("casc.ops.nms.MANY", many)
+            results.append(batched_nms(*arguments, iou=0.5, count=1400))
+        assert 100 < results[0][1].sum() < 1200
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
 def test_padding_of_the_canvas_has_no_gradient():
     boxes, scores, group = scene(10, 3)
     boxes, scores = boxes[None].requires_grad_(), scores[None].requires_grad_()
@@ -153,6 +170,6 @@ def test_padding_of_the_canvas_has_no_gradient():
 
 
 def test_the_operator_is_registered_correctly():
-    boxes, scores, _ = scene(12, 4)
+    boxes, scores, group = scene(12, 4)
     valid = torch.arange(12)[None] % 5 > 0
-    torch.library.opcheck(nms, (boxes[None], scores[None], valid, 0.5, 6))
+    torch.library.opcheck(nms, (boxes[None], scores[None], group[None], valid, 0.5, 6))
