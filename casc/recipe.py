@@ -66,6 +66,11 @@ class Recipe:
     in all of them (adaptive RoIAlign, mask targets from bitmaps)."""
     compile: bool = True
     """Compile the step with torch.compile; off, the same numbers come slower."""
+    compile_cache: Path | None = None
+    """Folder to keep compiled code in, for later runs and shared by all processes; by default
+    $CASC_CACHE/compile, or casc/compile in ~/.cache. It may be deleted at any time."""
+    warm_up: bool = True
+    """Compile for all canvases before the first step; off, each when it first comes up."""
 
     evaluate_every: int = 1
     """Epochs between evaluations, and one at the end; 0 never evaluates."""
@@ -99,8 +104,8 @@ class Recipe:
 FREE_FIELDS = frozenset(
     (
         "name", "data", "out", "init", "resume", "max_steps", "val_split", "device", "compile",
-        "evaluate_every", "save_every", "save_steps", "keep_last", "keep_best", "log_every",
-        "tensorboard",
+        "compile_cache", "warm_up", "evaluate_every", "save_every", "save_steps", "keep_last",
+        "keep_best", "log_every", "tensorboard",
     )
 )  # fmt: skip
 

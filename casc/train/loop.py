@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
+from casc.compiling import use_cache
 from casc.data.index import read_index
 from casc.data.stream import to_device, training_batches
 from casc.detect import Detector, evaluate_split, new_detector
@@ -30,6 +32,7 @@ from casc.train.schedule import learning_rate
 from casc.train.start import data_position, fresh_state, resumed_state, weights_metadata
 from casc.train.state import State
 from casc.train.step import Compute, LossStep, make_loss_step
+from casc.train.warmup import buckets_ahead, warm_up
 
 PICTURE, EVALUATIONS = "first_batch.png", "evaluations"
 
@@ -59,7 +62,10 @@ def train(recipe: Recipe) -> Summary:
     check(recipe, index, ranks.world)
     device = choose_device(recipe.device)
     compute = Compute(
-        choose_dtype(recipe.dtype, device), traits(device).memory_format, recipe.compile
+        choose_dtype(recipe.dtype, device),
+        traits(device).memory_format,
+        recipe.compile,
+        programs=use_cache(recipe.compile_cache) if recipe.compile else None,
     )
     derived = facts(recipe, index, ranks.world)
     with process_group(ranks, device) as device:
@@ -84,24 +90,21 @@ def _loop(run: Run, state: State) -> Summary:
     detector = new_detector(
         state.params, state.buffers, recipe.model, recipe.image, run.compute, run.device
     )
-    meter = Meter(run.device, ranks)
     watch = watch_positives(log.warn)
     # `evaluation` is the main rank's alone, so it can't tell the others whether there was one.
     evaluation, evaluated = None, False
 
     @cache
     def loss_step(bucket: int) -> LossStep:
-        meter.warming_up()
-        if recipe.compile:
-            height, width = canvases[bucket]
-            log.say(f"compiling for {split.buckets[bucket].name}, canvas {height} x {width}")
         return make_loss_step(recipe.model, recipe.image, canvases[bucket], run.compute)
 
+    steps = range(state.step, derived.steps)
+    ahead = buckets_ahead(recipe, split, ranks.world, steps)
     batches = training_batches(
         recipe.data,
         split,
         seed=recipe.seed,
-        steps=range(state.step, derived.steps),
+        steps=steps,
         batch=recipe.batch,
         world=ranks.world,
         rank=ranks.rank,
@@ -109,12 +112,23 @@ def _loop(run: Run, state: State) -> Summary:
         pin_memory=traits(run.device).pin_memory,
         bitmaps=recipe.model.mask_head.target == "bitmap",
     )
+    if recipe.compile and recipe.warm_up and steps:
+        # Workers read ahead meanwhile, and data that can't be read says so before.
+        batches = chain([next(batches)], batches)
+        warm_up(run, state, loss_step, ahead)
+        ahead.clear()
+    meter = Meter(run.device, ranks)
     with _scheduled_collection() as collect:
         while state.step < derived.steps:
             bucket, batch = meter.waiting(batches)
             if state.step == 0 and ranks.main:
                 picture = recipe.folder / PICTURE
                 draw_batch(picture, batch, recipe.image, canvases[bucket], run.index.categories)
+            if bucket in ahead:
+                ahead.remove(bucket)
+                meter.warming_up()
+                if recipe.compile:
+                    log.say(f"compiling for canvas {canvases[bucket][0]} x {canvases[bucket][1]}")
             total, measures = loss_step(bucket)(
                 state.params, state.buffers, to_device(batch, run.device)
             )

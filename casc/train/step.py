@@ -6,7 +6,8 @@ read in between: the number of positives decides how many RoIs the mask heads ru
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from casc import detector
 from casc import noise as noises
 from casc.anchors import AnchorConfig
+from casc.compiling import keep
 from casc.data.augment import ImageConfig, prepare
 from casc.data.batch import Batch
 from casc.detector import Detections, DetectorConfig, Inputs
@@ -25,8 +27,9 @@ from casc.targets import Targets
 LossStep = Callable[[Params, Params, Batch], tuple[Tensor, dict[str, Tensor]]]
 DetectStep = Callable[[Params, Params, Batch], Detections]
 
-# A counted step runs its mask heads on the next multiple of this many RoIs ...
-CAPACITY_STEP = 8
+# A counted step runs its mask heads on the next multiple of this many RoIs, and on this many
+# at least: below 16 torch would choose another convolution, and compile for it anew ...
+CAPACITY_STEP, LEAST_CAPACITY = 8, 16
 # ... or, without dynamic shapes, on the next of these shares of the most there can be: each
 # is a compilation, so they follow the count less closely.
 CAPACITY_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -44,6 +47,8 @@ class Compute(NamedTuple):
     dynamic_rois: bool = True
     """How "counted" mask heads are compiled: once for any number of RoIs, or, where dynamic
     shapes are dear, once for each of a few capacities."""
+    programs: Path | None = None
+    """Folder, from `casc.compiling.use_cache`, in which what is compiled outlasts the process."""
 
 
 def make_loss_step(
@@ -80,13 +85,13 @@ def make_loss_step(
         return detector.total(losses), {k: v.detach() for k, v in losses.items()}
 
     if config.mask_head.capacity == "full":
-        return _maybe_compile(full, compute)
+        return _maybe_compile(full, compute, config, image, canvas)
 
     def masks(head: Params, pyramid: Pyramid, rois: MaskRois, targets: Targets) -> Tensor:
         return detector.mask_branch(head, config, 0, pyramid, rois, targets)
 
-    box_step = _maybe_compile(boxes, compute)
-    mask_step = _compile_for_any_count(masks, compute)
+    box_step = _maybe_compile(boxes, compute, config, image, canvas)
+    mask_step = _compile_for_any_count(masks, compute, config)
 
     def counted(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, pyramid, rois, targets = box_step(params, buffers, batch)
@@ -95,7 +100,7 @@ def make_loss_step(
         for i, (stage, count) in enumerate(zip(config.stages, counts, strict=True)):
             slots = rois[i].valid.shape[0]
             packed = pack(rois[i], mask_capacity(count, slots, compute.dynamic_rois))
-            if compute.compile and compute.dynamic_rois and slots > CAPACITY_STEP:
+            if _marks(compute) and slots > LEAST_CAPACITY:
                 for value in packed:
                     torch._dynamo.mark_dynamic(value, 0)
             loss = mask_step(stage_params(params, i), pyramid, packed, targets)
@@ -118,7 +123,7 @@ def make_detect_step(
         inputs = prepare(batch, None, image, canvas, compute.dtype, compute.memory_format)
         return detector.detect(params, buffers, config, inputs)
 
-    step = _maybe_compile(run, compute)
+    step = _maybe_compile(run, compute, config, image, canvas)
 
     def detect(params: Params, buffers: Params, batch: Batch) -> Detections:
         with torch.no_grad():
@@ -138,7 +143,7 @@ def training_inputs(
 def mask_capacity(count: int, slots: int, dynamic: bool) -> int:
     """How many RoIs to run on when `count` of at most `slots` are needed."""
     if dynamic:
-        return min(slots, max(1, -(-count // CAPACITY_STEP)) * CAPACITY_STEP)
+        return min(slots, max(LEAST_CAPACITY, -(-count // CAPACITY_STEP) * CAPACITY_STEP))
     ladder = (max(1, round(share * slots)) for share in CAPACITY_SHARES)
     return next(capacity for capacity in ladder if capacity >= count)
 
@@ -160,20 +165,26 @@ def to_format(params: Params, memory_format: torch.memory_format) -> Params:
     }
 
 
-def _maybe_compile(function: Callable, compute: Compute) -> Callable:
+def _maybe_compile(function: Callable, compute: Compute, *closed_over: Any) -> Callable:
     if not compute.compile:
         return function
+    if compute.programs:
+        return keep(function, compute.programs, *closed_over, compute._replace(programs=None))
     # torch counts the graphs of all canvases together and gives up after 8, unless told.
     return torch.compile(  # type: ignore[call-overload]  # its stubs lack the last one
         function, fullgraph=True, dynamic=False, isolate_recompiles=True
     )
 
 
-def _compile_for_any_count(function: Callable, compute: Compute) -> Callable:
+def _compile_for_any_count(function: Callable, compute: Compute, *closed_over: Any) -> Callable:
     """Compile a function whose number of RoIs differs from call to call."""
     if not compute.compile:
         return function
     graphs = 1 if compute.dynamic_rois else len(CAPACITY_SHARES)
+    if compute.programs:
+        settings = *closed_over, compute._replace(programs=None)
+        rows = (lambda head, pyramid, rois, targets: rois) if compute.dynamic_rois else None
+        return keep(function, compute.programs, *settings, rows=rows, recompile_limit=graphs)
     return torch.compile(  # type: ignore[call-overload]
         function,
         fullgraph=True,
@@ -181,3 +192,8 @@ def _compile_for_any_count(function: Callable, compute: Compute) -> Callable:
         isolate_recompiles=True,
         recompile_limit=graphs,
     )
+
+
+def _marks(compute: Compute) -> bool:
+    """Whether the caller marks what is dynamic; `keep` does so itself."""
+    return compute.compile and compute.dynamic_rois and not compute.programs
