@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 
+from casc.bench.cli import InferenceCommand, TrainCommand, with_default
 from casc.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
@@ -173,49 +174,21 @@ class VerifyCommand:
         return not verify(self.goldens, choose_device(self.device), compile=self.compile, log=_say)
 
 
+Bench = (
+    Annotated[TrainCommand, tyro.conf.subcommand("train", prefix_name=False)]
+    | Annotated[InferenceCommand, tyro.conf.subcommand("inference", prefix_name=False)]
+)
+
+
 @dataclass(frozen=True)
 class BenchCommand:
-    """Time the training step (losses and gradients) on a made-up batch.
+    """Time a part on this machine; `casc bench --json` means `casc bench train --json`."""
 
-    The model is the reference's R50-FPN with fresh weights; nothing is read from disk.
-    """
-
-    canvas: tuple[int, int] = (800, 1088)
-    """Height and width of the images in pixels, divisible by 32."""
-    batch: int = 2
-    """Images per step."""
-    objects: int = 8
-    """Objects per image."""
-    steps: int = 5
-    """Timed steps."""
-    json: bool = False
-    """Print one JSON object."""
-    device: str = "auto"
-    """auto: the accelerator if there is one, else the CPU. Or cpu, cuda, npu, ..."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of convolutions and matrix products; auto takes what suits the device."""
-    compile: bool = True
-    """Compile with torch.compile; --no-compile times the eager step."""
+    part: tyro.conf.OmitArgPrefixes[Bench]
 
     def run(self) -> int:
         """Measure."""
-        from casc.bench.batch import Load
-        from casc.bench.train import bench_train, format_report
-        from casc.detector import DetectorConfig
-        from casc.devices import choose_device, choose_dtype, traits
-        from casc.train.step import Compute
-
-        if min(self.batch, self.steps) < 1 or self.objects < 0:
-            raise UserError("--batch and --steps must be at least 1, --objects at least 0")
-        if min(self.canvas) < 32 or any(side % 32 for side in self.canvas):
-            raise UserError(f"--canvas {self.canvas}: both sides must be multiples of 32")
-        device = choose_device(self.device)
-        dtype = choose_dtype(self.dtype, device)
-        compute = Compute(dtype, traits(device).memory_format, self.compile)
-        load = Load(self.canvas, self.batch, self.objects, self.steps)
-        report = bench_train(DetectorConfig(), load, compute, device)
-        _say(format_report(report, as_json=self.json))
-        return 0
+        return self.part.run()
 
 
 Command = (
@@ -232,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         Command,
         prog="casc",
         description=__doc__,
-        args=arguments,
+        args=with_default(sys.argv[1:] if arguments is None else arguments),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:

@@ -24,13 +24,15 @@ class Traits:
     """Whether batches are copied to the device from pinned memory."""
     fused_optimizer: bool
     """Whether torch.optim.SGD has a fused kernel here."""
+    dynamic_shapes: bool
+    """Whether one compiled graph may serve any number of RoIs; otherwise one per capacity."""
 
 
 TRAITS = {
-    "cpu": Traits(torch.bfloat16, torch.channels_last, "gloo", False, True),
-    "cuda": Traits(torch.bfloat16, torch.channels_last, "nccl", True, True),
+    "cpu": Traits(torch.bfloat16, torch.channels_last, "gloo", False, True, True),
+    "cuda": Traits(torch.bfloat16, torch.channels_last, "nccl", True, True, True),
     # Ascend refuses channels_last; its own formats are chosen inside the kernels.
-    "npu": Traits(torch.bfloat16, torch.contiguous_format, "hccl", True, False),
+    "npu": Traits(torch.bfloat16, torch.contiguous_format, "hccl", True, False, False),
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

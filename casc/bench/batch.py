@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from casc.data.batch import Batch
+from casc.errors import UserError
+
+CLASSES = 80
+"""COCO's."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class Load:
     positives: int | None = None
     """RoIs per image and stage that get a mask loss, at least. Fresh weights find hardly more
     than the objects themselves; a trained network has about 120."""
+    capacity: int | None = None
+    """Objects that a batch has room for; None for as many as it has, and one at least."""
 
 
 def made_up_batch(load: Load, classes: int, seed: int = 0) -> Batch:
@@ -32,6 +38,9 @@ def made_up_batch(load: Load, classes: int, seed: int = 0) -> Batch:
         load: sizes and counts.
         classes: K.
         seed: of the generator; the same seed gives the same batch.
+
+    Raises:
+        UserError: the objects exceed the capacity.
     """
     generator = torch.Generator().manual_seed(seed)
     height, width = load.canvas
@@ -42,7 +51,9 @@ def made_up_batch(load: Load, classes: int, seed: int = 0) -> Batch:
     corner = torch.rand(batch, places, 2, generator=generator) * room
     labels = torch.randint(classes, (batch, places), generator=generator)
     instances = max(load.objects, load.positives or 0)
-    capacity = max(instances, 1)
+    capacity = load.capacity or max(instances, 1)
+    if capacity < instances:
+        raise UserError(f"capacity {capacity} doesn't hold {instances} objects")
     at = torch.arange(capacity) % places
     # The repetitions lie a little apart, as the proposals for one object do.
     shift = (

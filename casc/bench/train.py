@@ -1,117 +1,88 @@
-"""How fast the training step is here: images per second, and how much of the machine that is.
+"""The training step: losses and gradients, and the update beside them."""
 
-The batch is made up (noise for images, squares for objects), so nothing has to be on disk
-and the load is known.
-"""
-
-import json
-import statistics
 import time
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from casc.bench.batch import Load, made_up_batch
+from casc.bench import budgets, flops
+from casc.bench.batch import CLASSES, Load, made_up_batch
+from casc.bench.worker import Job
 from casc.data.augment import ImageConfig
-from casc.data.batch import Batch
 from casc.data.stream import to_device
-from casc.detector import DetectorConfig, init, trainable
-from casc.devices import peak_memory, synchronize
-from casc.train.step import Compute, LossStep, make_loss_step, to_format
+from casc.detector import DetectorConfig, init
+from casc.devices import synchronize, traits
+from casc.train.optim import Optim, make_optimizer, update
+from casc.train.state import new_state
+from casc.train.step import Compute, make_loss_step
 
 
-class Report(NamedTuple):
-    """What was measured; times are medians."""
+class Training:
+    """casc's step with fresh weights, the reference's R50-FPN."""
 
-    device: str
-    dtype: str
-    compiled: bool
-    canvas: tuple[int, int]
-    batch: int
-    objects: int
-    img_per_s: float
-    step_s: float
-    """Losses and gradients of a batch; without reading data or updating weights."""
-    forward_s: float
-    backward_s: float
-    first_step_s: float
-    """With compilation, from whatever caches there are."""
-    flops: int
-    """Of convolutions and matrix products in a step, as run (padding included)."""
-    peak_flops: float
-    """Per second: forward and backward of a 3x3 convolution, measured in this run."""
-    mfu: float
-    """flops / step_s / peak_flops."""
-    graphs: int
-    graph_breaks: int
-    recompiles: int
-    peak_memory_gib: float
-    positives: tuple[float, ...]
-    """RoIs per image and stage that had a mask loss."""
+    def __init__(self, job: Job):
+        self.job, self.config = job, DetectorConfig(classes=CLASSES)
+        self.device, self.compute = torch.device(job.device), compute_of(job)
+        params, buffers = init(self.config, torch.Generator().manual_seed(0))
+        self.state = new_state(
+            self.config, params, buffers, self.device, self.compute.memory_format
+        )
+        self.optimizer = make_optimizer(Optim(), self.state)
+        self.batch = to_device(made_up_batch(job.load, CLASSES), self.device)
+        self.image = image_config(job.load)
+        canvas = job.load.canvas
+        self.loss_step = make_loss_step(self.config, self.image, canvas, self.compute)
+        self.measures: dict[str, Tensor] = {}
 
+    def step(self) -> dict[str, float]:
+        """Losses and gradients are the step; the update is given apart."""
+        start = time.perf_counter()
+        state = self.state
+        total, self.measures = self.loss_step(state.params, state.buffers, self.batch)
+        synchronize(self.device)
+        middle = time.perf_counter()
+        total.backward()
+        synchronize(self.device)
+        end = time.perf_counter()
+        # At a rate of 0: every step then is the same work on the same weights.
+        update(self.optimizer, 0.0, None)
+        synchronize(self.device)
+        updated = time.perf_counter()
+        return {
+            "step_s": end - start,
+            "forward_s": middle - start,
+            "backward_s": end - middle,
+            "update_s": updated - end,
+        }
 
-def bench_train(
-    config: DetectorConfig, load: Load, compute: Compute, device: torch.device
-) -> Report:
-    """Time the training step of a detector with fresh weights."""
-    from torch._dynamo.utils import counters
-
-    params, buffers = init(config, torch.Generator().manual_seed(0))
-    params = {k: v.to(device) for k, v in to_format(params, compute.memory_format).items()}
-    buffers = {k: v.to(device) for k, v in buffers.items()}
-    for value in trainable(config, params).values():
-        value.requires_grad_()
-    batch = to_device(made_up_batch(config, load), device)
-    image = ImageConfig(short=min(load.canvas), long=max(load.canvas))
-    step = make_loss_step(config, image, load.canvas, compute)
-
-    counters.clear()
-    first = _time(step, params, buffers, batch, device)
-    _time(step, params, buffers, batch, device)
-    timed = [_time(step, params, buffers, batch, device) for _ in range(load.steps)]
-    graphs = counters["stats"]["unique_graphs"]
-    breaks = sum(counters["graph_break"].values())
-    recompiles = len(counters["recompiles"])
-    memory = peak_memory(device) / 2**30
-    seconds = statistics.median(t.forward + t.backward for t in timed)
-    peak = convolution_rate(compute, device)
-    flops = _count_flops(config, image, load, compute, params, buffers, batch)
-    measures = timed[-1].measures
-    return Report(
-        device=str(device),
-        dtype=str(compute.dtype).removeprefix("torch."),
-        compiled=compute.compile,
-        canvas=load.canvas,
-        batch=load.batch,
-        objects=load.objects,
-        img_per_s=load.batch / seconds,
-        step_s=seconds,
-        forward_s=statistics.median(t.forward for t in timed),
-        backward_s=statistics.median(t.backward for t in timed),
-        first_step_s=first.forward + first.backward,
-        flops=flops,
-        peak_flops=peak,
-        mfu=flops / seconds / peak,
-        graphs=graphs,
-        graph_breaks=breaks,
-        recompiles=recompiles,
-        peak_memory_gib=memory,
-        positives=tuple(measures[f"s{i}.positives"].item() for i in range(len(config.stages))),
-    )
+    def facts(self) -> dict[str, Any]:
+        """Budgets, operations, and the machine's peak."""
+        compiled = budgets.compilations()
+        stages = range(len(self.config.stages))
+        positives = [self.measures[f"s{i}.positives"].item() for i in stages]
+        counts = [round(p * self.job.load.batch) for p in positives]
+        return {
+            "positives": positives,
+            **compiled,
+            **budgets.audit_training(self.config)._asdict(),
+            "flops": flops.reference_step(self.config, self.job.load, counts),
+            "flops_run": flops.own_step(self.config, self.job.load, counts),
+            "peak_flops": convolution_rate(self.compute, self.device),
+        }
 
 
-def format_report(report: Report, *, as_json: bool) -> str:
-    """One JSON object, or a line per figure."""
-    if as_json:
-        return json.dumps(report._asdict())
-    lines = []
-    for name, value in report._asdict().items():
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        lines.append(f"{name:<16} {shown}")
-    return "\n".join(lines)
+def compute_of(job: Job) -> Compute:
+    """How the device computes, with the job's dtype."""
+    row = traits(torch.device(job.device))
+    dtype = getattr(torch, job.dtype)
+    return Compute(dtype, row.memory_format, job.compile, row.dynamic_shapes)
+
+
+def image_config(load: Load) -> ImageConfig:
+    """A resize that leaves images of the canvas's size as they are."""
+    return ImageConfig(short=min(load.canvas), long=max(load.canvas))
 
 
 def convolution_rate(compute: Compute, device: torch.device) -> float:
@@ -121,56 +92,12 @@ def convolution_rate(compute: Compute, device: torch.device) -> float:
     x = x.contiguous(memory_format=compute.memory_format).requires_grad_()
     weight = weight.contiguous(memory_format=compute.memory_format).requires_grad_()
     times = []
-    for _ in range(5):
+    for _ in range(6):
         synchronize(device)
         start = time.perf_counter()
         y = F.conv2d(x, weight, padding=1)
         torch.autograd.grad(y, (x, weight), y.detach())
         synchronize(device)
         times.append(time.perf_counter() - start)
-    return 3 * 2 * x.numel() * weight.numel() / weight.shape[1] / statistics.median(times[1:])
-
-
-class _Timing(NamedTuple):
-    forward: float
-    backward: float
-    measures: dict[str, Tensor]
-
-
-def _time(
-    step: LossStep,
-    params: dict[str, Tensor],
-    buffers: dict[str, Tensor],
-    batch: Batch,
-    device: torch.device,
-) -> _Timing:
-    synchronize(device)
-    start = time.perf_counter()
-    total, measures = step(params, buffers, batch)
-    synchronize(device)
-    middle = time.perf_counter()
-    total.backward()
-    synchronize(device)
-    end = time.perf_counter()
-    for value in params.values():
-        value.grad = None
-    return _Timing(middle - start, end - middle, measures)
-
-
-def _count_flops(
-    config: DetectorConfig,
-    image: ImageConfig,
-    load: Load,
-    compute: Compute,
-    params: dict[str, Tensor],
-    buffers: dict[str, Tensor],
-    batch: Batch,
-) -> int:
-    """Counted on the eager step, which runs the same operations."""
-    step = make_loss_step(config, image, load.canvas, compute._replace(compile=False))
-    with FlopCounterMode(display=False) as counter:
-        total, _ = step(params, buffers, batch)
-        total.backward()
-    for value in params.values():
-        value.grad = None
-    return counter.get_total_flops()
+    # The peak is what the machine can do when nothing disturbs it.
+    return 3 * 2 * x.numel() * weight.numel() / weight.shape[1] / min(times[1:])

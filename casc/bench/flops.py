@@ -1,0 +1,111 @@
+"""How many operations a training step is: of convolutions and matrix products, counted by torch.
+
+Nothing is computed: the functions run on tensors without content.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from casc import detector
+from casc.bench.batch import Load, made_up_batch
+from casc.box_head import box_head
+from casc.data.augment import ImageConfig
+from casc.data.batch import Batch
+from casc.detector import DetectorConfig, Features
+from casc.layers import Params
+from casc.mask_head import MaskRois, mask_head
+from casc.ops.roi_align import roi_align
+from casc.rpn import rpn_head
+from casc.train.step import Compute, anchor_count, mask_capacity, training_inputs
+
+# One that every operator counts in; the number of operations doesn't depend on it.
+COMPUTE = Compute(torch.bfloat16, torch.channels_last, compile=False)
+
+
+def reference_step(config: DetectorConfig, load: Load, positives: Sequence[int]) -> int:
+    """Operations of a step as the reference does it, without padding.
+
+    The RPN is differentiated everywhere, mask logits are computed for every class, and mask
+    heads run on the positives alone.
+
+    Args:
+        config: the detector.
+        load: canvas and batch.
+        positives: of each stage, over the whole batch.
+    """
+
+    def step(params: Params, buffers: Params, batch: Batch) -> Tensor:
+        features = _features(params, buffers, config, batch, load)
+        output = rpn_head(params, features.levels)
+        results = [output.logits, output.deltas]
+        rois = load.batch * config.box_head.samples
+        for i, count in enumerate(positives):
+            aligned = _aligned(features, config, rois, config.box_head.cells)
+            results += box_head(params, i, aligned)
+            if count:
+                aligned = _aligned(features, config, count, config.mask_head.cells)
+                results.append(mask_head(params, config.mask_head, i, aligned, None))
+        return torch.stack([r.sum() for r in results]).sum()
+
+    return _count(config, load, step)
+
+
+def own_step(config: DetectorConfig, load: Load, positives: Sequence[int]) -> int:
+    """Operations of a step as casc does it, padding included. Arguments as above."""
+    canvas, image = load.canvas, _image(load)
+
+    def step(params: Params, buffers: Params, batch: Batch) -> Tensor:
+        inputs = training_inputs(batch, image, canvas, COMPUTE)
+        count = anchor_count(config.anchors, canvas)
+        noise = detector.draw_noise(config, batch.seed, count, batch.valid.shape[1])
+        features = detector.extract(params, buffers, config, inputs.image)
+        losses, rois = detector.box_branch(params, config, features, inputs, noise)
+        for i, positive in enumerate(positives):
+            slots = rois[i].valid.shape[0]
+            if config.mask_head.capacity == "counted":
+                slots = mask_capacity(positive, slots, COMPUTE.dynamic_rois)
+            packed = MaskRois(*(t[:slots] for t in rois[i]))
+            losses[f"s{i}.loss_mask"] = detector.mask_branch(
+                params, config, i, features.pyramid, packed, inputs.targets
+            )
+        return detector.total(losses)
+
+    return _count(config, load, step)
+
+
+def _features(
+    params: Params, buffers: Params, config: DetectorConfig, batch: Batch, load: Load
+) -> Features:
+    inputs = training_inputs(batch, _image(load), load.canvas, COMPUTE)
+    return detector.extract(params, buffers, config, inputs.image)
+
+
+def _aligned(features: Features, config: DetectorConfig, rois: int, cells: int) -> Tensor:
+    pixels = features.pyramid.pixels
+    boxes = torch.zeros((rois, 4), device=pixels.device)
+    image = torch.zeros(rois, dtype=torch.long, device=pixels.device)
+    return roi_align(features.pyramid, boxes, image, cells, config.roi_align)
+
+
+def _image(load: Load) -> ImageConfig:
+    return ImageConfig(short=min(load.canvas), long=max(load.canvas))
+
+
+def _count(
+    config: DetectorConfig, load: Load, step: Callable[[Params, Params, Batch], Tensor]
+) -> int:
+    params, buffers = detector.init(config, torch.Generator().manual_seed(0))
+    batch = made_up_batch(load, config.classes)
+    names = detector.trainable(config, params)
+    with FakeTensorMode() as mode:
+        params = {k: mode.from_tensor(v).requires_grad_(k in names) for k, v in params.items()}
+        buffers = {k: mode.from_tensor(v) for k, v in buffers.items()}
+        batch = Batch(*(None if t is None else mode.from_tensor(t) for t in batch))  # type: ignore[arg-type]
+        counter = FlopCounterMode(display=False)
+        with counter:
+            step(params, buffers, batch).backward()
+    return counter.get_total_flops()

@@ -1,0 +1,153 @@
+"""What is timed runs in a process of its own: its memory and compilations are then its own.
+
+Several of them take turns, step by step, so that a slow minute of the machine falls on all.
+"""
+
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from casc.bench.batch import Load
+from casc.errors import UserError
+
+What = Literal["train", "inference"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker times."""
+
+    what: What
+    who: Literal["casc", "torchvision"]
+    load: Load
+    dtype: str
+    """float32 or bfloat16."""
+    device: str
+    compile: bool = True
+    cache: Path | None = None
+    """Folder for compiled code; None for the default one."""
+    threads: int | None = None
+    """Of the CPU; None for torch's choice."""
+
+
+class Subject(Protocol):
+    """Something that can be timed."""
+
+    def step(self) -> dict[str, float]:
+        """Do one step and give the seconds of its parts."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What there is to say after the last step."""
+        ...
+
+
+class Worker:
+    """A process that does one step whenever it is asked to.
+
+    Raises:
+        UserError: in any method, with the process's own message, when it failed.
+    """
+
+    def __init__(self, job: Job):
+        context = multiprocessing.get_context("spawn")
+        self.job = job
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, job), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def step(self) -> dict[str, float]:
+        """Seconds of one step: `step_s`, and those of its parts. The first one compiles."""
+        return self._ask("step")
+
+    def facts(self) -> dict[str, Any]:
+        """`peak_rss_gib` and what the subject has to say."""
+        return self._ask("facts")
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.close()
+        self.process.join(10)
+        self.process.kill()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, what: str) -> Any:
+        job = self.job
+        try:
+            self.pipe.send(what)
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            code = self.process.exitcode
+            raise UserError(f"{job.who} {job.what}: its process ended with code {code}") from None
+        if isinstance(answer, str):
+            raise UserError(f"{job.who} {job.what} {job.dtype} on {job.device}: {answer}")
+        return answer
+
+
+def _serve(pipe: Connection, job: Job) -> None:
+    # What libraries print must not mix with the report.
+    os.dup2(sys.stderr.fileno(), 1)
+    subject: Subject | None = None
+    while True:
+        try:
+            question = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            if subject is None:
+                subject = _subject(job)
+            answer: Any = _timed(subject.step) if question == "step" else _facts(subject, job)
+        except Exception as error:
+            traceback.print_exc()
+            answer = f"{type(error).__name__}: {error}"
+        pipe.send(answer)
+
+
+def _timed(step: Callable[[], dict[str, float]]) -> dict[str, float]:
+    start = time.perf_counter()
+    parts = step()
+    return {"step_s": time.perf_counter() - start} | parts
+
+
+def _facts(subject: Subject, job: Job) -> dict[str, Any]:
+    import torch
+
+    # First of all: looking closer needs memory of its own.
+    memory: dict[str, Any] = {
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    }
+    device = torch.device(job.device)
+    if device.type != "cpu":
+        memory["peak_device_gib"] = torch.accelerator.max_memory_allocated(device) / 2**30
+    return memory | subject.facts()
+
+
+def _subject(job: Job) -> Subject:
+    import torch
+
+    from casc.bench import inference, peers, train
+
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    kinds = {
+        ("train", "casc"): train.Training,
+        ("inference", "casc"): inference.Inference,
+        ("train", "torchvision"): peers.Training,
+        ("inference", "torchvision"): peers.Inference,
+    }
+    return kinds[job.what, job.who](job)
