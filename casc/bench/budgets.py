@@ -1,10 +1,10 @@
 """What a step may cost besides time: graphs, breaks, recompilations, host reads, operators."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from casc import detector
@@ -43,17 +43,33 @@ class Audit(NamedTuple):
     """Operators dispatched, forward and backward; casc's own count as one."""
 
 
+# On the CPU these take a tensor's content without dispatching anything.
+TAKEN = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+
+
 class Recorder(TorchDispatchMode):
-    """Counts the operators that are dispatched while it is active."""
+    """Counts the operators that are dispatched, and what the host takes, while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: dict[str, int] = {}
+        self.taken = _Taken()
+
+    def __enter__(self) -> "Recorder":
+        self.taken.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.taken.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count and go on."""
         schema = func._schema
         name = schema.name if not schema.overload_name else f"{schema.name}.{schema.overload_name}"
+        if name == "aten::index.Tensor" and any(_is_mask(i) for i in args[1]):
+            name = "aten::masked_select"
         self.counts[name] = self.counts.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
 
@@ -64,7 +80,21 @@ class Recorder(TorchDispatchMode):
             for name, count in self.counts.items()
             if name in READS or name.partition(".")[0] in READS
         )
-        return Audit(reads, sum(self.counts.values()))
+        return Audit(reads + self.taken.count, sum(self.counts.values()))
+
+
+class _Taken(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in TAKEN
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 def record_training(config: DetectorConfig) -> Recorder:
@@ -108,15 +138,3 @@ def compilations() -> dict[str, int]:
         "graph_breaks": sum(counters["graph_break"].values()),
         "recompiles": len(counters["recompiles"]),
     }
-
-
-def with_capacity(config: DetectorConfig, capacity: Any) -> DetectorConfig:
-    """The same detector with another mask capacity."""
-    return replace(config, mask_head=replace(config.mask_head, capacity=capacity))
-
-
-def count_reads(function: Callable[[], object]) -> Audit:
-    """Audit any function."""
-    with Recorder() as recorder:
-        function()
-    return recorder.audit()
