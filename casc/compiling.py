@@ -26,6 +26,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from casc.errors import UserError
 
 _INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+_VARIANTS = 8
 _log = logging.getLogger(__name__)
 
 
@@ -123,8 +124,8 @@ def keep(
                 return program(*args)
         free = list(rows(*args)) if rows else []
         if not refused:
-            path = folder / f"{function.__name__}-{_key(settings, free, args)}.program"
-            program = _load(path, args) or _make(compiled, free, path, args)
+            name = f"{function.__name__}-{_key(settings, free, args)}"
+            program = _find(compiled, free, folder, name, args)
             if program is not None:
                 programs.append(program)
                 return program(*args)
@@ -135,14 +136,26 @@ def keep(
     return call
 
 
-def _load(path: Path, args: tuple) -> Any:
-    """The program in a file, if there is one that takes these arguments."""
+def _find(compiled: Any, free: list[Tensor], folder: Path, name: str, args: tuple) -> Any:
+    """The program of this name that takes these arguments, from disk or else made."""
+    # More than one where guards say more than the key, about sizes that differ for instance.
+    for number in range(_VARIANTS):
+        path = folder / f"{name}-{number}.program"
+        program = _load(path)
+        if program is None:
+            return _make(compiled, free, path, args)
+        if program.guard_check(*args):
+            return program
+    return None
+
+
+def _load(path: Path) -> Any:
+    """The program in a file; None if there is no such file, or it is damaged."""
     if not path.exists():
         return None
     try:
         with path.open("rb") as file:
-            program: Any = torch.compiler.load_compiled_function(file)
-        return program if program.guard_check(*args) else None
+            return torch.compiler.load_compiled_function(file)
     except Exception as error:
         _log.warning("%s: can't be loaded (%s), so it is compiled again", path, error)
         return None

@@ -16,6 +16,7 @@ from casc.errors import UserError
 PROGRAM = """
 import json, sys
 from pathlib import Path
+import torch
 from torch._dynamo.utils import counters
 from casc import compiling, detector
 from casc.ops.nms import batched_nms
@@ -75,7 +76,8 @@ def result(process: subprocess.Popen) -> dict:
 @pytest.mark.slow
 def test_what_one_process_compiles_the_next_one_loads(tmp_path):
     # Two at once, both cold: neither may find half of what the other writes.
-    first, second = (result(p) for p in [start(tmp_path), start(tmp_path)])
+    pair = [start(tmp_path), start(tmp_path)]
+    first, second = [result(process) for process in pair]
     assert first["total"] == second["total"]
     machine = compiling.cache_folder(tmp_path)
     (program,) = (machine / "programs").iterdir()
