@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import tyro
 
 from casc.bench.cli import InferenceCommand, TrainCommand, with_default
+from casc.bench.evaluation import EvaluationCommand
+from casc.bench.loader import LoaderCommand
+from casc.bench.operators import OperatorsCommand
 from casc.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
@@ -177,6 +180,9 @@ class VerifyCommand:
 Bench = (
     Annotated[TrainCommand, tyro.conf.subcommand("train", prefix_name=False)]
     | Annotated[InferenceCommand, tyro.conf.subcommand("inference", prefix_name=False)]
+    | Annotated[LoaderCommand, tyro.conf.subcommand("loader", prefix_name=False)]
+    | Annotated[OperatorsCommand, tyro.conf.subcommand("operators", prefix_name=False)]
+    | Annotated[EvaluationCommand, tyro.conf.subcommand("evaluation", prefix_name=False)]
 )
 
 
@@ -219,13 +225,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _detector(trained: "Trained", device: str, dtype: str, compile: Compile) -> "Detector":
+    from casc.compiling import use_cache
     from casc.detect import new_detector
     from casc.devices import choose_device, choose_dtype, traits
     from casc.train.step import Compute, to_format
 
     place = choose_device(device)
     compiled = compile == "on" or (compile == "auto" and place.type != "cpu")
-    compute = Compute(choose_dtype(dtype, place), traits(place).memory_format, compiled)
+    programs = use_cache() if compiled else None
+    row = traits(place)
+    compute = Compute(choose_dtype(dtype, place), row.memory_format, compiled, programs=programs)
     params = to_format({k: v.to(place) for k, v in trained.params.items()}, compute.memory_format)
     buffers = {k: v.to(place) for k, v in trained.buffers.items()}
     return new_detector(params, buffers, trained.model, trained.image, compute, place)

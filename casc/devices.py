@@ -22,6 +22,9 @@ class Traits:
     """torch.distributed's."""
     pin_memory: bool
     """Whether batches are copied to the device from pinned memory."""
+    copy_stream: bool
+    """Whether they are copied in a stream of their own, beside the step that is running. Not
+    yet tried on any accelerator, so off: the copy then lies between two steps."""
     fused_optimizer: bool
     """Whether torch.optim.SGD has a fused kernel here."""
     dynamic_shapes: bool
@@ -29,10 +32,10 @@ class Traits:
 
 
 TRAITS = {
-    "cpu": Traits(torch.bfloat16, torch.channels_last, "gloo", False, True, True),
-    "cuda": Traits(torch.bfloat16, torch.channels_last, "nccl", True, True, True),
+    "cpu": Traits(torch.bfloat16, torch.channels_last, "gloo", False, False, True, True),
+    "cuda": Traits(torch.bfloat16, torch.channels_last, "nccl", True, False, True, True),
     # Ascend refuses channels_last; its own formats are chosen inside the kernels.
-    "npu": Traits(torch.bfloat16, torch.contiguous_format, "hccl", True, False, False),
+    "npu": Traits(torch.bfloat16, torch.contiguous_format, "hccl", True, False, False, False),
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -32,6 +32,7 @@ TESTS = Path(__file__).resolve().parent
 
 # Read when torch first compiles. A fixed folder, so that only the first run is cold.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(TESTS.parent / ".cache" / "inductor"))
+os.environ.setdefault("CASC_CACHE", str(TESTS.parent / ".cache"))
 # Tests' tensors are small: more threads would mostly wait for each other.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 

@@ -127,14 +127,3 @@ def audit_inference(config: DetectorConfig) -> Audit:
     with Recorder() as recorder:
         step(params, buffers, batch)
     return recorder.audit()
-
-
-def compilations() -> dict[str, int]:
-    """Graphs, graph breaks and recompilations of this process so far."""
-    from torch._dynamo.utils import counters
-
-    return {
-        "graphs": counters["stats"]["unique_graphs"],
-        "graph_breaks": sum(counters["graph_break"].values()),
-        "recompiles": len(counters["recompiles"]),
-    }

@@ -102,8 +102,12 @@ def _count(
     batch = made_up_batch(load, config.classes)
     names = detector.trainable(config, params)
     with FakeTensorMode() as mode:
-        params = {k: mode.from_tensor(v).requires_grad_(k in names) for k, v in params.items()}
-        buffers = {k: mode.from_tensor(v) for k, v in buffers.items()}
+        empty: list[Params] = [
+            {k: mode.from_tensor(v) for k, v in tensors.items()} for tensors in (params, buffers)
+        ]
+        params, buffers = empty
+        for name in names:
+            params[name].requires_grad_()
         batch = Batch(*(None if t is None else mode.from_tensor(t) for t in batch))  # type: ignore[arg-type]
         counter = FlopCounterMode(display=False)
         with counter:

@@ -46,9 +46,7 @@ class Inference:
 
     def facts(self) -> dict[str, Any]:
         """Budgets."""
-        compiled = budgets.compilations()
         return {
             "detections": self.found,
-            **compiled,
             **budgets.audit_inference(self.config)._asdict(),
         }

@@ -10,6 +10,7 @@ from torch import Tensor
 from casc.bench import budgets, flops
 from casc.bench.batch import CLASSES, Load, made_up_batch
 from casc.bench.worker import Job
+from casc.compiling import use_cache
 from casc.data.augment import ImageConfig
 from casc.data.stream import to_device
 from casc.detector import DetectorConfig, init
@@ -59,13 +60,11 @@ class Training:
 
     def facts(self) -> dict[str, Any]:
         """Budgets, operations, and the machine's peak."""
-        compiled = budgets.compilations()
         stages = range(len(self.config.stages))
         positives = [self.measures[f"s{i}.positives"].item() for i in stages]
         counts = [round(p * self.job.load.batch) for p in positives]
         return {
             "positives": positives,
-            **compiled,
             **budgets.audit_training(self.config)._asdict(),
             "flops": flops.reference_step(self.config, self.job.load, counts),
             "flops_run": flops.own_step(self.config, self.job.load, counts),
@@ -77,7 +76,8 @@ def compute_of(job: Job) -> Compute:
     """How the device computes, with the job's dtype."""
     row = traits(torch.device(job.device))
     dtype = getattr(torch, job.dtype)
-    return Compute(dtype, row.memory_format, job.compile, row.dynamic_shapes)
+    programs = use_cache(job.cache) if job.compile else None
+    return Compute(dtype, row.memory_format, job.compile, row.dynamic_shapes, programs)
 
 
 def image_config(load: Load) -> ImageConfig:

@@ -73,6 +73,10 @@ class Worker:
         """`peak_rss_gib` and what the subject has to say."""
         return self._ask("facts")
 
+    def compilations(self) -> dict[str, int]:
+        """Graphs, graph breaks and recompilations so far."""
+        return self._ask("compilations")
+
     def close(self) -> None:
         """End the process."""
         self.pipe.close()
@@ -111,11 +115,28 @@ def _serve(pipe: Connection, job: Job) -> None:
         try:
             if subject is None:
                 subject = _subject(job)
-            answer: Any = _timed(subject.step) if question == "step" else _facts(subject, job)
+            answer: Any
+            if question == "step":
+                answer = _timed(subject.step)
+            elif question == "compilations":
+                answer = compilations()
+            else:
+                answer = _facts(subject, job)
         except Exception as error:
             traceback.print_exc()
             answer = f"{type(error).__name__}: {error}"
         pipe.send(answer)
+
+
+def compilations() -> dict[str, int]:
+    """Graphs, graph breaks and recompilations of this process so far."""
+    from torch._dynamo.utils import counters
+
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
+        "recompiles": len(counters["recompiles"]),
+    }
 
 
 def _timed(step: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from casc.compiling import use_cache
 from casc.data.index import read_index
-from casc.data.stream import to_device, training_batches
+from casc.data.stream import ahead, training_batches
 from casc.detect import Detector, evaluate_split, new_detector
 from casc.devices import choose_device, choose_dtype, peak_memory, traits
 from casc.errors import UserError
@@ -65,6 +65,7 @@ def train(recipe: Recipe) -> Summary:
         choose_dtype(recipe.dtype, device),
         traits(device).memory_format,
         recipe.compile,
+        traits(device).dynamic_shapes,
         programs=use_cache(recipe.compile_cache) if recipe.compile else None,
     )
     derived = facts(recipe, index, ranks.world)
@@ -99,7 +100,7 @@ def _loop(run: Run, state: State) -> Summary:
         return make_loss_step(recipe.model, recipe.image, canvases[bucket], run.compute)
 
     steps = range(state.step, derived.steps)
-    ahead = buckets_ahead(recipe, split, ranks.world, steps)
+    cold = buckets_ahead(recipe, split, ranks.world, steps)
     batches = training_batches(
         recipe.data,
         split,
@@ -115,23 +116,22 @@ def _loop(run: Run, state: State) -> Summary:
     if recipe.compile and recipe.warm_up and steps:
         # Workers read ahead meanwhile, and data that can't be read says so before.
         batches = chain([next(batches)], batches)
-        warm_up(run, state, loss_step, ahead)
-        ahead.clear()
+        warm_up(run, state, loss_step, cold)
+        cold.clear()
+    stream = ahead(batches, run.device, copy_stream=traits(run.device).copy_stream)
     meter = Meter(run.device, ranks)
     with _scheduled_collection() as collect:
         while state.step < derived.steps:
-            bucket, batch = meter.waiting(batches)
+            bucket, batch, on_device = meter.waiting(stream)
             if state.step == 0 and ranks.main:
                 picture = recipe.folder / PICTURE
                 draw_batch(picture, batch, recipe.image, canvases[bucket], run.index.categories)
-            if bucket in ahead:
-                ahead.remove(bucket)
+            if bucket in cold:
+                cold.remove(bucket)
                 meter.warming_up()
                 if recipe.compile:
                     log.say(f"compiling for canvas {canvases[bucket][0]} x {canvases[bucket][1]}")
-            total, measures = loss_step(bucket)(
-                state.params, state.buffers, to_device(batch, run.device)
-            )
+            total, measures = loss_step(bucket)(state.params, state.buffers, on_device)
             total.backward()
             average_gradients(trained, ranks)
             rate = _rate(run, state.step)
