@@ -43,15 +43,39 @@ class Window(NamedTuple):
     them when a run resumes in the middle of the window."""
 
 
+class Phase(NamedTuple):
+    """A part of an epoch that was trained with these processes and workers."""
+
+    stop: int
+    """Step of the epoch at which it ended."""
+    world: int
+    batch: int
+    workers: int
+    window: int
+
+
+class Past(NamedTuple):
+    """How an epoch was begun, where a run went on within it with others than before."""
+
+    epoch: int
+    phases: tuple[Phase, ...]
+    """One after the other, without the present one."""
+
+
+NOTHING_PAST = Past(0, ())
+
+
 @dataclass(frozen=True, eq=False)
 class Line:
-    """A bucket's samples of one epoch: shards end to end in the epoch's order."""
+    """A bucket's samples of one epoch: shards, or parts of them, end to end."""
 
     shards: np.ndarray
     """[n] positions in `Split.shards`."""
     begins: np.ndarray
     """[n] position on the line at which each shard starts."""
     length: int
+    offsets: np.ndarray
+    """[n] the sample of the shard with which it starts there."""
 
     def segments(self, start: int, stop: int) -> list[Segment]:
         """The parts of shards under [start, stop); the line repeats past its end."""
@@ -62,7 +86,8 @@ class Line:
             begin = int(self.begins[i])
             end = int(self.begins[i + 1]) if i + 1 < len(self.begins) else self.length
             upto = min(stop, lap * self.length + end)
-            found.append(Segment(int(self.shards[i]), at - begin, upto - lap * self.length - begin))
+            shift = int(self.offsets[i]) - begin
+            found.append(Segment(int(self.shards[i]), at + shift, upto - lap * self.length + shift))
             start = upto
         return found
 
@@ -78,9 +103,13 @@ class EpochPlan:
     workers: int
     window: int
     buckets: np.ndarray
-    """[steps] bucket of each step, the same on every rank."""
+    """[steps] bucket of each step, the same on every rank; before `first`, none of them."""
     lines: tuple[Line, ...]
     """One per bucket of the split."""
+    first: int = 0
+    """The step at which this plan takes over from another one of the same epoch."""
+    turn: int = 0
+    """How many plans of this epoch were before it."""
 
     @property
     def steps(self) -> int:
@@ -90,7 +119,7 @@ class EpochPlan:
     @property
     def wrapped(self) -> list[int]:
         """Per bucket, how many samples are seen a second time to fill its last batches."""
-        steps = np.bincount(self.buckets, minlength=len(self.lines))
+        steps = np.bincount(self.buckets[self.first :], minlength=len(self.lines))
         return [
             int(n) * self.world * self.batch - line.length
             for n, line in zip(steps, self.lines, strict=True)
@@ -106,8 +135,13 @@ def plan_epoch(
     batch: int,
     workers: int,
     window: int = 128,
+    past: Past = NOTHING_PAST,
 ) -> EpochPlan:
     """Plan one epoch: every training sample once, each bucket's tail filled by wrapping.
+
+    What of the epoch was trained with another number of processes, say, is left out: the plan
+    is of the samples that are left. As long as world x batch stays what it was, the epoch
+    keeps its number of steps.
 
     Args:
         split: the split of a shard index; only its training shards are used.
@@ -117,6 +151,7 @@ def plan_epoch(
         batch: images per rank and step.
         workers: reading processes per rank; 0 means that the rank reads by itself.
         window: samples that a worker holds, per bucket, to draw from.
+        past: how the epoch was begun; of other epochs it says nothing.
 
     Raises:
         UserError: the split has no training samples, or a number is out of range.
@@ -132,13 +167,28 @@ def plan_epoch(
         mine = np.flatnonzero((bucket_of == bucket) & train)
         mine = mine[_shuffled(len(mine), hash64(seed, epoch, _SHARDS, bucket))]
         lines.append(_line(mine, samples))
-    steps = [-(-line.length // (world * batch)) for line in lines]
-    if not sum(steps):
+    if not any(line.length for line in lines):
         raise UserError("the split has no training samples")
-    kind = np.min_scalar_type(len(lines) - 1)
+    first = turn = 0
+    for stop, *before in past.phases if past.epoch == epoch else ():
+        lines = _remaining(_plan(lines, seed, epoch, *before, first, turn), stop)
+        first, turn = stop, turn + 1
+    return _plan(lines, seed, epoch, world, batch, workers, window, first, turn)
+
+
+def _plan(
+    lines: list[Line], seed: int, epoch: int, world: int, batch: int, workers: int, window: int,
+    first: int, turn: int,
+) -> EpochPlan:  # fmt: skip
+    steps = [-(-line.length // (world * batch)) for line in lines]
+    kind = np.min_scalar_type(len(lines))
     buckets = np.repeat(np.arange(len(lines), dtype=kind), steps)
-    buckets = buckets[_shuffled(len(buckets), hash64(seed, epoch, _STEPS))]
-    return EpochPlan(seed, epoch, world, batch, max(workers, 1), window, buckets, tuple(lines))
+    key = hash64(seed, epoch, _STEPS, *([turn] if turn else []))
+    buckets = buckets[_shuffled(len(buckets), key)]
+    buckets = np.concatenate([np.full(first, len(lines), dtype=kind), buckets])
+    return EpochPlan(
+        seed, epoch, world, batch, max(workers, 1), window, buckets, tuple(lines), first, turn
+    )
 
 
 def steps_per_epoch(split: Split, *, world: int, batch: int) -> int:
@@ -150,6 +200,7 @@ def steps_per_epoch(split: Split, *, world: int, batch: int) -> int:
 
 def worker_steps(plan: EpochPlan, worker: int, start: int = 0) -> Iterator[tuple[int, int]]:
     """The worker's (step, bucket) from step `start` on: every `workers`-th step."""
+    start = max(start, plan.first)
     for step in range(start + (worker - start) % plan.workers, plan.steps, plan.workers):
         yield step, int(plan.buckets[step])
 
@@ -162,18 +213,13 @@ def worker_windows(
     Drawing `plan.batch` samples from these windows, in order, at each of the worker's
     steps of the bucket gives the plan; `start` drops what earlier steps have drawn.
     """
-    mine = np.flatnonzero(plan.buckets == bucket)
-    lane = mine % plan.workers
-    before = int(np.count_nonzero(lane < worker))
-    steps = mine[lane == worker]
-    done = int(np.searchsorted(steps, start)) * plan.batch
-    begin = (rank * len(mine) + before) * plan.batch
-    end = begin + len(steps) * plan.batch
+    offset, count, done, stride = _stretch(plan, bucket, worker, start)
+    begin = rank * stride + offset
+    end = begin + count
     while begin + done < end:
         first = begin + done - done % plan.window
         last = min(first + plan.window, end)
-        key = hash64(plan.seed, plan.epoch, _WINDOW, bucket, first)
-        order = _shuffled(last - first, key)[done % plan.window :]
+        order = _window_order(plan, bucket, first, last)[done % plan.window :]
         yield Window(plan.lines[bucket].segments(first, last), order)
         done = last - begin
 
@@ -225,6 +271,82 @@ def hash64(*values: int) -> int:
     return int(state[0])
 
 
+def _stretch(plan: EpochPlan, bucket: int, worker: int, start: int) -> tuple[int, int, int, int]:
+    """A worker's stretch of a bucket's line, in samples.
+
+    Returns:
+        Where it begins within its rank's, how long it is, how much of it is drawn before step
+        `start`, and the length of a rank's.
+    """
+    mine = np.flatnonzero(plan.buckets == bucket)
+    lane = mine % plan.workers
+    steps = mine[lane == worker]
+    before, done = np.count_nonzero(lane < worker), np.searchsorted(steps, start)
+    offset, count, drawn, stride = (
+        int(n) * plan.batch for n in (before, len(steps), done, len(mine))
+    )
+    return offset, count, drawn, stride
+
+
+def _window_order(plan: EpochPlan, bucket: int, first: int, last: int) -> np.ndarray:
+    turn = [plan.turn] if plan.turn else []
+    return _shuffled(last - first, hash64(plan.seed, plan.epoch, _WINDOW, bucket, first, *turn))
+
+
+def _remaining(plan: EpochPlan, stop: int) -> list[Line]:
+    """What the plan's steps before `stop` leave of its lines."""
+    lines = []
+    for bucket, line in enumerate(plan.lines):
+        seen = [(0, 0)]
+        for worker in range(plan.workers):
+            offset, count, done, stride = _stretch(plan, bucket, worker, stop)
+            for begin in range(offset, offset + plan.world * stride, max(stride, 1)):
+                part = done % plan.window
+                first = begin + done - part
+                seen.append((begin, first))
+                if part:
+                    last = min(first + plan.window, begin + count)
+                    order = _window_order(plan, bucket, first, last)[:part]
+                    seen += [(first + at, first + at + 1) for at in order.tolist()]
+        lines.append(_without(line, seen))
+    return lines
+
+
+def _without(line: Line, seen: list[tuple[int, int]]) -> Line:
+    """A line without the given parts of it, which may reach past its end and so repeat it."""
+    folded = []
+    for start, stop in seen:
+        while stop > line.length and start < stop:
+            at = start % line.length
+            upto = min(stop, start - at + line.length)
+            folded.append((at, at + upto - start))
+            start = upto
+        if start < stop:
+            folded.append((start, stop))
+    spans = np.array(sorted(folded) or [(0, 0)], dtype=np.int64)
+    ends = np.maximum.accumulate(spans[:, 1])
+    gaps = np.append(0, ends), np.append(spans[:, 0], line.length)
+    keep = gaps[0] < gaps[1]
+    starts, stops = gaps[0][keep], gaps[1][keep]
+    if not len(starts):
+        nothing = np.zeros(0, np.int64)
+        return Line(nothing, nothing, 0, nothing)
+    # Between two neighbouring cuts a stretch is of one shard, and it is seen or not.
+    cuts = np.unique(np.concatenate([line.begins, starts, stops]))
+    left, right = cuts[:-1], cuts[1:]
+    gap = np.searchsorted(starts, left, side="right") - 1
+    keep = (gap >= 0) & (left < stops[gap])
+    left, right = left[keep], right[keep]
+    shard = np.searchsorted(line.begins, left, side="right") - 1
+    length = right - left
+    return Line(
+        line.shards[shard],
+        np.cumsum(length) - length,
+        int(length.sum()),
+        line.offsets[shard] + left - line.begins[shard],
+    )
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """The output function of splitmix64 (Steele, Lea, Flood 2014): a bijection of uint64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
@@ -242,7 +364,9 @@ def _line(shards: np.ndarray, samples: np.ndarray) -> Line:
     """The line of some shards; `samples` counts every shard of the split."""
     shards = shards[samples[shards] > 0]
     ends = np.cumsum(samples[shards])
-    return Line(shards, ends - samples[shards], int(ends[-1]) if len(ends) else 0)
+    return Line(
+        shards, ends - samples[shards], int(ends[-1]) if len(ends) else 0, np.zeros_like(shards)
+    )
 
 
 def _columns(split: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

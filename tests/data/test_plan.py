@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from casc.data.index import Bucket, Shard, Split
 from casc.data.plan import (
     EpochPlan,
+    Past,
+    Phase,
     hash64,
     noise_seed,
     plan_epoch,
@@ -102,6 +104,57 @@ def test_epoch(case, data):
     rank = data.draw(st.integers(0, case["world"] - 1))
     tail = trace(plan_epoch(split, **case), rank, start)
     assert tail == {step: v for step, v in ranks[rank].items() if step >= start}
+
+
+ways = st.tuples(
+    st.sampled_from([(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)]),
+    st.integers(0, 4),
+    st.integers(1, 30),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans, st.lists(ways, min_size=2, max_size=4), st.data())
+def test_going_on_with_other_processes_leaves_nothing_out(case, turns, data):
+    """World, batch, workers and window change within an epoch; world x batch stays 12."""
+    split = make_split(case["shards"], buckets=5)
+    if not split.train_samples:
+        return
+    common = {"seed": case["seed"], "epoch": case["epoch"]}
+    seen = Counter()
+    phases: list[Phase] = []
+    wrapped = steps = None
+    for turn, ((world, batch), workers, window) in enumerate(turns):
+        way = {"world": world, "batch": batch, "workers": workers, "window": window}
+        plan = plan_epoch(split, **common, **way, past=Past(case["epoch"], tuple(phases)))
+        first = phases[-1].stop if phases else 0
+        if turn == 0:
+            wrapped, steps = plan.wrapped, plan.steps
+        assert plan.steps == steps, "steps of the epoch, and so the learning rate's, stay"
+        assert all(0 <= n < 12 for n in plan.wrapped)
+        last = turn == len(turns) - 1
+        stop = plan.steps if last else data.draw(st.integers(first, plan.steps))
+        for rank in range(world):
+            for step, (bucket, picks) in trace(plan, rank, first).items():
+                assert first <= step
+                if step < stop:
+                    assert all(split.shards[shard].bucket == bucket for shard, _ in picks)
+                    seen.update(picks)
+        phases.append(Phase(stop, world, batch, workers, window))
+    trained = {(i, k) for i, (_, n, train) in enumerate(case["shards"]) if train for k in range(n)}
+    assert seen.keys() == trained
+    extra = Counter()
+    for (shard, _), count in seen.items():
+        extra[split.shards[shard].bucket] += count - 1
+    assert [extra[b] for b in range(5)] == wrapped, "no more repeats than without a change"
+    other = plan_epoch(split, **{**common, "epoch": case["epoch"] + 1}, **way, past=Past(0, ()))
+    same = plan_epoch(
+        split,
+        **{**common, "epoch": case["epoch"] + 1},
+        **way,
+        past=Past(case["epoch"], tuple(phases)),
+    )
+    assert trace(other, 0) == trace(same, 0)
 
 
 def test_orders_differ_between_epochs_and_seeds():
