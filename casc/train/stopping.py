@@ -1,0 +1,104 @@
+"""Ending a run on a signal: after the step, with a checkpoint, on all ranks alike.
+
+SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask for it. One that comes again, later than launchers
+repeat what the scheduler has sent to everyone, ends the process at once.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from casc.signals import ENDS
+from casc.train.distributed import Ranks
+
+REPEAT = 2.0
+"""Seconds within which another signal is taken for the same request."""
+
+
+class StoppedError(SystemExit):
+    """The run was asked to end and has saved; the exit status is 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number).name
+
+
+class Stopping:
+    """Listens to signals while its context is open.
+
+    A signal is noted, and the ranks tell each other of it, by one number per step sent from
+    host to host: it is under way while the step is computed, and needs no look at the device.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.number = 0
+        self.asked_at = 0.0
+        self.at_once = False
+        self.before: dict[signal.Signals, Any] = {}
+        # Of its own, on the hosts: devices have no say in it, and gradients pass it by.
+        self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+        self.flag = torch.zeros((), dtype=torch.int32)
+        self.work: Any = None
+
+    def __enter__(self) -> Self:
+        # Python allows it nowhere else; a run in another thread is its program's to end.
+        if threading.current_thread() is threading.main_thread():
+            for each in ENDS:
+                self.before[each] = signal.signal(each, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
+
+    def ask(self) -> None:
+        """Begin a step: send whether this rank was asked to end."""
+        if self.group is not None:
+            self.flag.fill_(self.number)
+            self.work = dist.all_reduce(
+                self.flag, dist.ReduceOp.MAX, group=self.group, async_op=True
+            )
+
+    def agreed(self) -> int:
+        """End a step: the signal that some rank had been sent when the step began, or 0."""
+        if self.group is None:
+            return self.number
+        self.work.wait()
+        return int(self.flag)
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """What takes minutes and can be done again: a signal ends it where it is.
+
+        Raises:
+            StoppedError: on a signal.
+        """
+        if self.number:
+            raise StoppedError(self.number)
+        self.at_once = True
+        try:
+            yield
+        finally:
+            self.at_once = False
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.number:
+            if now - self.asked_at > REPEAT:
+                os._exit(128 + number)
+            return
+        self.number, self.asked_at = number, now
+        if self.ranks.main:
+            # print could have been interrupted in the middle of a line of its own.
+            os.write(2, f"{name}: leaving after the step; again to leave at once\n".encode())
+        if self.at_once:
+            raise StoppedError(number)
