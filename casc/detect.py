@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
 from casc.data.index import Index, canvas
 from casc.data.plan import plan_evaluation
-from casc.data.sample import iter_tar
+from casc.data.reader import read_shard
 from casc.data.stream import Loading, evaluation_batches, to_device
 from casc.detector import Detections, DetectorConfig
 from casc.devices import traits
@@ -139,7 +138,7 @@ def evaluate_split(
     if processes is None:
         processes = 2 if samples >= 500 * ranks.world else 0
     with ThreadPoolExecutor(1, thread_name_prefix="truth") as reader:
-        truth = reader.submit(_truth, Path(root), index, split, batch, ranks)
+        truth = reader.submit(_truth, root, index, split, batch, ranks, loading)
         tally = tally_images(found_in(outputs()), truth, processes=processes)
     tallies = gather(tally, ranks)
     if not ranks.main:
@@ -153,10 +152,17 @@ def evaluate_split(
     return sum_up(tally, {category.id: category.name for category in index.categories})
 
 
-def _truth(root: Path, index: Index, split: str, batch: int, ranks: Ranks) -> Truth:
+def _truth(
+    root: str | os.PathLike[str],
+    index: Index,
+    split: str,
+    batch: int,
+    ranks: Ranks,
+    loading: Loading,
+) -> Truth:
     """The ground truth of all shards in which this rank has images."""
     shards = index.splits[split].shards
     plan = plan_evaluation(index.splits[split], batch=batch, world=ranks.world, rank=ranks.rank)
     mine = sorted({segment.shard for step in plan for segment in step.segments})
-    records = (json.loads(r) for i in mine for _, _, r in iter_tar(root / shards[i].name))
+    records = (json.loads(r) for i in mine for _, _, r in read_shard(root, shards[i], loading))
     return by_image(ground_truth_from_samples(records, index.categories))

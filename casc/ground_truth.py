@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from casc.data.index import Category, Index
-from casc.data.sample import iter_tar
+from casc.data.loading import DEFAULT_LOADING, Loading
+from casc.data.reader import read_shard
 from casc.errors import UserError
 
 CocoDict = dict[str, Any]
 """`images`, `annotations` and `categories` as in a COCO annotation file."""
 
 
-def ground_truth_from_shards(folder: str | os.PathLike[str], index: Index, split: str) -> CocoDict:
+def ground_truth_from_shards(
+    folder: str | os.PathLike[str], index: Index, split: str, loading: Loading = DEFAULT_LOADING
+) -> CocoDict:
     """Collect the annotations of a split's shards, those that aren't trained on included.
 
     Raises:
@@ -25,8 +28,11 @@ def ground_truth_from_shards(folder: str | os.PathLike[str], index: Index, split
     """
     if split not in index.splits:
         raise UserError(f"{folder}: no split {split!r}; there is {', '.join(index.splits)}")
-    shards = [Path(folder) / shard.name for shard in index.splits[split].shards]
-    records = (json.loads(record) for shard in shards for _, _, record in iter_tar(shard))
+    records = (
+        json.loads(record)
+        for shard in index.splits[split].shards
+        for _, _, record in read_shard(folder, shard, loading)
+    )
     return ground_truth_from_samples(records, index.categories)
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import os
@@ -212,8 +213,9 @@ def write_shards() -> Callable[..., Index]:
                         image, record = _sample(rng, image_id, *sizes[bucket], train)
                         _add(archive, f"{image_id:012d}.png", image)
                         _add(archive, f"{image_id:012d}.json", record)
-                size = (folder / name).stat().st_size
-                entries.append(Shard(name, bucket, train, samples, size, ""))
+                whole = (folder / name).read_bytes()
+                digest = hashlib.sha256(whole).hexdigest()
+                entries.append(Shard(name, bucket, train, samples, len(whole), digest))
             made[split] = Split(
                 samples=sum(entry.samples for entry in entries),
                 train_samples=sum(entry.samples for entry in entries if entry.train),

@@ -249,7 +249,7 @@ def _deliver(root: Path, split: "Split", command: LoaderCommand, workers: int) -
         next(stream)
         steps += 1
     speed = steps / (time.perf_counter() - start)
-    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    stream.close()
     return WorkerRate(workers, speed * command.batch, speed)
 
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from casc.data.loading import DEFAULT_LOADING, Loading
+from casc.data.remote import is_local, join, location, read_remote
 from casc.errors import UserError
 
 FORMAT = "casc-shards"
@@ -86,13 +88,25 @@ class Index:
     splits: dict[str, Split]
 
 
-def read_index(path: str | os.PathLike[str]) -> Index:
-    """Read `index.json`, given its path or the folder that it lies in.
+def read_index(path: str | os.PathLike[str], loading: Loading = DEFAULT_LOADING) -> Index:
+    """Read `index.json`, given its path or the folder or URL that it lies in.
+
+    Args:
+        path: where.
+        loading: retries and time-outs for URLs, and whether commands may run.
 
     Raises:
         UserError: when there is no index, or it isn't one that this version understands.
     """
-    file = Path(path)
+    place = location(path)
+    if not is_local(place):
+        if not place.endswith(f"/{INDEX_NAME}"):
+            place = join(place, INDEX_NAME)
+        try:
+            return parse_index(read_remote(place, loading).decode("utf-8"), place)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{place}: can't be read ({error})") from None
+    file = Path(place)
     if file.is_dir():
         file = file / INDEX_NAME
     try:

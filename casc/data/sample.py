@@ -21,12 +21,20 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from casc.data.decode import decode_image
 from casc.errors import UserError
+
+
+class Readable(Protocol):
+    """What a tar can be read from."""
+
+    def read(self, count: int, /) -> bytes:
+        """At most so many bytes, b"" at the end."""
+        ...
 
 
 class Sample(NamedTuple):
@@ -157,16 +165,22 @@ def signed_area(points: np.ndarray) -> float:
 
 
 def iter_tar(
-    source: str | os.PathLike[str] | BinaryIO,
+    source: str | os.PathLike[str] | Readable,
+    *,
+    name: str | None = None,
 ) -> Iterator[tuple[str, bytes, bytes]]:
     """Yield `(key, image bytes, JSON bytes)` of a shard's samples in order.
 
     The tar is read as a stream, so a pipe or a download will do as `source`.
 
+    Args:
+        source: a file's path, or what has its `read`.
+        name: what errors call it; by default the path.
+
     Raises:
         UserError: when the tar is damaged, ends early, or isn't in pairs of members.
     """
-    name = "shard" if hasattr(source, "read") else str(source)
+    name = name or ("shard" if hasattr(source, "read") else str(source))
     try:
         opened = open(source, "rb") if isinstance(source, (str, os.PathLike)) else source  # noqa: SIM115, PTH123
     except OSError as error:
@@ -176,14 +190,15 @@ def iter_tar(
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{name}: not a complete tar file ({error})") from None
     finally:
-        if opened is not source:
+        if isinstance(opened, io.BufferedReader) and opened is not source:
             opened.close()
 
 
-def _pairs(stream: BinaryIO | io.BufferedReader, name: str) -> Iterator[tuple[str, bytes, bytes]]:
+def _pairs(stream: Readable, name: str) -> Iterator[tuple[str, bytes, bytes]]:
     pending: tuple[str, bytes] | None = None
     # Larger blocks make tarfile slower: it cuts every member out of them.
-    with tarfile.open(fileobj=stream, mode="r|", bufsize=2**16) as archive:
+    source: Any = stream
+    with tarfile.open(fileobj=source, mode="r|", bufsize=2**16) as archive:
         for member in archive:
             content = archive.extractfile(member) if member.isfile() else None
             if content is None:

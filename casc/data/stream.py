@@ -6,10 +6,9 @@ themselves, so no epoch begins with an empty queue.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 
@@ -17,8 +16,9 @@ from casc.data.batch import Batch
 from casc.data.collate import collate
 from casc.data.index import Split
 from casc.data.plan import (
+    NOTHING_PAST,
     EpochPlan,
-    Segment,
+    Past,
     Window,
     noise_seed,
     plan_epoch,
@@ -27,8 +27,10 @@ from casc.data.plan import (
     worker_steps,
     worker_windows,
 )
-from casc.data.sample import Sample, iter_tar, read_sample
-from casc.data.workers import DEFAULT_LOADING, Blocks, Loading, load
+from casc.data.reader import ShardReader
+from casc.data.sample import Sample, read_sample
+from casc.data.status import DECODING
+from casc.data.workers import DEFAULT_LOADING, BatchStream, Loading, Worker
 from casc.errors import UserError
 
 
@@ -42,13 +44,15 @@ def training_batches(
     world: int = 1,
     rank: int = 0,
     loading: Loading = DEFAULT_LOADING,
+    past: Past = NOTHING_PAST,
     pin_memory: bool = False,
     bitmaps: bool = False,
-) -> Iterator[tuple[int, Batch]]:
+    warn: Callable[[str], object] | None = None,
+) -> BatchStream:
     """Yield (bucket, batch) of the steps of a run, counted over its epochs.
 
     Args:
-        root: folder of the shards.
+        root: folder or URL of the shards.
         split: the training split of its index.
         seed: the run's seed.
         steps: the first is where to start or resume, the end is where the run ends.
@@ -56,18 +60,20 @@ def training_batches(
         world: number of ranks.
         rank: this process's.
         loading: workers and memory.
+        past: see `plan_epoch`.
         pin_memory: hand out batches in pinned memory.
         bitmaps: see `collate`.
+        warn: is told of downloads that had to be taken up again; by default stderr is.
 
     Raises:
-        UserError: a shard is missing, damaged, or not what the index says.
+        UserError: a shard is missing, damaged, not what the index says, or can't be fetched.
     """
     walk = partial(
-        _walk_training, Path(root), split,
+        _walk_training, root, split,
         seed=seed, steps=steps, batch=batch, world=world, rank=rank,
-        window=loading.window, bitmaps=bitmaps,
+        loading=loading, past=past, bitmaps=bitmaps,
     )  # fmt: skip
-    return load(walk, split, batch, loading, pin_memory, bitmaps)
+    return BatchStream(walk, split, batch, loading, pin_memory, bitmaps, warn)
 
 
 def evaluation_batches(
@@ -79,13 +85,16 @@ def evaluation_batches(
     rank: int = 0,
     loading: Loading = DEFAULT_LOADING,
     pin_memory: bool = False,
-) -> Iterator[tuple[int, Batch]]:
+    warn: Callable[[str], object] | None = None,
+) -> BatchStream:
     """Yield (bucket, batch) until this rank has seen its part of the split, each image once.
 
     The rows that fill up a batch have image id -1. Raises as `training_batches`.
     """
-    walk = partial(_walk_evaluation, Path(root), split, batch=batch, world=world, rank=rank)
-    return load(walk, split, batch, loading, pin_memory)
+    walk = partial(
+        _walk_evaluation, root, split, batch=batch, world=world, rank=rank, loading=loading
+    )
+    return BatchStream(walk, split, batch, loading, pin_memory, warn=warn)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -130,18 +139,22 @@ def ahead(
 
 
 def _walk_training(
-    root: Path, split: Split, worker: int, workers: int, blocks: Blocks, *,
-    seed: int, steps: range, batch: int, world: int, rank: int, window: int, bitmaps: bool,
+    root: str | os.PathLike[str], split: Split, worker: Worker, *,
+    seed: int, steps: range, batch: int, world: int, rank: int, loading: Loading, past: Past,
+    bitmaps: bool,
 ) -> Iterator[tuple[int, Batch]]:  # fmt: skip
     per_epoch = steps_per_epoch(split, world=world, batch=batch)
+    workers, window = worker.workers, loading.window
     # The loader asks worker 0 for its first batch, whichever step that is.
-    at = steps.start + worker
+    at = steps.start + worker.number
     while at < steps.stop:
         epoch, first = divmod(at, per_epoch)
         plan = plan_epoch(
-            split, seed=seed, epoch=epoch, world=world, batch=batch, workers=workers, window=window
-        )
-        for bucket, samples in epoch_samples(root, split, plan, rank, first % workers, first):
+            split, seed=seed, epoch=epoch, world=world, batch=batch, workers=workers,
+            window=window, past=past,
+        )  # fmt: skip
+        reader = partial(ShardReader, root, split, loading, worker.status, worker.compared)
+        for bucket, samples in epoch_samples(reader, plan, rank, first % workers, first):
             if at >= steps.stop:
                 return
             seeds = [noise_seed(seed, epoch, sample.image_id) for sample in samples]
@@ -152,77 +165,59 @@ def _walk_training(
                     split.buckets[bucket],
                     seeds=seeds,
                     bitmaps=bitmaps,
-                    block=next(blocks),
+                    block=next(worker.blocks),
                 ),
             )
             at += workers
 
 
 def _walk_evaluation(
-    root: Path,
+    root: str | os.PathLike[str],
     split: Split,
-    worker: int,
-    workers: int,
-    blocks: Blocks,
+    worker: Worker,
     *,
     batch: int,
     world: int,
     rank: int,
+    loading: Loading,
 ) -> Iterator[tuple[int, Batch]]:
-    reader = ShardReader(root, split)
-    for bucket, segments in plan_evaluation(
-        split, batch=batch, world=world, rank=rank, workers=workers, worker=worker
-    ):
-        samples = [decode(*member) for part in segments for member in reader.read(part)]
-        yield bucket, collate(samples, split.buckets[bucket], batch=batch, block=next(blocks))
+    reader = ShardReader(root, split, loading, worker.status, worker.compared)
+    plan = plan_evaluation(
+        split, batch=batch, world=world, rank=rank, workers=worker.workers, worker=worker.number
+    )
+    for bucket, segments in plan:
+        members = [member for part in segments for member in reader.read(part)]
+        worker.status.set(DECODING)
+        samples = [decode(*member) for member in members]
+        yield (
+            bucket,
+            collate(samples, split.buckets[bucket], batch=batch, block=next(worker.blocks)),
+        )
+    reader.finish()
 
 
 def epoch_samples(
-    root: Path, split: Split, plan: EpochPlan, rank: int, worker: int, start: int
+    reader: Callable[[], ShardReader], plan: EpochPlan, rank: int, worker: int, start: int
 ) -> Iterator[tuple[int, list[Sample]]]:
     """What one worker reads of an epoch from step `start` on, one step after the other."""
+    readers: list[ShardReader] = []
     draws: dict[int, Iterator[Sample]] = {}
     for _, bucket in worker_steps(plan, worker, start):
         if bucket not in draws:
+            readers.append(reader())
             windows = worker_windows(plan, bucket, rank, worker, start)
-            draws[bucket] = _draw(ShardReader(root, split), windows)
+            draws[bucket] = _draw(readers[-1], windows)
         yield bucket, list(islice(draws[bucket], plan.batch))
+    for opened in readers:
+        opened.finish()
 
 
-def _draw(reader: "ShardReader", windows: Iterator[Window]) -> Iterator[Sample]:
+def _draw(reader: ShardReader, windows: Iterator[Window]) -> Iterator[Sample]:
     for segments, order in windows:
         held = dict(enumerate(member for part in segments for member in reader.read(part)))
+        reader.status.set(DECODING)
         for at in order.tolist():
             yield decode(*held.pop(at))
-
-
-class ShardReader:
-    """Reads segments, and goes on in the open shard where one segment follows the other."""
-
-    def __init__(self, root: Path, split: Split):
-        self.root, self.split = root, split
-        self.at = (-1, 0)
-        self.pairs: Iterator[tuple[str, bytes, bytes]] = iter(())
-
-    def read(self, segment: Segment) -> list[tuple[str, bytes, bytes]]:
-        """(name for errors, image bytes, JSON bytes) of each sample of the segment."""
-        shard = self.split.shards[segment.shard]
-        path = self.root / shard.name
-        if self.at != (segment.shard, segment.start):
-            self.pairs = iter_tar(path)
-            self.at = (segment.shard, 0)
-        found = []
-        for i in range(self.at[1], segment.stop):
-            pair = next(self.pairs, None)
-            if pair is None:
-                raise UserError(
-                    f"{path}: ends after {i} samples, the index says {shard.samples};"
-                    " run `data_tools check`"
-                )
-            if i >= segment.start:
-                found.append((f"{path}: {pair[0]}", *pair[1:]))
-        self.at = (segment.shard, segment.stop)
-        return found
 
 
 def decode(name: str, image: bytes, record: bytes) -> Sample:

@@ -5,12 +5,16 @@ batch took a third of their time (the system clears it page by page), and sendin
 the training process longer than copying it does.
 """
 
+import re
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -18,114 +22,220 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from casc.data.batch import Batch
 from casc.data.collate import block_size, unpack
 from casc.data.index import Split
+from casc.data.loading import DEFAULT_LOADING, Loading
+from casc.data.status import DECODING, ENDED, IDLE, Status, describe, last_shard, shared_rows
 from casc.errors import UserError
+
+__all__ = ["DEFAULT_LOADING", "BatchStream", "Loading", "Worker"]
 
 Blocks = Iterator[Tensor | None]
 """Memory for one batch after the other; None leaves it to `collate`."""
-Walk = Callable[[int, int, Blocks], Iterator[tuple[int, Batch]]]
-"""(worker, workers, memory) to the (bucket, batch) that this worker reads."""
+
+
+class Worker(NamedTuple):
+    """What a walk knows of the process that it is in."""
+
+    number: int
+    """From 0."""
+    workers: int
+    """How many there are, at least 1."""
+    blocks: Blocks
+    status: Status
+    compared: np.ndarray
+    """`[shards]` uint8, shared by the workers: see `ShardReader`."""
+
+
+Walk = Callable[[Worker], Iterator[tuple[int, Batch]]]
+"""The (bucket, batch) that a worker reads."""
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How batches are read; none of it changes what an image sees."""
+class _Shared:
+    """What the workers and the training process have in common."""
 
-    workers: int = 2
-    """Reading processes per rank; 0 reads in the training process itself."""
-    prefetch: int = 4
-    """Batches that each worker keeps ready."""
-    window: int = 128
-    """Encoded images per bucket that a worker holds in memory to draw from in random order."""
-
-
-DEFAULT_LOADING = Loading()
+    blocks: Tensor
+    """`[workers, blocks, size]` uint8."""
+    free: list[Any]
+    """Per worker, a semaphore that counts the blocks it may write to."""
+    rows: Tensor
+    """See `Status`."""
+    compared: Tensor
 
 
 class _Stream(IterableDataset[Any]):
     """What the loader wants of a data set: to be told the worker, then to be walked through."""
 
-    def __init__(self, walk: Walk, shared: Tensor, free: list[Any]):
-        self.walk, self.shared, self.free = walk, shared, free
+    def __init__(self, walk: Walk, shared: _Shared):
+        self.walk, self.shared = walk, shared
 
     def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
+        info, shared = get_worker_info(), self.shared
+        number = info.id if info else 0
+        status = Status(shared.rows[number].numpy())
+        compared = shared.compared.numpy()
         try:
             if info is None:
-                yield from self.walk(0, 1, repeat(None))
+                walk = self.walk(Worker(0, 1, repeat(None), status, compared))
+                for bucket, batch in walk:
+                    yield 0, batch, bucket, status.taken_notes()
             else:
-                blocks = self.shared[info.id]
-                slots = cycle(range(len(blocks)))
-                walk = self.walk(info.id, info.num_workers, _in_turn(blocks, self.free[info.id]))
-                for slot, (bucket, _) in zip(slots, walk, strict=False):
-                    yield info.id, slot, bucket
+                blocks = shared.blocks[number]
+                memory = _in_turn(blocks, shared.free[number], status)
+                walk = self.walk(Worker(number, info.num_workers, memory, status, compared))
+                for slot, (bucket, _) in zip(cycle(range(len(blocks))), walk, strict=False):
+                    status.set(IDLE)
+                    yield number, slot, bucket, status.taken_notes()
+            status.set(ENDED)
         except UserError as error:
             # As a value: the loader would hand on an exception with the worker's stack in
             # its message, and users are to read one line.
             yield error
 
 
-def load(
-    walk: Walk,
-    split: Split,
-    batch: int,
-    loading: Loading,
-    pin_memory: bool,
-    bitmaps: bool = False,
-) -> Iterator[tuple[int, Batch]]:
-    """Yield the (bucket, batch) of a walk, read by workers, in memory of the batch's own.
-
-    Args:
-        walk: what to read.
-        split: whose buckets' capacities make the batches' shapes.
-        batch: images per batch.
-        loading: workers and memory.
-        pin_memory: hand out batches in pinned memory.
-        bitmaps: whether batches hold any.
+class BatchStream(Iterator[tuple[int, Batch]]):
+    """The (bucket, batch) of a walk, read by workers, in memory of the batch's own.
 
     Raises:
-        UserError: as the walk does, or when there is too little shared memory.
+        UserError: as the walk does, when there is too little shared memory, or when a
+            worker has died.
     """
-    sizes = [block_size(bucket, batch, bitmaps=bitmaps) for bucket in split.buckets]
-    shared = _shared_blocks(loading, max(sizes, default=0))
-    context = multiprocessing.get_context()
-    free = [context.Semaphore(shared.shape[1]) for _ in range(loading.workers)]
+
+    def __init__(
+        self,
+        walk: Walk,
+        split: Split,
+        batch: int,
+        loading: Loading,
+        pin_memory: bool,
+        bitmaps: bool = False,
+        warn: Callable[[str], object] | None = None,
+    ) -> None:
+        """Read a walk.
+
+        Args:
+            walk: what to read.
+            split: whose buckets' capacities make the batches' shapes.
+            batch: images per batch.
+            loading: workers and memory.
+            pin_memory: hand out batches in pinned memory.
+            bitmaps: whether batches hold any.
+            warn: is told what workers have to say; by default it goes to stderr.
+        """
+        self._places = [shard.name for shard in split.shards]
+        self._warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr))
+        self._pids: list[int] = []
+        sizes = [block_size(bucket, batch, bitmaps=bitmaps) for bucket in split.buckets]
+        shared = _share(loading, max(sizes, default=0), len(split.shards))
+        self._rows = shared.rows
+        items = _items(_Stream(walk, shared), loading, self._pids, self._warn)
+
+        def unpacked(block: Tensor, bucket: int) -> Batch:
+            own = _own(block[: sizes[bucket]], pin_memory)
+            return unpack(own, split.buckets[bucket], batch, bitmaps=bitmaps)
+
+        self._batches = _batches(items, shared, unpacked, pin_memory)
+
+    def __next__(self) -> tuple[int, Batch]:
+        """The next batch."""
+        with self.explained():
+            return next(self._batches)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._batches.close()
+
+    def stuck_report(self) -> str:
+        """What each worker is doing and for how long, a line each; for any thread, any time."""
+        rows = self._rows.numpy()
+        return "\n".join(
+            f"worker {i}"
+            + (f" (process {self._pids[i]})" if self._pids else "")
+            + f": {describe(row, self._places)}"
+            for i, row in enumerate(rows)
+        )
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Name the worker and its shard where torch raises that a worker has died.
+
+        torch raises it wherever the training process happens to be.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            found = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(error))
+            if found is None:
+                raise
+            pid = int(found[1])
+            killed = re.search(r"killed by signal: ([^.]*)", str(error))
+            how = f"was killed ({killed[1].strip()})" if killed else "ended unexpectedly"
+            number = self._pids.index(pid) if pid in self._pids else None
+            row = None if number is None else self._rows[number].numpy()
+            shard = None if row is None else last_shard(row, self._places)
+            raise UserError(
+                f"loader: worker {'?' if number is None else number} (process {pid}) {how}"
+                + (f" while it was {describe(row, self._places)}" if row is not None else "")
+                + (f"; its last shard is {shard}" if shard else "")
+                + "; the system does so when memory runs out: then lower --loading.workers,"
+                " --loading.window or --loading.prefetch; the same command goes on from the"
+                " newest checkpoint"
+            ) from None
+
+
+def _items(
+    stream: _Stream, loading: Loading, pids: list[int], warn: Callable[[str], object]
+) -> Iterator[Any]:
+    """What the workers yield; puts their process ids into `pids`."""
     loader = DataLoader(
-        _Stream(walk, shared, free),
+        stream,
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=loading.workers,
         prefetch_factor=loading.prefetch if loading.workers else None,
         worker_init_fn=_start_worker,
     )
+    items = iter(loader)
+    pids += [int(process.pid) for process in getattr(items, "_workers", [])]
     try:
-        for item in loader:
+        for item in items:
             if isinstance(item, UserError):
                 raise item
-            if loading.workers:
-                worker, slot, bucket = item
-                block = _own(shared[worker, slot, : sizes[bucket]], pin_memory)
-                free[worker].release()
-                made = unpack(block, split.buckets[bucket], batch, bitmaps=bitmaps)
-            else:
-                bucket, made = item
-                if pin_memory:
-                    made = Batch(*[_own(v, True) for v in made if v is not None])
-            # Ids and sizes are kept for longer than images; they mustn't hold on to those.
-            yield (
-                bucket,
-                made._replace(
-                    image_id=_own(made.image_id, pin_memory), size=_own(made.size, pin_memory)
-                ),
-            )
+            for note in item[3]:
+                warn(note)
+            yield item
     finally:
-        for semaphore in free:  # a worker that waits for a block would not hear of the end
-            for _ in range(shared.shape[1]):
+        # A worker that waits for a block would not hear of the end.
+        for semaphore in stream.shared.free:
+            for _ in range(stream.shared.blocks.shape[1]):
                 semaphore.release()
 
 
-def _in_turn(blocks: Tensor, free: Any) -> Iterator[Tensor]:
+def _batches(
+    items: Iterator[Any],
+    shared: _Shared,
+    unpacked: Callable[[Tensor, int], Batch],
+    pin_memory: bool,
+) -> Generator[tuple[int, Batch]]:
+    for worker, made, bucket, _ in items:
+        if shared.free:
+            made = unpacked(shared.blocks[worker, made], bucket)
+            shared.free[worker].release()
+        elif pin_memory:
+            made = Batch(*[_own(v, True) for v in made if v is not None])
+        # Ids and sizes are kept for longer than images; they mustn't hold on to those.
+        yield (
+            bucket,
+            made._replace(
+                image_id=_own(made.image_id, pin_memory), size=_own(made.size, pin_memory)
+            ),
+        )
+
+
+def _in_turn(blocks: Tensor, free: Any, status: Status) -> Iterator[Tensor]:
     for block in cycle(blocks):
+        status.set(IDLE)
         free.acquire()
+        status.set(DECODING)
         yield block
 
 
@@ -133,18 +243,24 @@ def _own(memory: Tensor, pin_memory: bool) -> Tensor:
     return memory.pin_memory() if pin_memory else memory.clone()
 
 
-def _shared_blocks(loading: Loading, size: int) -> Tensor:
-    """Memory that the workers write batches into, `[workers, blocks, size]` uint8.
+def _share(loading: Loading, size: int, shards: int) -> _Shared:
+    """Memory that the workers share; blocks are `size` bytes.
 
     A worker is mostly asked for a batch once the one `prefetch` before it has been taken
     out of the queue: so many blocks, and two more, let it work without waiting for one.
     """
+    count = loading.prefetch + 2
+    context = multiprocessing.get_context()
     try:
-        blocks = torch.empty(loading.workers, loading.prefetch + 2, size, dtype=torch.uint8)
-        return blocks.share_memory_()
+        return _Shared(
+            blocks=torch.empty(loading.workers, count, size, dtype=torch.uint8).share_memory_(),
+            free=[context.Semaphore(count) for _ in range(loading.workers)],
+            rows=shared_rows(loading.workers),
+            compared=torch.zeros(shards, dtype=torch.uint8).share_memory_(),
+        )
     except RuntimeError as error:
         raise UserError(
-            f"loader: no {loading.workers * (loading.prefetch + 2) * size / 2**20:.0f} MiB of"
+            f"loader: no {loading.workers * count * size / 2**20:.0f} MiB of"
             " shared memory (/dev/shm) for the workers' batches; enlarge it (docker run"
             f" --shm-size) or lower --loading.workers or --loading.prefetch ({error})"
         ) from None

@@ -2,6 +2,7 @@ import itertools
 import time
 from collections import Counter
 from multiprocessing import active_children
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,50 +94,21 @@ def test_workers_end_with_the_stream(tmp_path, write_shards):
     for _ in range(3):
         next(stream)
     assert len(active_children()) == before + 2
-    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    stream.close()
     assert len(active_children()) == before
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_errors_name_the_shard(tmp_path, write_shards, workers):
-    split = write_shards(tmp_path, {"train": [(0, 4, True)]}).splits["train"]
-    shard = tmp_path / "train/000000.tar"
-    whole = shard.read_bytes()
-
-    def read():
-        return list(
-            training_batches(
-                tmp_path, split, seed=0, steps=range(2), batch=2, loading=Loading(workers=workers)
-            )
-        )
-
-    read()
-    shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"^[^\n]*000000.tar[^\n]*$"):
-        read()
-    image = whole.index(b"IDAT") + 20
-    shard.write_bytes(whole[:image] + bytes(40) + whole[image + 40 :])
-    with pytest.raises(UserError, match=r"^[^\n]*000000.tar: 000000000001: [^\n]*check[^\n]*$"):
-        read()
-    record = whole.index(b'"image_id"')
-    shard.write_bytes(whole[:record] + b"'" + whole[record + 1 :])
-    with pytest.raises(UserError, match=r"000000.tar: 000000000001: "):
-        read()
-    shard.unlink()
-    with pytest.raises(UserError, match=r"000000.tar"):
-        read()
-
-
-def test_a_shard_with_fewer_samples_than_the_index_says(tmp_path, write_shards):
-    write_shards(tmp_path, {"train": [(0, 4, True)]})
-    other = tmp_path / "other"
-    split = write_shards(other, {"train": [(0, 6, True)]}).splits["train"]
-    with pytest.raises(UserError, match="ends after 4 samples, the index says 6"):
-        list(
-            training_batches(
-                tmp_path, split, seed=0, steps=range(3), batch=2, loading=Loading(workers=0)
-            )
-        )
+def test_a_loader_that_is_not_read_to_its_end_leaves_nothing_open(tmp_path, write_shards):
+    split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
+    stream = training_batches(
+        tmp_path, split, seed=0, steps=range(9), batch=2, loading=Loading(workers=0)
+    )
+    next(stream)
+    before = {link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+    assert any(path.suffix == ".tar" for path in before)
+    del stream  # without the garbage collector's help: it doesn't run during training
+    after = {link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+    assert not any(path.suffix == ".tar" for path in after)
 
 
 def test_to_device(tmp_path, write_shards):

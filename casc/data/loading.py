@@ -1,0 +1,33 @@
+"""How batches are read: settings that change speed and robustness, never what is learnt."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches are read; none of it changes what an image sees."""
+
+    workers: int = 2
+    """Reading processes per rank; 0 reads in the training process itself."""
+    prefetch: int = 4
+    """Batches that each worker keeps ready."""
+    window: int = 128
+    """Encoded images per bucket that a worker holds in memory to draw from in random order."""
+    retries: int = 8
+    """How often a broken or stalled download is taken up again where it stopped, without a
+    byte more in between, before the run ends."""
+    timeout: float = 30.0
+    """Seconds that a server may take to accept a connection, and to send the next bytes."""
+    backoff: float = 0.5
+    """Seconds before the first retry; each further one waits twice as long, up to 60."""
+    cache: Path | None = None
+    """Folder on a local disk for shards that come over the network, shared by all processes;
+    without one they are streamed anew in each epoch."""
+    cache_gb: float = 100.0
+    """Size that the cache is held to, in 10^9 bytes; what wasn't read for longest goes first."""
+    allow_commands: bool = False
+    """Let --data be pipe:COMMAND, which runs COMMAND in a shell to read each file."""
+
+
+DEFAULT_LOADING = Loading()

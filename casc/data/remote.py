@@ -1,0 +1,318 @@
+"""Files wherever they lie: in folders, on http(s) servers, in whatever fsspec opens.
+
+webdataset reads URLs through a pipe from curl, and fsspec's own http files start anew where
+a connection breaks. Runs that last for weeks need more: what is read here goes on at its byte
+after a broken or stalled connection, and ends with an error when that doesn't help.
+"""
+
+import io
+import os
+import queue
+import re
+import select
+import shlex
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+from urllib.parse import quote, urlsplit
+from urllib.request import url2pathname
+
+from casc.data.loading import Loading
+from casc.data.status import OPENING, READING, RETRYING, Status
+from casc.errors import UserError
+
+T = TypeVar("T")
+
+PIPE = "pipe:"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_LONGEST_WAIT = 60.0
+REPAIR = (
+    "it is damaged, or not of this index: copy it again from where it was made, or make the"
+    " shards again with `data_tools shard`"
+)
+_GOES_ON = "the same command goes on from the newest checkpoint"
+
+
+class Connection(NamedTuple):
+    """An open file at the other end."""
+
+    read: Callable[[int], bytes]
+    """At most so many bytes, b"" at the end; raises OSError when none come."""
+    close: Callable[[], object]
+    at: int
+    """Where reading begins; mostly what was asked for."""
+    total: int | None
+    """The file's bytes, where the other end says so."""
+
+
+class RefusedError(Exception):
+    """What trying again won't change. The message is for users."""
+
+
+def location(root: str | os.PathLike[str]) -> str:
+    """The folder or URL as text, a `file:` URL as its folder.
+
+    Paths hold URLs too; they make one slash of two after the scheme, which is undone here.
+
+    Raises:
+        UserError: a command, given as a path, that has lost slashes so.
+    """
+    text = os.fspath(root)
+    if text.startswith(PIPE):
+        if isinstance(root, os.PathLike) and _SCHEME.search(text, len(PIPE)):
+            raise UserError(
+                f"{text}: a URL in a command loses a slash here; put the command into a script,"
+                " as in pipe:./fetch.sh"
+            )
+        return text
+    if match := _SCHEME.match(text):
+        scheme, rest = text[: match.end() - 1], text[match.end() :]
+        text = f"{scheme}//{rest.removeprefix('/')}"
+        if scheme.lower() == "file:":
+            text = url2pathname(urlsplit(text if rest.startswith("/") else f"file:///{rest}").path)
+    return text
+
+
+def is_local(place: str) -> bool:
+    """Whether this is a path of a file system, not a URL or a command."""
+    return not place.startswith(PIPE) and "://" not in place
+
+
+def join(root: str, name: str) -> str:
+    """The place of a file in a folder or under a URL; `{}` in a command stands for its name."""
+    if root.startswith(PIPE):
+        quoted = shlex.quote(name)
+        return root.replace("{}", quoted) if "{}" in root else f"{root.rstrip('/')}/{quoted}"
+    if is_local(root):
+        return str(Path(root) / name)
+    head, mark, query = root.partition("?")
+    if urlsplit(root).scheme in ("http", "https"):
+        name = quote(name)
+        return f"{head.rstrip('/')}/{name}{mark}{query}"
+    return f"{root.rstrip('/')}/{name}"
+
+
+def open_remote(
+    place: str, size: int | None, loading: Loading, status: Status | None = None, start: int = 0
+) -> BinaryIO:
+    """Open a URL or command to be read front to back.
+
+    Args:
+        place: as `join` gives it.
+        size: bytes that it must have; None where that isn't known.
+        loading: retries, time-outs, and whether commands may run.
+        status: is told what is being done.
+        start: first byte to read.
+
+    Raises:
+        UserError: it is a command, and those aren't allowed. Reading raises UserError when
+            the file isn't there, has another size, or retries don't help.
+    """
+    if place.startswith(PIPE) and not loading.allow_commands:
+        raise UserError(
+            f"{place}: this would run a command in a shell; if you trust it,"
+            " add --loading.allow-commands"
+        )
+    raw = Resuming(place, size, _connector(place, loading), loading, status or Status(), start)
+    return io.BufferedReader(raw, 2**20)
+
+
+def read_remote(place: str, loading: Loading) -> bytes:
+    """All of a small file, such as the index. Raises as `open_remote` and its reading."""
+    with open_remote(place, None, loading) as stream:
+        return stream.read()
+
+
+class Resuming(io.RawIOBase):
+    """A file that goes on where it was when its connection breaks or stalls."""
+
+    def __init__(
+        self,
+        place: str,
+        size: int | None,
+        connect: Callable[[int], Connection],
+        loading: Loading,
+        status: Status,
+        start: int = 0,
+    ) -> None:
+        self.place, self.size, self.loading, self.status = place, size, loading, status
+        self.at = start
+        self._connect = connect
+        self._connection: Connection | None = None
+        self._failures = 0
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read what there is, 0 bytes at the end."""
+        while True:
+            wanted = len(buffer)
+            if self.size is not None:
+                wanted = min(wanted, self.size - self.at)
+            if not wanted:
+                return 0
+            try:
+                data = self._open().read(wanted)
+                if not data and self.size is not None:
+                    raise ConnectionError("the connection was closed too early")
+            except RefusedError as error:
+                raise UserError(f"{self.place}: {error}") from None
+            except Exception as error:  # other libraries' connections raise what they like
+                self._fail(error)
+                continue
+            self._failures = 0
+            self.at += len(data)
+            buffer[: len(data)] = data
+            self.status.set(READING, byte=self.at)
+            return len(data)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._disconnect()
+        super().close()
+
+    def _open(self) -> Connection:
+        if self._connection is None:
+            self.status.set(OPENING, byte=self.at)
+            connection = self._connection = self._connect(self.at)
+            if self.size is None:
+                self.size = connection.total
+            elif connection.total not in (None, self.size):
+                raise RefusedError(
+                    f"is {connection.total} bytes, the index says {self.size}; {REPAIR}"
+                )
+            behind = self.at - connection.at
+            while behind:  # the other end can't begin in the middle
+                skipped = len(connection.read(min(behind, 2**20)))
+                if not skipped:
+                    raise ConnectionError("the connection was closed too early")
+                behind -= skipped
+                self.status.set(OPENING, byte=self.at)
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                connection.close()
+            except Exception:  # it is of no use any more
+                return
+
+    def _fail(self, error: Exception) -> None:
+        """Wait before the next try, or give up."""
+        self._disconnect()
+        loading = self.loading
+        where = f"at byte {self.at:,}" + (f" of {self.size:,}" if self.size is not None else "")
+        if self._failures >= loading.retries:
+            raise UserError(
+                f"{self.place}: {_reason(error)} {where}; gave up after {self._failures} retries;"
+                " mend the server or the network, or raise --loading.retries or"
+                f" --loading.timeout; {_GOES_ON}"
+            ) from None
+        # Workers of many ranks lose a server at the same moment; they shouldn't all come back
+        # at the same moment too.
+        spread = 1 + os.getpid() % 16 / 16
+        wait = min(loading.backoff * 2**self._failures * spread, _LONGEST_WAIT)
+        wait = max(wait, min(getattr(error, "retry_after", 0.0), _LONGEST_WAIT))
+        self._failures += 1
+        self.status.set(RETRYING, byte=self.at)
+        self.status.note(
+            f"{self.place}: {_reason(error)} {where};"
+            f" retry {self._failures} of {loading.retries} in {wait:.1f} s"
+        )
+        time.sleep(wait)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "no bytes came in time"
+    return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+
+
+def _connector(place: str, loading: Loading) -> Callable[[int], Connection]:
+    if place.startswith(PIPE):
+        return lambda at: _run_command(place, loading.timeout)
+    if urlsplit(place).scheme in ("http", "https"):
+        from casc.data.http import open_http
+
+        return lambda at: open_http(place, at, loading.timeout)
+    return lambda at: _open_fsspec(place, at, loading.timeout)
+
+
+def _open_fsspec(place: str, at: int, timeout: float) -> Connection:
+    import fsspec.core
+
+    try:
+        system, path = fsspec.core.url_to_fs(place)
+    except ImportError as error:
+        raise RefusedError(
+            f"reading it needs a package that isn't installed ({error}); casc[remote] brings"
+            " those for s3:// and gs://"
+        ) from None
+    except ValueError as error:
+        raise RefusedError(f"fsspec doesn't know how to open it ({error})") from None
+    try:
+        stream: Any = within(timeout, lambda: system.open(path, "rb"))
+        if at:
+            stream.seek(at)
+    except FileNotFoundError:
+        raise RefusedError("not found") from None
+    except PermissionError as error:
+        raise RefusedError(f"not permitted ({error})") from None
+    total = getattr(stream, "size", None)
+    return Connection(
+        read=lambda count: within(timeout, lambda: stream.read(count)),
+        close=stream.close,
+        at=at,
+        total=total if isinstance(total, int) else None,
+    )
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """Call something that has no time-out of its own, and leave it behind when it is late."""
+    box: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            box.put((call(), None))
+        except BaseException as error:
+            box.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        value, error = box.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return value  # pyright: ignore[reportReturnType]
+
+
+def _run_command(place: str, timeout: float) -> Connection:
+    process = subprocess.Popen(
+        place.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    pipe = process.stdout.fileno()
+
+    def read(count: int) -> bytes:
+        if not select.select([pipe], [], [], timeout)[0]:
+            raise TimeoutError
+        data = os.read(pipe, count)
+        if not data and process.wait(timeout):
+            raise OSError(f"the command ended with status {process.returncode}")
+        return data
+
+    def close() -> None:
+        # Its whole session: a pipeline's parts would go on otherwise.
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+        process.stdout.close()  # pyright: ignore[reportOptionalMemberAccess]
+        process.wait()
+
+    return Connection(read, close, at=0, total=None)
