@@ -6,7 +6,6 @@ the training process longer than copying it does.
 """
 
 import re
-import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -23,8 +22,9 @@ from casc.data.batch import Batch
 from casc.data.collate import block_size, unpack
 from casc.data.index import Split
 from casc.data.loading import DEFAULT_LOADING, Loading
-from casc.data.status import DECODING, ENDED, IDLE, Status, describe, last_shard, shared_rows
+from casc.data.status import DECODING, ENDED, IDLE, Status, describe, shared_rows
 from casc.errors import UserError
+from casc.signals import leave_to_parent
 
 __all__ = ["DEFAULT_LOADING", "BatchStream", "Loading", "Worker"]
 
@@ -123,11 +123,12 @@ class BatchStream(Iterator[tuple[int, Batch]]):
         """
         self._places = [shard.name for shard in split.shards]
         self._warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr))
-        self._pids: list[int] = []
+        self.pids: list[int] = []
+        """Process ids of the workers, once the first batch has been asked for."""
         sizes = [block_size(bucket, batch, bitmaps=bitmaps) for bucket in split.buckets]
         shared = _share(loading, max(sizes, default=0), len(split.shards))
         self._rows = shared.rows
-        items = _items(_Stream(walk, shared), loading, self._pids, self._warn)
+        items = _items(_Stream(walk, shared), loading, self.pids, self._warn)
 
         def unpacked(block: Tensor, bucket: int) -> Batch:
             own = _own(block[: sizes[bucket]], pin_memory)
@@ -149,7 +150,7 @@ class BatchStream(Iterator[tuple[int, Batch]]):
         rows = self._rows.numpy()
         return "\n".join(
             f"worker {i}"
-            + (f" (process {self._pids[i]})" if self._pids else "")
+            + (f" (process {self.pids[i]})" if self.pids else "")
             + f": {describe(row, self._places)}"
             for i, row in enumerate(rows)
         )
@@ -169,13 +170,11 @@ class BatchStream(Iterator[tuple[int, Batch]]):
             pid = int(found[1])
             killed = re.search(r"killed by signal: ([^.]*)", str(error))
             how = f"was killed ({killed[1].strip()})" if killed else "ended unexpectedly"
-            number = self._pids.index(pid) if pid in self._pids else None
+            number = self.pids.index(pid) if pid in self.pids else None
             row = None if number is None else self._rows[number].numpy()
-            shard = None if row is None else last_shard(row, self._places)
             raise UserError(
                 f"loader: worker {'?' if number is None else number} (process {pid}) {how}"
                 + (f" while it was {describe(row, self._places)}" if row is not None else "")
-                + (f"; its last shard is {shard}" if shard else "")
                 + "; the system does so when memory runs out: then lower --loading.workers,"
                 " --loading.window or --loading.prefetch; the same command goes on from the"
                 " newest checkpoint"
@@ -272,5 +271,4 @@ def _as_it_is(item: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches the whole process group; the training process ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_to_parent()
