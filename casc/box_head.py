@@ -141,10 +141,11 @@ def box_losses(
     """Classification and box loss, both over all samples of the batch.
 
     Returns:
-        Scalars `loss_cls` and `loss_bbox`, weighted, and `acc`, the percentage of samples
-        whose best class is right.
+        Scalars `loss_cls` and `loss_bbox`, weighted, `acc`, the percentage of samples
+        whose best class is right, and `samples`, how many there are per image.
     """
-    count = rois.valid.sum().clamp(min=1).to(torch.float32)
+    samples = rois.valid.sum(dtype=torch.float32)
+    count = samples.clamp(min=1)
     labels, valid = rois.labels.flatten(), rois.valid.flatten()
     loss_cls = losses.cross_entropy(output.logits, labels, valid)
     hits = (output.logits.detach().argmax(dim=1) == labels) & valid
@@ -157,6 +158,7 @@ def box_losses(
         "loss_cls": stage.loss_weight * loss_cls / count,
         "loss_bbox": stage.loss_weight * loss_bbox / count,
         "acc": 100 * hits.sum() / count,
+        "samples": samples / rois.valid.shape[0],
     }
 
 

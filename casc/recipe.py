@@ -47,7 +47,14 @@ class Recipe:
     epochs: int = 12
     """Passes over the training split."""
     batch: int = 2
-    """Images per device and step."""
+    """Images per device and forward pass."""
+    accumulate: int = 1
+    """Forward and backward passes per update; ranks exchange gradients after the last. A step is
+    batch x accumulate x devices images."""
+    normalise: Literal["rank", "world"] = "rank"
+    """What losses are divided by. rank: the number of samples in the device's own batch, as the
+    reference does. world: the mean number over all devices, so that the update doesn't depend on
+    how a step's images are spread over them."""
     seed: int = 0
     """Decides initial weights, order, flips and sampling."""
     max_steps: int | None = None
@@ -84,6 +91,9 @@ class Recipe:
     """Also keep the checkpoint with the best of this figure."""
     log_every: int = 50
     """Steps between lines of the log; between them nothing is read from the device."""
+    watchdog_minutes: float = 30.0
+    """Report which rank is stuck with what, with stack traces, when nothing has got on for so
+    long; 0 never does. It ends nothing."""
     tensorboard: bool = False
     """Also write TensorBoard's format (needs the extra casc[tensorboard])."""
 
@@ -98,6 +108,11 @@ class Recipe:
         """Where output goes."""
         return Path("runs") / self.name if self.out is None else self.out
 
+    @property
+    def images_per_rank(self) -> int:
+        """Images per device and update."""
+        return self.batch * self.accumulate
+
 
 # What may differ when a run is continued: nothing that is learnt depends on it. (Another
 # device, or compiling or not, may round differently.)
@@ -105,7 +120,7 @@ FREE_FIELDS = frozenset(
     (
         "name", "data", "out", "init", "resume", "max_steps", "val_split", "device", "compile",
         "compile_cache", "warm_up", "evaluate_every", "save_every", "save_steps", "keep_last",
-        "keep_best", "log_every", "tensorboard",
+        "keep_best", "log_every", "watchdog_minutes", "tensorboard", "optim.max_skips",
     )
 )  # fmt: skip
 
@@ -117,7 +132,7 @@ class Facts(NamedTuple):
     steps: int
     """Of the whole run."""
     images_per_step: int
-    """Over all devices."""
+    """Over all devices, accumulated ones included."""
     rate: float
     """Peak learning rate, scaled."""
     canvases: dict[str, list[tuple[int, int]]]
@@ -147,16 +162,19 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
     for flag, value, least in (
         ("epochs", recipe.epochs, 1),
         ("batch", recipe.batch, 1),
+        ("accumulate", recipe.accumulate, 1),
         ("max-steps", recipe.max_steps, 1),
         ("save-steps", recipe.save_steps, 1),
         ("log-every", recipe.log_every, 1),
         ("evaluate-every", recipe.evaluate_every, 0),
         ("save-every", recipe.save_every, 0),
         ("keep-last", recipe.keep_last, 0),
+        ("watchdog-minutes", recipe.watchdog_minutes, 0),
         ("loading.workers", recipe.loading.workers, 0),
         ("loading.prefetch", recipe.loading.prefetch, 1),
         ("loading.window", recipe.loading.window, 1),
         ("optim.reference-batch", recipe.optim.reference_batch, 1),
+        ("optim.max-skips", recipe.optim.max_skips, 1),
         ("schedule.warmup-steps", recipe.schedule.warmup_steps, 0),
         ("image.short", recipe.image.short, 1),
         ("image.long", recipe.image.long, recipe.image.short),
@@ -206,9 +224,9 @@ def facts(recipe: Recipe, index: Index, world: int = 1) -> Facts:
     """Derive what the recipe leaves to arithmetic."""
     plan = plan_epoch(
         index.splits[recipe.train_split], seed=recipe.seed, epoch=0, world=world,
-        batch=recipe.batch, workers=recipe.loading.workers, window=recipe.loading.window,
+        batch=recipe.images_per_rank, workers=recipe.loading.workers, window=recipe.loading.window,
     )  # fmt: skip
-    images = world * recipe.batch
+    images = world * recipe.images_per_rank
     optim = recipe.optim
     rate = scaled_rate(optim.lr, optim.reference_batch, images) if optim.scale_lr else optim.lr
     steps = recipe.epochs * plan.steps
@@ -246,7 +264,7 @@ def describe(recipe: Recipe, index: Index, device: torch.device, world: int = 1)
         f"device          {device}, {world} process{'es' if world > 1 else ''},"
         f" {recipe.dtype if recipe.dtype != 'auto' else traits(device).dtype}",
         f"parameters      {total:,}, of which {trained:,} train",
-        f"images per step {derived.images_per_step} ({world} x {recipe.batch})",
+        f"images per step {derived.images_per_step} ({spread(recipe, world)})",
         f"steps           {derived.steps_per_epoch:,} an epoch, {derived.steps:,} in all",
     ]
     lines += ["learning rate   " + line if i == 0 else " " * 16 + line for i, line in enumerate(
@@ -266,6 +284,12 @@ def describe(recipe: Recipe, index: Index, device: torch.device, world: int = 1)
             )
     lines += [f"note: {text}" for text in advice(recipe)]
     return "\n".join(lines)
+
+
+def spread(recipe: Recipe, world: int) -> str:
+    """A step's images as devices x batch, x accumulated batches if there are more than one."""
+    more = f" x {recipe.accumulate}" if recipe.accumulate > 1 else ""
+    return f"{world} x {recipe.batch}{more}"
 
 
 def rate_lines(recipe: Recipe, derived: Facts) -> list[str]:

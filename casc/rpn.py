@@ -190,7 +190,8 @@ def rpn_losses(
         gt_boxes: [B, G, 4] xyxy.
 
     Returns:
-        Scalars `loss_rpn_cls` and `loss_rpn_bbox`.
+        Scalars `loss_rpn_cls` and `loss_rpn_bbox`, and `rpn.samples`, the number that both
+        were divided by, per image.
     """
     index, valid, positive = targets.sample
     per_image = [(m.sum(dim=1)).clamp(min=1) for m in (positive, valid & ~positive)]
@@ -201,7 +202,11 @@ def rpn_losses(
     index, positive = index[:, first], positive[:, first]
     goal = encode(anchors[index], take(gt_boxes, take(targets.matches.gt, index)), STDS)
     loss_bbox = losses.smooth_l1(sampled.deltas[:, first], goal, positive, config.beta)
-    return {"loss_rpn_cls": loss_cls / count, "loss_rpn_bbox": loss_bbox / count}
+    return {
+        "loss_rpn_cls": loss_cls / count,
+        "loss_rpn_bbox": loss_bbox / count,
+        "rpn.samples": count / index.shape[0],
+    }
 
 
 class Candidates(NamedTuple):

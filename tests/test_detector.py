@@ -189,7 +189,7 @@ def test_wild_pixels_crash_nothing(world, tiny_batch, value, where):
     inputs = inputs._replace(image=image)
     params, buffers, config = world.params, world.buffers, world.config
     losses = detector.losses(params, buffers, config, inputs, world.noise(batch))
-    assert len(losses) == 18
+    assert len(losses) == 22
     found = detector.detect(params, buffers, config, inputs)
     assert found.boxes.shape == (2, 10, 4)
     exact = replace(config, roi_align="adaptive")

@@ -3,7 +3,8 @@
     RUN/checkpoints/step-00007330/
         weights.safetensors   parameters and buffers under the reference's names; metadata
                               says what they are (recipe, classes, step, versions)
-        state.safetensors     momentum; metadata has the counters and the data position
+        state.safetensors     momentum, the guards' scalars; metadata has the counters and the
+                              data position
         checkpoint.json       size and SHA-256 of both
         metrics.json          figures, once the checkpoint has been evaluated
     RUN/checkpoints/best      link to the best checkpoint so far
@@ -32,7 +33,7 @@ WEIGHTS, STATE, MANIFEST, METRICS = (
     "weights.safetensors", "state.safetensors", "checkpoint.json", "metrics.json"
 )  # fmt: skip
 BEST = "best"
-_PREFIX = "step-"
+_PREFIX, _GUARD = "step-", "guard."
 
 
 class TornCheckpointError(UserError):
@@ -44,6 +45,7 @@ class Loaded(NamedTuple):
 
     weights: dict[str, Tensor]
     momentum: dict[str, Tensor]
+    guard: dict[str, Tensor]
     position: dict[str, Any]
     """Counters and data position, as given to `save`."""
 
@@ -72,7 +74,8 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _write(temporary / WEIGHTS, weights, metadata)
-        _write(temporary / STATE, state.momentum, {"position": json.dumps(dict(position))})
+        rest = {**state.momentum, **{_GUARD + name: v for name, v in state.guard.items()}}
+        _write(temporary / STATE, rest, {"position": json.dumps(dict(position))})
         files = {
             name: {key: fact(temporary / name) for key, fact in _FACTS.items()}
             for name in (WEIGHTS, STATE)
@@ -101,7 +104,10 @@ def load(checkpoint: Path) -> Loaded:
     verify(checkpoint)
     with safetensors.safe_open(checkpoint / STATE, "pt") as file:
         position = json.loads(file.metadata()["position"])
-    return Loaded(load_file(checkpoint / WEIGHTS), load_file(checkpoint / STATE), position)
+    rest = load_file(checkpoint / STATE)
+    guard = {name: rest.pop(name) for name in list(rest) if name.startswith(_GUARD)}
+    guard = {name.removeprefix(_GUARD): value for name, value in guard.items()}
+    return Loaded(load_file(checkpoint / WEIGHTS), rest, guard, position)
 
 
 def recipe_of(checkpoint: Path) -> Any:
@@ -119,6 +125,7 @@ def restore(state: State, loaded: Loaded, source: Path) -> State:
     for target, found in (
         ({**state.params, **state.buffers}, loaded.weights),
         (state.momentum, loaded.momentum),
+        (state.guard, loaded.guard),
     ):
         for name in [*target, *(name for name in found if name not in target)]:
             if name not in found or name not in target or found[name].shape != target[name].shape:
@@ -197,19 +204,25 @@ def best(folder: Path, metric: str) -> tuple[Path, float] | None:
     return found
 
 
-def tidy(folder: Path, *, keep_last: int, keep_best: str | None) -> None:
+def tidy(
+    folder: Path, *, keep_last: int, keep_best: str | None, newest: Path | None = None
+) -> None:
     """Delete what isn't among the newest `keep_last`, nor the best; point `best` there.
 
     Args:
         folder: the run's folder of checkpoints.
         keep_last: how many of the newest to keep; 0 keeps all.
         keep_best: the figure that decides which one is the best; None doesn't care.
+        newest: where to begin; by default at the last. Those after it were passed over when
+            the run was continued, and count for nothing.
     """
     found = best(folder, keep_best) if keep_best else None
     if found:
         _link(folder / BEST, found[0].name)
     if keep_last:
-        for path in list_checkpoints(folder)[keep_last:]:
+        there = list_checkpoints(folder)
+        first = there.index(newest) if newest in there else 0
+        for path in there[first + keep_last :]:
             if not found or path != found[0]:
                 shutil.rmtree(path)
 
@@ -235,8 +248,12 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        # Large parts: between them a thread waits for Python's lock.
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 # What the manifest records of a file, cheapest first.

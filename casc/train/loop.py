@@ -17,12 +17,14 @@ from casc.errors import UserError
 from casc.evaluate import Evaluation, format_table, write_evaluation
 from casc.recipe import Recipe, check, facts, resolved
 from casc.train import checkpoint
+from casc.train.accumulate import backward
 from casc.train.distributed import (
-    average_gradients,
+    Exchange,
     from_main,
     process_group,
     ranks_from_environment,
 )
+from casc.train.guard import IN_A_ROW
 from casc.train.meter import Meter, watch_positives
 from casc.train.optim import make_optimizer, update
 from casc.train.picture import draw_batch
@@ -87,7 +89,8 @@ def _loop(run: Run, state: State) -> Summary:
     split = run.index.splits[recipe.train_split]
     canvases = derived.canvases[recipe.train_split]
     optimizer = make_optimizer(recipe.optim, state)
-    trained = [state.params[name] for name in state.momentum]
+    exchange = Exchange([state.params[name] for name in state.momentum], ranks)
+    together = ranks if recipe.normalise == "world" else None
     detector = new_detector(
         state.params, state.buffers, recipe.model, recipe.image, run.compute, run.device
     )
@@ -97,7 +100,7 @@ def _loop(run: Run, state: State) -> Summary:
 
     @cache
     def loss_step(bucket: int) -> LossStep:
-        return make_loss_step(recipe.model, recipe.image, canvases[bucket], run.compute)
+        return make_loss_step(recipe.model, recipe.image, canvases[bucket], run.compute, together)
 
     steps = range(state.step, derived.steps)
     cold = buckets_ahead(recipe, split, ranks.world, steps)
@@ -106,7 +109,7 @@ def _loop(run: Run, state: State) -> Summary:
         split,
         seed=recipe.seed,
         steps=steps,
-        batch=recipe.batch,
+        batch=recipe.images_per_rank,
         world=ranks.world,
         rank=ranks.rank,
         loading=recipe.loading,
@@ -119,7 +122,7 @@ def _loop(run: Run, state: State) -> Summary:
         warm_up(run, state, loss_step, cold)
         cold.clear()
     stream = ahead(batches, run.device, copy_stream=traits(run.device).copy_stream)
-    meter = Meter(run.device, ranks)
+    meter = Meter(run.device, ranks, max_skips=recipe.optim.max_skips, warn=log.warn)
     with _scheduled_collection() as collect:
         while state.step < derived.steps:
             bucket, batch, on_device = meter.waiting(stream)
@@ -131,12 +134,13 @@ def _loop(run: Run, state: State) -> Summary:
                 meter.warming_up()
                 if recipe.compile:
                     log.say(f"compiling for canvas {canvases[bucket][0]} x {canvases[bucket][1]}")
-            total, measures = loss_step(bucket)(state.params, state.buffers, on_device)
-            total.backward()
-            average_gradients(trained, ranks)
+            loss, measures = backward(
+                loss_step(bucket), state, on_device, exchange, ranks, recipe.accumulate
+            )
             rate = _rate(run, state.step)
-            norm = update(optimizer, rate, recipe.optim.clip_norm)
-            meter.add(state.step, batch.image_id, {"loss": total, "grad_norm": norm, **measures})
+            norm = update(optimizer, rate, recipe.optim.clip_norm, state.guard, loss)
+            measures = {"loss": loss, "grad_norm": norm, **measures}
+            meter.add(state.step, batch.image_id, measures, state.guard[IN_A_ROW])
             state = state._replace(step=state.step + 1)
             log.advance(state.step)
 

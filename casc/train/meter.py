@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from casc.errors import UserError
-from casc.train.distributed import Ranks, gather, mean, smallest
+from casc.train.distributed import Ranks, gather, mean
 
 T = TypeVar("T")
 
@@ -20,18 +20,31 @@ _NEVER = 2**62
 class Meter:
     """Sums on the device, times on the host; nothing waits for the device in between."""
 
-    def __init__(self, device: torch.device, ranks: Ranks):
-        self.ranks = ranks
+    def __init__(
+        self,
+        device: torch.device,
+        ranks: Ranks,
+        *,
+        max_skips: int = 20,
+        warn: Callable[[str], object] = lambda text: None,
+    ):
+        self.ranks, self.max_skips, self.warn = ranks, max_skips, warn
         self.names: list[str] = []
         self.sums = torch.zeros((), device=device)
-        self.first_bad = torch.full((), _NEVER, dtype=torch.int64, device=device)
         self.speeds: list[float] = []
         self.cold_speeds: list[float] = []
         self._restart()
 
     def _restart(self) -> None:
-        self.sums = torch.zeros((), device=self.sums.device)
+        device = self.sums.device
+        self.sums = torch.zeros((), device=device)
+        # First step that was skipped, how many were, the most in a row.
+        self.first_bad = torch.full((), _NEVER, dtype=torch.int64, device=device)
+        self.skipped, self.worst = (
+            torch.zeros((), dtype=torch.int64, device=device) for _ in range(2)
+        )
         self.count = self.images = 0
+        self.first = _NEVER
         self.waited = 0.0
         self.cold = False
         self.ids: dict[int, Tensor] = {}
@@ -59,54 +72,77 @@ class Meter:
         self.waited += time.perf_counter() - before
         return item
 
-    def add(self, step: int, image_id: Tensor, measures: dict[str, Tensor]) -> None:
+    def add(
+        self, step: int, image_id: Tensor, measures: dict[str, Tensor], in_a_row: Tensor
+    ) -> None:
         """Add a step's figures.
 
         Args:
             step: the step's number, from 0.
             image_id: [B] int64 on the CPU.
-            measures: scalars on the device; among them `loss` and `grad_norm`.
+            measures: scalars on the device.
+            in_a_row: int64 scalar on the device, the updates skipped up to and with this
+                one; 0 if it was made. The same on all ranks.
         """
         self.names = list(measures)
         values = torch.stack([value.detach().float() for value in measures.values()])
-        self.sums = self.sums + values
-        bad = ~(measures["loss"].detach() * measures["grad_norm"]).isfinite()
+        bad = in_a_row > 0
+        self.sums = self.sums + torch.where(bad, 0.0, values)
         self.first_bad = torch.where(bad, self.first_bad.clamp(max=step), self.first_bad)
+        self.skipped = self.skipped + bad
+        self.worst = torch.maximum(self.worst, in_a_row)
         self.ids[step] = image_id
         self.count += 1
         self.images += len(image_id) * self.ranks.world
 
-    def check(self) -> None:
-        """Read the device's flag.
+    def check(self) -> int:
+        """Read the device's flags.
+
+        Returns:
+            How many updates were skipped since the last `read`.
 
         Raises:
-            UserError: a loss or gradient since the last check wasn't finite; the images are
-                named.
+            UserError: too many in a row; the first one's images are named.
         """
-        step = int(smallest(self.first_bad.clone(), self.ranks))
-        if step == _NEVER:
-            return
-        ids = self.ids.get(step)
+        flags = torch.stack([self.first_bad, self.skipped, self.worst])
+        self.first, skipped, worst = flags.tolist()
+        if worst >= self.max_skips:
+            raise UserError(
+                f"step {self.first}: the loss or its gradient is not finite, and {worst} updates"
+                f" in a row were skipped for that; images of the step: {self._bad_images()}."
+                " The weights are as they were before. Lower --optim.lr, set"
+                " --optim.clip-norm, or look at the images with `data_tools show`;"
+                " --optim.max-skips sets how many are borne"
+            )
+        return skipped
+
+    def _bad_images(self) -> list[int]:
+        ids = self.ids.get(self.first)
         parts = gather([] if ids is None else ids.tolist(), self.ranks)
-        named = [image_id for part in parts for image_id in part]
-        raise UserError(
-            f"step {step}: the loss or its gradient is not finite; images of the step: {named}."
-            " Nothing was saved after it. Lower --optim.lr, set --optim.clip-norm, or look at"
-            " the images with `data_tools show`"
-        )
+        return [image_id for part in parts for image_id in part]
 
     def read(self) -> dict[str, float]:
         """Means over the interval and the ranks, with speed and share of waiting; then restart.
 
+        Skipped updates are warned of and left out of the means.
+
         Raises:
             UserError: as `check`.
         """
-        self.check()
-        means = mean(self.sums / self.count, self.ranks).tolist()
+        skipped = self.check()
+        if skipped:
+            self.warn(
+                f"step {self.first}: the loss or its gradient is not finite; {skipped} of the last"
+                f" {self.count} updates were skipped; images of the step: {self._bad_images()}"
+            )
+        # Nothing but nan is known where all of them were.
+        made = self.count - skipped or float("nan")
+        means = mean(self.sums / made, self.ranks).tolist()
         elapsed = time.perf_counter() - self.began
         result = dict(zip(self.names, means, strict=True))
         result["images_per_second"] = self.images / elapsed
         result["data_wait"] = self.waited / elapsed
+        result["skipped"] = skipped
         (self.cold_speeds if self.cold else self.speeds).append(result["images_per_second"])
         self._restart()
         return result

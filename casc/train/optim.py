@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from casc.devices import traits
+from casc.layers import Params
+from casc.train.guard import SCALE, follow
 from casc.train.state import State
 
 
@@ -25,6 +27,9 @@ class Optim:
     """Weight decay, on everything that trains, norms and biases included."""
     clip_norm: float | None = None
     """Clip the gradients' total norm to this; None doesn't clip."""
+    max_skips: int = 20
+    """Stop after so many updates in a row were skipped because the loss or its gradient wasn't
+    finite."""
 
 
 def make_optimizer(config: Optim, state: State) -> torch.optim.SGD:
@@ -44,24 +49,61 @@ def make_optimizer(config: Optim, state: State) -> torch.optim.SGD:
     return optimizer
 
 
-def update(optimizer: torch.optim.SGD, rate: float, clip_norm: float | None) -> Tensor:
+def update(
+    optimizer: torch.optim.SGD,
+    rate: float,
+    clip_norm: float | None,
+    guard: Params | None = None,
+    loss: Tensor | None = None,
+) -> Tensor:
     """Apply the gradients and clear them, without reading anything back.
 
-    A fused optimizer leaves the parameters as they are when a gradient isn't finite, on
-    the device.
+    Where the gradients' norm or the loss isn't finite, parameters and momentum stay as they
+    are; the device decides that.
+
+    Args:
+        optimizer: from `make_optimizer`.
+        rate: learning rate.
+        clip_norm: limit of the total norm, or None.
+        guard: counts what is skipped; its loss scale, if any, is taken out of the gradients.
+        loss: of the step, a mean over all ranks.
 
     Returns:
         The gradients' total norm before clipping, a float32 scalar.
     """
     (group,) = optimizer.param_groups
     gradients = [p.grad for p in group["params"]]
+    scale = None if guard is None else guard.get(SCALE)
     norm = torch.nn.utils.get_total_norm(gradients)
+    if scale is not None:
+        norm = norm / scale
+    finite = norm.isfinite() if loss is None else (norm.isfinite() & loss.isfinite())
     if clip_norm is not None:
+        # By a factor, so it doesn't matter that the gradients are still scaled.
         torch.nn.utils.clip_grads_with_norm_(group["params"], clip_norm, norm)
     group["lr"] = rate
     if group["fused"]:
         # What GradScaler sets, and the fused kernels honour.
-        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-    optimizer.step()
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        optimizer.step()
+    else:
+        _step_where(finite, optimizer, scale)
     optimizer.zero_grad(set_to_none=True)
+    if guard is not None:
+        follow(guard, finite)
     return norm
+
+
+@torch.no_grad()
+def _step_where(finite: Tensor, optimizer: torch.optim.SGD, scale: Tensor | None) -> None:
+    """SGD for devices whose kernels can't skip: GradScaler would read the flag back."""
+    (group,) = optimizer.param_groups
+    for param in group["params"]:
+        step = param.grad if scale is None else param.grad / scale
+        step = step + group["weight_decay"] * param
+        momentum = optimizer.state[param].get("momentum_buffer")
+        if momentum is not None:
+            step = group["momentum"] * momentum + step
+            momentum.copy_(torch.where(finite, step, momentum))
+        param.sub_(torch.where(finite, group["lr"] * step, 0.0))

@@ -9,6 +9,7 @@ import torch
 
 from casc.evaluate import Evaluation
 from casc.ground_truth import read_json, write_json
+from casc.recipe import spread
 from casc.train.run import Run
 
 RESULTS = "results.json"
@@ -33,7 +34,7 @@ def conclude(run: Run, step: int, speed: float, evaluation: Evaluation | None) -
     figures = figures_of(evaluation) if evaluation else {}
     row = {
         "NAME": recipe.name,
-        "Batch_Size": f"{run.facts.images_per_step} ({run.ranks.world} x {recipe.batch})",
+        "Batch_Size": f"{run.facts.images_per_step} ({spread(recipe, run.ranks.world)})",
         "Epochs": f"{step / run.facts.steps_per_epoch:.4g}",
         "Throughput": f"{speed:.2f} img/s" if speed else "-",
         "Box AP": _percent(figures.get("box_ap")),

@@ -54,7 +54,9 @@ def fresh_state(
                 check_classes(weights, index.categories, str(recipe.data))
             except UserError as error:
                 notes.append(f"warning: {error}; what it knew of classes doesn't carry over")
-    return new_state(recipe.model, params, buffers, device, memory_format), notes
+    scaled = recipe.dtype == "float16"
+    state = new_state(recipe.model, params, buffers, device, memory_format, scaled=scaled)
+    return state, notes
 
 
 def resumed_state(
@@ -80,7 +82,8 @@ def resumed_state(
     _check_recipe(recipe, found)
     _check_position(recipe, index, derived, loaded.position)
     params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
-    state = new_state(recipe.model, params, buffers, device, memory_format)
+    scaled = recipe.dtype == "float16"
+    state = new_state(recipe.model, params, buffers, device, memory_format, scaled=scaled)
     state = checkpoint.restore(state, loaded, found)
     return state, [*notes, f"continuing from {found} at step {state.step:,}"]
 
@@ -90,8 +93,8 @@ def data_position(recipe: Recipe, index: Index, derived: Facts, step: int) -> di
     return {
         "step": step,
         "images_per_step": derived.images_per_step,
-        "world": derived.images_per_step // recipe.batch,
-        "batch": recipe.batch,
+        "world": derived.images_per_step // recipe.images_per_rank,
+        "batch": recipe.images_per_rank,
         "workers": max(recipe.loading.workers, 1),
         "window": recipe.loading.window,
         "seed": recipe.seed,

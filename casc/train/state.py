@@ -7,6 +7,7 @@ import torch
 from casc import detector
 from casc.detector import DetectorConfig
 from casc.layers import Params
+from casc.train.guard import new_guard
 from casc.train.step import to_format
 
 
@@ -21,6 +22,8 @@ class State(NamedTuple):
     """Batch norm statistics by name, which training doesn't change."""
     momentum: Params
     """The optimizer's, for the parameters that train, under their names."""
+    guard: Params
+    """Scalars of the numerical guards by name, from `casc.train.guard`."""
 
 
 def new_state(
@@ -29,12 +32,18 @@ def new_state(
     buffers: Params,
     device: torch.device,
     memory_format: torch.memory_format,
+    *,
+    scaled: bool = False,
 ) -> State:
-    """A state at step 0 on the device, in its layout, without momentum yet."""
+    """A state at step 0 on the device, in its layout, without momentum yet.
+
+    `scaled` gives it a loss scale, which float16 needs.
+    """
     params = {k: v.detach().to(device, copy=True) for k, v in params.items()}
     params = to_format(params, memory_format)
     training = detector.trainable(config, params)
     for value in training.values():
         value.requires_grad_()
     momentum = {k: torch.zeros_like(v, requires_grad=False) for k, v in training.items()}
-    return State(0, params, {k: v.to(device) for k, v in buffers.items()}, momentum)
+    buffers = {k: v.to(device) for k, v in buffers.items()}
+    return State(0, params, buffers, momentum, new_guard(device, scaled=scaled))

@@ -23,6 +23,8 @@ from casc.layers import Params
 from casc.mask_head import MaskRois, pack, stage_params
 from casc.ops.pyramid import Pyramid
 from casc.targets import Targets
+from casc.train.distributed import Ranks
+from casc.train.normalise import over_ranks
 
 LossStep = Callable[[Params, Params, Batch], tuple[Tensor, dict[str, Tensor]]]
 DetectStep = Callable[[Params, Params, Batch], Detections]
@@ -52,7 +54,11 @@ class Compute(NamedTuple):
 
 
 def make_loss_step(
-    config: DetectorConfig, image: ImageConfig, canvas: tuple[int, int], compute: Compute
+    config: DetectorConfig,
+    image: ImageConfig,
+    canvas: tuple[int, int],
+    compute: Compute,
+    together: Ranks | None = None,
 ) -> LossStep:
     """The losses of a batch whose images fit `canvas`.
 
@@ -61,6 +67,8 @@ def make_loss_step(
         image: resize, flip and normalisation.
         canvas: (H, W) in pixels.
         compute: dtype, memory format, compiled or not.
+        together: ranks whose number of samples losses are divided by; None takes this
+            batch's own. All of them then have to call the step at once.
 
     Returns:
         f(params, buffers, batch) -> (total, measures): the scalar to differentiate, and
@@ -77,15 +85,26 @@ def make_loss_step(
         losses, rois = detector.box_branch(params, config, features, inputs, noise)
         return losses, features.pyramid, rois, inputs.targets
 
-    def full(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def apart(params: Params, buffers: Params, batch: Batch) -> dict[str, Tensor]:
         losses, pyramid, rois, targets = boxes(params, buffers, batch)
         for i, stage in enumerate(config.stages):
             loss = detector.mask_branch(params, config, i, pyramid, rois[i], targets)
             losses[f"s{i}.loss_mask"] = stage.loss_weight * loss
+        return losses
+
+    def finished(losses: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if together is not None:
+            losses = over_ranks(losses, batch.image.shape[0], together)
         return detector.total(losses), {k: v.detach() for k, v in losses.items()}
 
-    if config.mask_head.capacity == "full":
+    def full(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return finished(apart(params, buffers, batch), batch)
+
+    if config.mask_head.capacity == "full" and together is None:
         return _maybe_compile(full, compute, config, image, canvas)
+    if config.mask_head.capacity == "full":
+        step = _maybe_compile(apart, compute, config, image, canvas)
+        return lambda params, buffers, batch: finished(step(params, buffers, batch), batch)
 
     def masks(head: Params, pyramid: Pyramid, rois: MaskRois, targets: Targets) -> Tensor:
         return detector.mask_branch(head, config, 0, pyramid, rois, targets)
@@ -105,7 +124,7 @@ def make_loss_step(
                     torch._dynamo.mark_dynamic(value, 0)
             loss = mask_step(stage_params(params, i), pyramid, packed, targets)
             losses[f"s{i}.loss_mask"] = stage.loss_weight * loss
-        return detector.total(losses), {k: v.detach() for k, v in losses.items()}
+        return finished(losses, batch)
 
     return counted
 

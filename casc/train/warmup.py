@@ -39,7 +39,7 @@ def warm_up(
     split = run.index.splits[recipe.train_split]
     trained = [state.params[name] for name in state.momentum]
     began = time.perf_counter()
-    with _one_rank_first(run.ranks, run.device, log):
+    with _one_rank_first(run.ranks, run.device, log, together=recipe.normalise == "world"):
         for done, bucket in enumerate(buckets):
             height, width = run.facts.canvases[recipe.train_split][bucket]
             log.say(
@@ -62,7 +62,7 @@ def warm_up(
 def buckets_ahead(recipe: Recipe, split: Split, world: int, steps: range) -> list[int]:
     """The buckets that these steps will meet, in the order in which they meet them."""
     found: dict[int, None] = {}
-    per_epoch = steps_per_epoch(split, world=world, batch=recipe.batch)
+    per_epoch = steps_per_epoch(split, world=world, batch=recipe.images_per_rank)
     at, wanted = steps.start, len({shard.bucket for shard in split.shards if shard.train})
     while at < steps.stop and len(found) < wanted:
         plan = plan_epoch(
@@ -70,7 +70,7 @@ def buckets_ahead(recipe: Recipe, split: Split, world: int, steps: range) -> lis
             seed=recipe.seed,
             epoch=at // per_epoch,
             world=world,
-            batch=recipe.batch,
+            batch=recipe.images_per_rank,
             workers=recipe.loading.workers,
             window=recipe.loading.window,
         )
@@ -82,13 +82,16 @@ def buckets_ahead(recipe: Recipe, split: Split, world: int, steps: range) -> lis
 
 
 @contextmanager
-def _one_rank_first(ranks: Ranks, device: torch.device, log: RunLog) -> Iterator[None]:
+def _one_rank_first(
+    ranks: Ranks, device: torch.device, log: RunLog, *, together: bool
+) -> Iterator[None]:
     """On each machine one rank compiles, then the others load what it has made.
 
     Accelerators are left out: compiled code knows the number of its device, so no rank has
-    a use for another's, and all compile at once.
+    a use for another's, and all compile at once. So they do where a step needs all ranks
+    (`together`).
     """
-    if ranks.world == 1 or device.index is not None:
+    if ranks.world == 1 or device.index is not None or together:
         yield
         return
     first = int(os.environ["LOCAL_RANK"]) == 0

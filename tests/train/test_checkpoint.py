@@ -17,6 +17,7 @@ def make_state(step, seed=0) -> State:
         {"a.weight": conv.requires_grad_(), "b": torch.randn(5, generator=generator)},
         {"a.running_mean": torch.randn(4, generator=generator), "n": torch.tensor(3)},
         {"a.weight": torch.randn(4, 3, 3, 3, generator=generator)},
+        {"skipped": torch.tensor(seed), "loss_scale": torch.tensor(2.0**seed)},
     )
 
 

@@ -11,14 +11,13 @@ from safetensors.torch import load_file, save_file
 from casc.errors import UserError
 from casc.train.distributed import (
     ALONE,
+    Exchange,
     Ranks,
-    average_gradients,
     from_main,
     gather,
     mean,
     process_group,
     ranks_from_environment,
-    smallest,
 )
 from casc.train.loop import train
 
@@ -53,18 +52,21 @@ def collectives():
             if value.dim() == 4 and i != 2:
                 value = value.to(memory_format=torch.channels_last)
             params.append(value.requires_grad_())
-        unused = torch.zeros(2).requires_grad_()
+        exchange = Exchange(params, ranks)
         expected = []
         for rank in range(2):
             generator = torch.Generator().manual_seed(rank)
             expected.append([torch.randn(shape, generator=generator) for shape in shapes])
-        for param, gradient in zip(params, expected[ranks.rank], strict=True):
-            param.grad = torch.empty_like(param).copy_(gradient)
-        average_gradients([*params, unused], ranks)
-        for param, a, b in zip(params, *expected, strict=True):
-            torch.testing.assert_close(param.grad, (a + b) / 2)
-        assert unused.grad is None
-        assert smallest(torch.tensor(5 - ranks.rank), ranks) == 4
+        for rounds in (1, 3, 1):
+            for i in range(rounds):
+                pairs = zip(params, expected[ranks.rank], strict=True)
+                loss = torch.stack([(param * g).sum() for param, g in pairs]).sum()
+                exchange.backward(loss, last=i == rounds - 1)
+            for param, a, b in zip(params, *expected, strict=True):
+                assert param.grad is not None
+                torch.testing.assert_close(param.grad, rounds * (a + b) / 2)
+                assert param.grad.stride() == param.stride()
+                param.grad = None
         assert mean(torch.tensor([1.0, 3.0]) * ranks.rank, ranks).tolist() == [0.5, 1.5]
         assert from_main(("x", ranks.rank), ranks) == ("x", 0)
         assert gather(ranks.rank, ranks) == ([0, 1] if ranks.main else [])
@@ -77,8 +79,8 @@ def test_collectives():
 
 def test_alone_nothing_is_sent():
     value = torch.ones(3).requires_grad_()
-    value.grad = torch.full((3,), 2.0)
-    average_gradients([value], ALONE)
+    Exchange([value], ALONE).backward(2 * value.sum(), last=False)
+    assert value.grad is not None
     assert value.grad.tolist() == [2, 2, 2]
     assert gather(1, ALONE) == [1]
     assert from_main(1, ALONE) == 1

@@ -1,9 +1,12 @@
+import numpy as np
 import pytest
 import torch
 
 from casc.errors import UserError
 from casc.train.distributed import ALONE
 from casc.train.meter import Meter, watch_positives
+
+FINE = torch.tensor(0)
 
 
 def test_means_speed_and_waiting():
@@ -12,30 +15,53 @@ def test_means_speed_and_waiting():
     for step, loss in enumerate((1.0, 2.0, 6.0)):
         assert meter.waiting(stream) == step + 1
         measures = {"loss": torch.tensor(loss), "grad_norm": torch.tensor(0.5)}
-        meter.add(step, torch.tensor([7, 8]), measures)
+        meter.add(step, torch.tensor([7, 8]), measures, FINE)
     values = meter.read()
     assert values["loss"] == 3
     assert values["grad_norm"] == 0.5
     assert values["images_per_second"] > 0
     assert 0 <= values["data_wait"] <= 1
     meter.warming_up()
-    meter.add(3, torch.tensor([7]), {"loss": torch.tensor(4.0), "grad_norm": torch.tensor(1.0)})
+    meter.add(
+        3, torch.tensor([7]), {"loss": torch.tensor(4.0), "grad_norm": torch.tensor(1.0)}, FINE
+    )
     assert meter.read()["loss"] == 4
     # The interval in which something was compiled doesn't count.
     assert meter.typical_speed() == values["images_per_second"]
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_the_first_bad_step_is_named(name, bad):
-    meter = Meter(torch.device("cpu"), ALONE)
-    for step in range(5):
-        measures = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(1.0)}
-        if step in (2, 3):
-            measures[name] = torch.tensor(bad)
-        meter.add(step, torch.tensor([10 * step, 10 * step + 1]), measures)
-    with pytest.raises(UserError, match=r"step 2: .*images of the step: \[20, 21\]"):
-        meter.read()
+def skip(meter, rows, first=0):
+    """Steps of which `rows` says how many updates in a row were skipped; figures then are nan."""
+    for step, row in enumerate(rows, first):
+        loss = torch.tensor(float("nan") if row else step + 1.0)
+        meter.add(step, torch.tensor([10 * step, 10 * step + 1]), {"loss": loss}, torch.tensor(row))
+
+
+def test_skipped_updates_are_named_and_left_out():
+    told = []
+    meter = Meter(torch.device("cpu"), ALONE, warn=told.append)
+    skip(meter, (0, 0, 1, 2, 0))
+    values = meter.read()
+    assert values["loss"] == pytest.approx((1 + 2 + 5) / 3)
+    assert values["skipped"] == 2
+    (text,) = told
+    assert text.startswith("step 2: ")
+    assert "2 of the last 5 updates were skipped; images of the step: [20, 21]" in text
+    skip(meter, (0, 0), first=5)
+    assert meter.read()["skipped"] == 0
+    assert len(told) == 1
+    skip(meter, (1,), first=7)
+    assert np.isnan(meter.read()["loss"])
+
+
+def test_too_many_in_a_row_stop_the_run_even_if_one_went_well_since():
+    meter = Meter(torch.device("cpu"), ALONE, max_skips=3)
+    skip(meter, (0, 1, 2, 0, 1, 2, 3, 0))
+    with pytest.raises(UserError, match=r"step 1: .* 3 updates in a row .*step: \[10, 11\]"):
+        meter.check()
+    meter = Meter(torch.device("cpu"), ALONE, max_skips=4)
+    skip(meter, (0, 1, 2, 0, 1, 2, 3, 0))
+    assert meter.check() == 5
 
 
 def test_steps_are_not_read_one_by_one():
@@ -43,7 +69,8 @@ def test_steps_are_not_read_one_by_one():
     meter = Meter(torch.device("meta"), ALONE)
     measure = torch.empty((), device="meta")
     for step in range(3):
-        meter.add(step, torch.tensor([1]), {"loss": measure, "grad_norm": measure, "x": measure})
+        row = torch.empty((), device="meta", dtype=torch.int64)
+        meter.add(step, torch.tensor([1]), {"loss": measure, "x": measure}, row)
 
 
 def test_pauses_do_not_count():
@@ -53,7 +80,7 @@ def test_pauses_do_not_count():
     with meter.paused():
         time.sleep(0.2)
     one = torch.tensor(1.0)
-    meter.add(0, torch.zeros(10), {"loss": one, "grad_norm": one})
+    meter.add(0, torch.zeros(10), {"loss": one, "grad_norm": one}, FINE)
     assert meter.read()["images_per_second"] > 100
 
 

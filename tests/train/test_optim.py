@@ -1,11 +1,17 @@
+from functools import partial
+
 import pytest
 import torch
 
+from casc.train.guard import follow, new_guard, scaled_loss
 from casc.train.optim import Optim, make_optimizer, update
 from casc.train.state import State
 
+FUSED = pytest.mark.parametrize("fused", [True, False])
+"""The fused kernel, and what devices without one do."""
 
-def make_state(seed=0) -> State:
+
+def make_state(seed=0, *, scaled=False) -> State:
     generator = torch.Generator().manual_seed(seed)
     params = {
         "conv": torch.randn(4, 3, 3, 3, generator=generator).to(memory_format=torch.channels_last),
@@ -13,7 +19,16 @@ def make_state(seed=0) -> State:
     }
     for value in params.values():
         value.requires_grad_()
-    return State(0, params, {}, {k: torch.zeros_like(v).detach() for k, v in params.items()})
+    momentum = {k: torch.zeros_like(v).detach() for k, v in params.items()}
+    return State(0, params, {}, momentum, new_guard(torch.device("cpu"), scaled=scaled))
+
+
+def optimizer_of(state, fused, **settings) -> torch.optim.SGD:
+    optimizer = make_optimizer(Optim(**settings), state)
+    (group,) = optimizer.param_groups
+    assert group["fused"]
+    group["fused"] = fused
+    return optimizer
 
 
 def backward(state, scale=1.0):
@@ -21,11 +36,12 @@ def backward(state, scale=1.0):
     (scale * torch.stack([(p**3).sum() for p in state.params.values()]).sum()).backward()
 
 
-def test_update_is_sgd_with_momentum_and_decay():
+@FUSED
+def test_update_is_sgd_with_momentum_and_decay(fused):
     state, rates = make_state(), [0.01, 0.02, 0.005]
     expected = {k: v.detach().clone() for k, v in state.params.items()}
     momentum = {k: torch.zeros_like(v) for k, v in expected.items()}
-    optimizer = make_optimizer(Optim(momentum=0.9, weight_decay=1e-2), state)
+    optimizer = optimizer_of(state, fused, momentum=0.9, weight_decay=1e-2)
     for rate in rates:
         backward(state, 0.1)
         norm = update(optimizer, rate, None)
@@ -42,10 +58,11 @@ def test_update_is_sgd_with_momentum_and_decay():
         assert state.params[k].grad is None
 
 
-def test_clipping():
+@FUSED
+def test_clipping(fused):
     state = make_state()
     before = {k: v.detach().clone() for k, v in state.params.items()}
-    optimizer = make_optimizer(Optim(momentum=0.0, weight_decay=0.0), state)
+    optimizer = optimizer_of(state, fused, momentum=0.0, weight_decay=0.0)
     backward(state)
     norm = update(optimizer, 1.0, 0.5)
     moved = torch.cat([(before[k] - v).flatten() for k, v in state.params.items()])
@@ -53,18 +70,85 @@ def test_clipping():
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
+@FUSED
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+def test_a_gradient_that_is_not_finite_changes_nothing(bad, fused):
     state = make_state()
-    optimizer = make_optimizer(Optim(), state)
+    optimizer = optimizer_of(state, fused)
     backward(state)
     update(optimizer, 0.1, None)
     before = {k: v.detach().clone() for k, v in (state.params | state.momentum).items()}
     (state.params["bias"] * bad).sum().backward()
     state.params["conv"].sum().backward()
-    assert not update(optimizer, 0.1, None).isfinite()
+    assert not update(optimizer, 0.1, None, state.guard).isfinite()
     for k, v in (state.params | state.momentum).items():
         assert torch.equal(before[k], v.detach())
+    assert state.guard["skipped"] == state.guard["skipped_in_a_row"] == 1
+    # Nor does a loss, with whatever gradient.
     backward(state)
-    update(optimizer, 0.1, None)
+    update(optimizer, 0.1, None, state.guard, torch.tensor(bad))
+    for k, v in (state.params | state.momentum).items():
+        assert torch.equal(before[k], v.detach())
+    assert state.guard["skipped"] == state.guard["skipped_in_a_row"] == 2
+    backward(state)
+    update(optimizer, 0.1, None, state.guard, torch.tensor(1.0))
     assert not torch.equal(before["bias"], state.params["bias"].detach())
+    assert (state.guard["skipped"], state.guard["skipped_in_a_row"]) == (2, 0)
+
+
+@FUSED
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_loss_scale_is_grad_scalers(fused, clip_norm, monkeypatch):
+    """Against torch.amp.GradScaler with clipping after `unscale_`, overflows in between."""
+    monkeypatch.setattr("casc.train.optim.follow", partial(follow, interval=3))
+    state, reference = make_state(scaled=True), make_state()
+    optimizer = optimizer_of(state, fused, momentum=0.9, weight_decay=1e-2)
+    theirs = torch.optim.SGD(reference.params.values(), 0.01, momentum=0.9, weight_decay=1e-2)
+    scaler = torch.amp.GradScaler("cpu", growth_interval=3)
+    scales = []
+    for bad in (0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0):
+        gradient = {k: torch.full_like(v, 0.1).detach() for k, v in state.params.items()}
+        if bad:
+            gradient["bias"][2] = float("inf")
+        for made, scale in ((state, None), (reference, scaler)):
+            pairs = zip(gradient.values(), made.params.values(), strict=True)
+            loss = torch.stack([(g * p).sum() for g, p in pairs]).sum()
+            (scale.scale(loss) if scale else scaled_loss(made.guard, loss)).backward()
+        norm = update(optimizer, 0.01, clip_norm, state.guard)
+        scaler.unscale_(theirs)
+        expected = torch.nn.utils.clip_grad_norm_(
+            reference.params.values(), clip_norm or float("inf")
+        )
+        scaler.step(theirs)
+        scaler.update()
+        theirs.zero_grad()
+        assert bad or norm.item() == pytest.approx(expected.item())
+        assert state.guard["loss_scale"] == scaler.get_scale()
+        scales.append(scaler.get_scale())
+        for k, v in reference.params.items():
+            torch.testing.assert_close(state.params[k], v, rtol=1e-6, atol=1e-7)
+    assert set(scales) == {16384, 32768, 65536}
+    assert state.guard["skipped"] == 3
+
+
+def test_the_scale_does_not_grow_to_infinity():
+    guard = new_guard(torch.device("cpu"), scaled=True)
+    guard["loss_scale"].fill_(2.0**127)
+    follow(guard, torch.tensor(True), interval=1)
+    assert guard["loss_scale"] == 2.0**127
+
+
+def test_nothing_is_read_back():
+    """On meta tensors there would be nothing to read."""
+    state = make_state(scaled=True)
+    moved = State(0, *({k: v.to("meta") for k, v in part.items()} for part in state[1:]))
+    for value in moved.params.values():
+        value.detach_().requires_grad_().grad = torch.empty_like(value)
+    update(optimizer_of_meta(moved), 0.1, 1.0, moved.guard, torch.empty((), device="meta"))
+
+
+def optimizer_of_meta(state) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(state.params.values(), 0.1, momentum=0.9)
+    for name, momentum in state.momentum.items():
+        optimizer.state[state.params[name]]["momentum_buffer"] = momentum
+    return optimizer

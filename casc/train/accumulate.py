@@ -1,0 +1,48 @@
+"""The gradient of one step from several smaller batches, one after the other."""
+
+from torch import Tensor
+
+from casc.data.batch import Batch
+from casc.train.distributed import Exchange, Ranks, mean
+from casc.train.guard import scaled_loss
+from casc.train.state import State
+from casc.train.step import LossStep
+
+
+def backward(
+    loss_step: LossStep, state: State, batch: Batch, exchange: Exchange, ranks: Ranks, parts: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Leave the gradients of a step's mean loss in the parameters; ranks talk at the end only.
+
+    Args:
+        loss_step: made for batches of B / parts images.
+        state: parameters, and the loss scale if there is one.
+        batch: [B, ...] on the device.
+        exchange: of the state's parameters that train.
+        ranks: this process's place.
+        parts: how many batches to make of this one.
+
+    Returns:
+        The mean loss over parts and ranks, and this rank's measures, means over parts.
+    """
+    losses, measures = [], []
+    for i, part in enumerate(split_batch(batch, parts)):
+        loss, found = loss_step(state.params, state.buffers, part)
+        exchange.backward(scaled_loss(state.guard, loss, parts), last=i == parts - 1)
+        losses.append(loss.detach())
+        measures.append(found)
+    if parts == 1:
+        return mean(losses[0], ranks), measures[0]
+    means = {name: sum(m[name] for m in measures) / parts for name in measures[0]}
+    return mean(sum(losses) / parts, ranks), means  # type: ignore[arg-type,return-value]
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """Consecutive parts of equal size, views of the batch."""
+    if parts == 1:
+        return [batch]
+    size = batch.image.shape[0] // parts
+    return [
+        Batch(*(None if v is None else v[at : at + size] for v in batch))
+        for at in range(0, parts * size, size)
+    ]
