@@ -102,10 +102,7 @@ def read_index(path: str | os.PathLike[str], loading: Loading = DEFAULT_LOADING)
     if not is_local(place):
         if not place.endswith(f"/{INDEX_NAME}"):
             place = join(place, INDEX_NAME)
-        try:
-            return parse_index(read_remote(place, loading).decode("utf-8"), place)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place}: can't be read ({error})") from None
+        return parse_index(read_remote(place, loading).decode("utf-8", "replace"), place)
     file = Path(place)
     if file.is_dir():
         file = file / INDEX_NAME

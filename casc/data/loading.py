@@ -1,7 +1,10 @@
 """How batches are read: settings that change speed and robustness, never what is learnt."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from casc.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,20 @@ class Loading:
 
 
 DEFAULT_LOADING = Loading()
+
+
+def check_loading(loading: Loading) -> None:
+    """Refuse settings that can't be honoured.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    for name, least in (("workers", 0), ("prefetch", 1), ("window", 1), ("retries", 0)):
+        if getattr(loading, name) < least:
+            raise UserError(f"--loading.{name} {getattr(loading, name)}: must be at least {least}")
+    for name, zero in (("timeout", False), ("backoff", True), ("cache_gb", False)):
+        value = getattr(loading, name)
+        if not (0 <= value < math.inf) or (value == 0 and not zero):
+            flag = name.replace("_", "-")
+            least = "at least" if zero else "more than"
+            raise UserError(f"--loading.{flag} {value:g}: must be {least} 0, and finite")

@@ -16,7 +16,7 @@ from casc.data.cache import cached_shard
 from casc.data.index import Shard, Split
 from casc.data.loading import DEFAULT_LOADING, Loading
 from casc.data.plan import Segment
-from casc.data.remote import REPAIR, is_local, join, location, open_remote
+from casc.data.remote import REPAIR, FetchError, is_local, join, location, open_remote
 from casc.data.sample import iter_tar
 from casc.data.status import OPENING, READING, Status
 from casc.errors import UserError
@@ -73,6 +73,8 @@ class OpenShard:
         for i in range(self.shard.samples):
             try:
                 pair = next(self._pairs, None)
+            except FetchError:
+                raise
             except UserError as error:
                 self.compare(str(error))
                 raise

@@ -7,26 +7,27 @@ after a broken or stalled connection, and ends with an error when that doesn't h
 
 import io
 import os
-import queue
 import re
-import select
 import shlex
-import subprocess
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 from urllib.request import url2pathname
 
+from casc.data.connections import (
+    PIPE,
+    Connection,
+    RefusedError,
+    open_fsspec,
+    open_http,
+    run_command,
+)
 from casc.data.loading import Loading
 from casc.data.status import OPENING, READING, RETRYING, Status
 from casc.errors import UserError
 
-T = TypeVar("T")
-
-PIPE = "pipe:"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _LONGEST_WAIT = 60.0
 REPAIR = (
@@ -36,20 +37,8 @@ REPAIR = (
 _GOES_ON = "the same command goes on from the newest checkpoint"
 
 
-class Connection(NamedTuple):
-    """An open file at the other end."""
-
-    read: Callable[[int], bytes]
-    """At most so many bytes, b"" at the end; raises OSError when none come."""
-    close: Callable[[], object]
-    at: int
-    """Where reading begins; mostly what was asked for."""
-    total: int | None
-    """The file's bytes, where the other end says so."""
-
-
-class RefusedError(Exception):
-    """What trying again won't change. The message is for users."""
+class FetchError(UserError):
+    """A file can't be had from where it is said to lie."""
 
 
 def location(root: str | os.PathLike[str]) -> str:
@@ -161,7 +150,7 @@ class Resuming(io.RawIOBase):
                 if not data and self.size is not None:
                     raise ConnectionError("the connection was closed too early")
             except RefusedError as error:
-                raise UserError(f"{self.place}: {error}") from None
+                raise FetchError(f"{self.place}: {error}") from None
             except Exception as error:  # other libraries' connections raise what they like
                 self._fail(error)
                 continue
@@ -209,7 +198,7 @@ class Resuming(io.RawIOBase):
         loading = self.loading
         where = f"at byte {self.at:,}" + (f" of {self.size:,}" if self.size is not None else "")
         if self._failures >= loading.retries:
-            raise UserError(
+            raise FetchError(
                 f"{self.place}: {_reason(error)} {where}; gave up after {self._failures} retries;"
                 " mend the server or the network, or raise --loading.retries or"
                 f" --loading.timeout; {_GOES_ON}"
@@ -236,83 +225,7 @@ def _reason(error: Exception) -> str:
 
 def _connector(place: str, loading: Loading) -> Callable[[int], Connection]:
     if place.startswith(PIPE):
-        return lambda at: _run_command(place, loading.timeout)
+        return lambda at: run_command(place, loading.timeout)
     if urlsplit(place).scheme in ("http", "https"):
-        from casc.data.http import open_http
-
         return lambda at: open_http(place, at, loading.timeout)
-    return lambda at: _open_fsspec(place, at, loading.timeout)
-
-
-def _open_fsspec(place: str, at: int, timeout: float) -> Connection:
-    import fsspec.core
-
-    try:
-        system, path = fsspec.core.url_to_fs(place)
-    except ImportError as error:
-        raise RefusedError(
-            f"reading it needs a package that isn't installed ({error}); casc[remote] brings"
-            " those for s3:// and gs://"
-        ) from None
-    except ValueError as error:
-        raise RefusedError(f"fsspec doesn't know how to open it ({error})") from None
-    try:
-        stream: Any = within(timeout, lambda: system.open(path, "rb"))
-        if at:
-            stream.seek(at)
-    except FileNotFoundError:
-        raise RefusedError("not found") from None
-    except PermissionError as error:
-        raise RefusedError(f"not permitted ({error})") from None
-    total = getattr(stream, "size", None)
-    return Connection(
-        read=lambda count: within(timeout, lambda: stream.read(count)),
-        close=stream.close,
-        at=at,
-        total=total if isinstance(total, int) else None,
-    )
-
-
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """Call something that has no time-out of its own, and leave it behind when it is late."""
-    box: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            box.put((call(), None))
-        except BaseException as error:
-            box.put((None, error))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        value, error = box.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return value  # pyright: ignore[reportReturnType]
-
-
-def _run_command(place: str, timeout: float) -> Connection:
-    process = subprocess.Popen(
-        place.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE, start_new_session=True
-    )
-    assert process.stdout is not None
-    pipe = process.stdout.fileno()
-
-    def read(count: int) -> bytes:
-        if not select.select([pipe], [], [], timeout)[0]:
-            raise TimeoutError
-        data = os.read(pipe, count)
-        if not data and process.wait(timeout):
-            raise OSError(f"the command ended with status {process.returncode}")
-        return data
-
-    def close() -> None:
-        # Its whole session: a pipeline's parts would go on otherwise.
-        if process.poll() is None:
-            os.killpg(process.pid, 9)
-        process.stdout.close()  # pyright: ignore[reportOptionalMemberAccess]
-        process.wait()
-
-    return Connection(read, close, at=0, total=None)
+    return lambda at: open_fsspec(place, at, loading.timeout)

@@ -77,8 +77,3 @@ def describe(row: np.ndarray, places: Sequence[str]) -> str:
         link = "; last read" if state == IDLE else ""
         text += f"{link} {places[shard]} at byte {byte:,}"
     return f"{text}, for {(time.monotonic_ns() - since) / 1e9:.0f} s"
-
-
-def last_shard(row: np.ndarray, places: Sequence[str]) -> str | None:
-    """The shard that a worker read last, if it read any."""
-    return places[int(row[_SHARD])] if row[_SHARD] >= 0 else None

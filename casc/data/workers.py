@@ -164,11 +164,12 @@ class BatchStream(Iterator[tuple[int, Batch]]):
         try:
             yield
         except RuntimeError as error:
-            found = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(error))
+            said = f"{error} {error.__cause__}"
+            found = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", said)
             if found is None:
                 raise
             pid = int(found[1])
-            killed = re.search(r"killed by signal: ([^.]*)", str(error))
+            killed = re.search(r"killed by signal: ([^.]*)", said)
             how = f"was killed ({killed[1].strip()})" if killed else "ended unexpectedly"
             number = self.pids.index(pid) if pid in self.pids else None
             row = None if number is None else self._rows[number].numpy()
