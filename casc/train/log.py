@@ -1,7 +1,12 @@
-"""What a run tells: lines for people, `log.jsonl` for programs, TensorBoard on request."""
+"""What a run tells: lines for people, `log.jsonl` for programs, TensorBoard on request.
+
+Each rank also has a file of its own, `logs/rank-N.jsonl`, for what happens to it alone:
+where it runs, warnings, errors.
+"""
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,24 +18,26 @@ from tqdm import tqdm
 
 from casc.errors import UserError
 
-LOG = "log.jsonl"
+LOG, LOGS = "log.jsonl", "logs"
 
 
 class RunLog:
-    """Writes a run's records; on ranks other than the main one it keeps silent.
+    """Writes a run's records; ranks other than the main one write into their own file only.
 
     On a terminal a progress bar shows the latest record, elsewhere each record is a line.
     """
 
     def __init__(
-        self, folder: Path, *, start: int, total: int, main: bool = True, tensorboard: bool = False
+        self, folder: Path, *, start: int, total: int, rank: int = 0, tensorboard: bool = False
     ):
-        self.main, self.start, self.total = main, start, total
+        self.rank, self.main, self.start, self.total = rank, rank == 0, start, total
         self.began = time.monotonic()
         self.file = self.board = self.bar = None
-        if not main:
+        (folder / LOGS).mkdir(parents=True, exist_ok=True)
+        self.own = _Lines(folder / LOGS / f"rank-{rank}.jsonl")
+        if not self.main:
             return
-        self.file = (folder / LOG).open("a", encoding="utf-8", buffering=1)
+        self.file = _Lines(folder / LOG)
         if tensorboard:
             self.board = _summary_writer(folder)
         if sys.stderr.isatty():
@@ -39,8 +46,11 @@ class RunLog:
     def record(self, kind: str, **values: Any) -> None:
         """Append a record to `log.jsonl`; what isn't finite becomes a string."""
         if self.file:
-            line = {"kind": kind, "time": round(time.time(), 3), **values}
-            self.file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
+            self.file.add(kind, values)
+
+    def note(self, kind: str, **values: Any) -> None:
+        """Append a record to this rank's own file."""
+        self.own.add(kind, values)
 
     def say(self, text: str, kind: str = "message", **values: Any) -> None:
         """Tell people, and record it."""
@@ -51,6 +61,13 @@ class RunLog:
     def warn(self, text: str) -> None:
         """Tell people of something that they may want to change."""
         self.say(f"warning: {text}", "warning")
+        self.note("warning", text=text)
+
+    def error(self, text: str, kind: str = "error", **values: Any) -> None:
+        """Tell people of what has gone wrong on this rank, whichever it is."""
+        print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True)
+        self.record(kind, text=text, **values)
+        self.note(kind, text=text, **values)
 
     def advance(self, step: int) -> None:
         """Move the bar to a number of steps."""
@@ -91,7 +108,7 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close everything."""
-        for output in (self.bar, self.board, self.file):
+        for output in (self.bar, self.board, self.file, self.own):
             if output is not None:
                 output.close()
 
@@ -104,12 +121,48 @@ class RunLog:
 
 @contextmanager
 def run_log(folder: Path, **options: Any) -> Iterator[RunLog]:
-    """A log that is closed whatever happens."""
-    log = RunLog(folder, **options)
+    """A log that is closed whatever happens.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    try:
+        log = RunLog(folder, **options)
+    except OSError as error:
+        raise UserError(f"--out {folder}: can't be written ({error})") from None
     try:
         yield log
     finally:
         log.close()
+
+
+class _Lines:
+    """A file of JSON lines. Not being able to write it is said once, and ends nothing."""
+
+    def __init__(self, path: Path):
+        self.path, self.failed = path, False
+        self.file = path.open("ab+", buffering=0)
+        if self.file.tell():
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":
+                self._write(b"\n")  # the last writer was killed within a line
+
+    def add(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Append a record."""
+        line = {"kind": kind, "time": round(time.time(), 3), **values}
+        self._write((json.dumps(_plain(line), allow_nan=False) + "\n").encode())
+
+    def _write(self, line: bytes) -> None:
+        try:
+            self.file.write(line)
+        except OSError as error:
+            if not self.failed:
+                print(f"warning: {self.path}: {error}; training goes on", file=sys.stderr)
+            self.failed = True
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
 
 
 def _summary_writer(folder: Path) -> Any:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from casc.compiling import use_cache
+from casc.data.batch import Batch
 from casc.data.index import read_index
 from casc.data.stream import ahead, training_batches
 from casc.detect import Detector, evaluate_split, new_detector
 from casc.devices import choose_device, choose_dtype, peak_memory, traits
-from casc.errors import UserError
 from casc.evaluate import Evaluation, format_table, write_evaluation
 from casc.recipe import Recipe, check, facts, resolved
 from casc.train import checkpoint
@@ -30,11 +30,14 @@ from casc.train.optim import make_optimizer, update
 from casc.train.picture import draw_batch
 from casc.train.results import conclude, concluded, figures_of
 from casc.train.run import Run, announce, open_log
+from casc.train.saving import Saver
 from casc.train.schedule import learning_rate
-from casc.train.start import data_position, fresh_state, resumed_state, weights_metadata
+from casc.train.start import fresh_state, resumed_state
 from casc.train.state import State
 from casc.train.step import Compute, LossStep, make_loss_step
+from casc.train.stopping import StoppedError, Stopping
 from casc.train.warmup import buckets_ahead, warm_up
+from casc.train.watching import Doing, watching
 
 PICTURE, EVALUATIONS = "first_batch.png", "evaluations"
 
@@ -57,6 +60,7 @@ def train(recipe: Recipe) -> Summary:
 
     Raises:
         UserError: the recipe, the data, the output folder or a loss is not as it has to be.
+        StoppedError: a signal asked for the end; what was learnt is saved.
     """
     recipe = resolved(recipe)
     index = read_index(recipe.data)
@@ -72,19 +76,26 @@ def train(recipe: Recipe) -> Summary:
     )
     derived = facts(recipe, index, ranks.world)
     with process_group(ranks, device) as device:
-        state, notes = resumed_state(recipe, index, derived, ranks, device, compute.memory_format)
+        state, past, notes = resumed_state(
+            recipe, index, derived, ranks, device, compute.memory_format
+        )
         if state is None:
             state, more = fresh_state(recipe, index, device, compute.memory_format)
             notes += more
         with open_log(recipe, derived, state, ranks) as log:
-            run = Run(recipe, index, derived, compute, device, ranks, log)
+            run = Run(recipe, index, derived, compute, device, ranks, log, past)
             if from_main(concluded(run, state.step) if ranks.main else None, ranks):
                 return Summary(recipe, state, 0.0, None)
             announce(run, state, notes)
-            return _loop(run, state)
+            with (
+                watching(run, state.step) as doing,
+                Stopping(ranks) as stopping,
+                Saver(run, state) as saver,
+            ):
+                return _loop(run, state, doing, stopping, saver)
 
 
-def _loop(run: Run, state: State) -> Summary:
+def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver) -> Summary:
     recipe, derived, ranks, log = run.recipe, run.facts, run.ranks, run.log
     split = run.index.splits[recipe.train_split]
     canvases = derived.canvases[recipe.train_split]
@@ -97,6 +108,13 @@ def _loop(run: Run, state: State) -> Summary:
     watch = watch_positives(log.warn)
     # `evaluation` is the main rank's alone, so it can't tell the others whether there was one.
     evaluation, evaluated = None, False
+
+    def evaluate() -> Evaluation | None:
+        try:
+            with stopping.between_steps(), meter.paused():
+                return _evaluate(run, detector, state, doing, saver)
+        except StoppedError as stopped:
+            _leave(run, saver, state, stopped)
 
     @cache
     def loss_step(bucket: int) -> LossStep:
@@ -113,19 +131,35 @@ def _loop(run: Run, state: State) -> Summary:
         world=ranks.world,
         rank=ranks.rank,
         loading=recipe.loading,
+        past=run.past,
         pin_memory=traits(run.device).pin_memory,
         bitmaps=recipe.model.mask_head.target == "bitmap",
+        warn=log.warn,
     )
+    doing.detail = batches.stuck_report
+    stream: Iterator[tuple[int, Batch]] = batches
     if recipe.compile and recipe.warm_up and steps:
         # Workers read ahead meanwhile, and data that can't be read says so before.
-        batches = chain([next(batches)], batches)
-        warm_up(run, state, loss_step, cold)
+        doing.now("waiting for data")
+        stream = chain([next(batches)], batches)
+
+        def compiling(bucket: int) -> LossStep:
+            doing.now(f"compiling bucket {split.buckets[bucket].name}")
+            return loss_step(bucket)
+
+        with stopping.between_steps():
+            warm_up(run, state, compiling, cold)
         cold.clear()
-    stream = ahead(batches, run.device, copy_stream=traits(run.device).copy_stream)
+    copied = ahead(stream, run.device, copy_stream=traits(run.device).copy_stream)
     meter = Meter(run.device, ranks, max_skips=recipe.optim.max_skips, warn=log.warn)
-    with _scheduled_collection() as collect:
+    if _missed_evaluation(run, state.step):
+        evaluation, evaluated = evaluate(), True
+    with batches.explained(), _scheduled_collection() as collect:
         while state.step < derived.steps:
-            bucket, batch, on_device = meter.waiting(stream)
+            doing.now("waiting for data", state.step)
+            bucket, batch, on_device = meter.waiting(copied)
+            doing.batch(bucket, batch.image_id)
+            stopping.ask()
             if state.step == 0 and ranks.main:
                 picture = recipe.folder / PICTURE
                 draw_batch(picture, batch, recipe.image, canvases[bucket], run.index.categories)
@@ -143,22 +177,28 @@ def _loop(run: Run, state: State) -> Summary:
             meter.add(state.step, batch.image_id, measures, state.guard[IN_A_ROW])
             state = state._replace(step=state.step + 1)
             log.advance(state.step)
+            saver.look()
+            ending = stopping.agreed()
 
             if state.step % recipe.log_every == 0 or state.step == derived.steps:
                 values = {"epoch": state.step / derived.steps_per_epoch, "lr": rate, **meter.read()}
                 log.train(state.step, {**values, "memory": peak_memory(run.device)})
                 watch(values)
                 collect()
-            if _due(run, state.step, recipe.save_every, recipe.save_steps):
+            if ending or _due(run, state.step, recipe.save_every, recipe.save_steps):
                 meter.check()
+                doing.now("saving", state.step)
                 with meter.paused():
-                    _save(run, state)
+                    saver.begin(state)
+            if ending:
+                _leave(run, saver, state, StoppedError(ending))
             if _due(run, state.step, recipe.evaluate_every):
                 meter.check()
-                with meter.paused():
-                    evaluation, evaluated = _evaluate(run, detector, state), True
+                evaluation, evaluated = evaluate(), True
     if not evaluated and recipe.evaluate_every:  # stopped between the last save and it
-        evaluation = _evaluate(run, detector, state)
+        evaluation = evaluate()
+    doing.now("waiting for the last checkpoint to be written")
+    saver.wait()
     speed = meter.typical_speed()
     if ranks.main:
         conclude(run, state.step, speed, evaluation)
@@ -185,32 +225,40 @@ def _due(run: Run, step: int, epochs: int, steps: int | None = None) -> bool:
     return rest == 0 and epoch % epochs == 0
 
 
-def _save(run: Run, state: State) -> None:
-    if not run.ranks.main:
-        return
-    recipe = run.recipe
-    try:
-        checkpoint.save(
-            run.checkpoints,
-            state,
-            metadata=weights_metadata(recipe, run.index, state.step),
-            position=data_position(recipe, run.index, run.facts, state.step),
-        )
-    except UserError as error:
-        if state.step == run.facts.steps:
-            raise
-        run.log.warn(f"{error}; training goes on")
-        return
-    run.tidy()
-    run.log.record("save", step=state.step)
+def _missed_evaluation(run: Run, step: int) -> bool:
+    """Whether a run that goes on ended between a checkpoint and its evaluation."""
+    saved = checkpoint.path_of(run.checkpoints, step) / checkpoint.METRICS
+    missed = step > 0 and _due(run, step, run.recipe.evaluate_every) and not saved.exists()
+    return from_main(missed if run.ranks.main else None, run.ranks)
 
 
-def _evaluate(run: Run, detector: Detector, state: State) -> Evaluation | None:
+def _leave(run: Run, saver: Saver, state: State, stopped: StoppedError) -> NoReturn:
+    """Save, if that isn't done or under way, and end the program."""
+    saver.begin(state)
+    saver.wait(must=True)
+    what = "saved" if run.recipe.save_every else "nothing is saved (--save-every 0)"
+    run.log.say(
+        f"{stopped.signal}: {what} at step {state.step:,}; the same command goes on from the newest"
+        f" checkpoint (exit status {stopped.code})",
+        "stopped",
+        step=state.step,
+    )
+    raise stopped
+
+
+def _evaluate(
+    run: Run, detector: Detector, state: State, doing: Doing, saver: Saver
+) -> Evaluation | None:
     recipe, log = run.recipe, run.log
     images = run.index.splits[recipe.val_split].samples
     began = time.perf_counter()
     log.say(f"evaluating on {recipe.val_split}, {images:,} images")
-    with log.progress(images, "evaluating") as watch:
+    with log.progress(images, "evaluating") as shown:
+
+        def watch(count: int) -> None:
+            doing.now("evaluating", state.step)
+            shown(count)
+
         evaluation = evaluate_split(
             detector,
             recipe.data,
@@ -235,10 +283,11 @@ def _evaluate(run: Run, detector: Detector, state: State) -> Evaluation | None:
     folder = recipe.folder / EVALUATIONS
     folder.mkdir(exist_ok=True)
     write_evaluation(evaluation, folder / f"step-{state.step:08d}.json")
+    saver.wait()
     saved = checkpoint.path_of(run.checkpoints, state.step)
     if saved.is_dir():
         checkpoint.add_metrics(saved, figures)
-        run.tidy()
+        run.tidy(saved)
     return evaluation
 
 

@@ -1,5 +1,7 @@
 """A run: what stays the same from its first step to its last, and where its output goes."""
 
+import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ import torch
 import casc
 from casc.config import to_json
 from casc.data.index import Index
+from casc.data.plan import NOTHING_PAST, Past
 from casc.errors import UserError
 from casc.ground_truth import write_json
 from casc.recipe import Facts, Recipe, advice, rate_lines
@@ -32,16 +35,20 @@ class Run:
     device: torch.device
     ranks: Ranks
     log: RunLog
+    past: Past = NOTHING_PAST
+    """How the epoch in which the run goes on began, where that was planned differently."""
 
     @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.recipe.folder / CHECKPOINTS
 
-    def tidy(self) -> None:
-        """Delete the checkpoints that the recipe doesn't keep."""
+    def tidy(self, newest: Path) -> None:
+        """Delete the checkpoints up to this one that the recipe doesn't keep."""
         best = None if self.recipe.keep_best == "none" else self.recipe.keep_best
-        checkpoint.tidy(self.checkpoints, keep_last=self.recipe.keep_last, keep_best=best)
+        checkpoint.tidy(
+            self.checkpoints, keep_last=self.recipe.keep_last, keep_best=best, newest=newest
+        )
 
 
 @contextmanager
@@ -62,7 +69,7 @@ def open_log(recipe: Recipe, derived: Facts, state: State, ranks: Ranks) -> Iter
         recipe.folder,
         start=state.step,
         total=derived.steps,
-        main=ranks.main,
+        rank=ranks.rank,
         tensorboard=recipe.tensorboard,
     ) as log:
         yield log
@@ -71,6 +78,15 @@ def open_log(recipe: Recipe, derived: Facts, state: State, ranks: Ranks) -> Iter
 def announce(run: Run, state: State, notes: list[str]) -> None:
     """Say and record what is about to happen."""
     recipe, log = run.recipe, run.log
+    log.note(
+        "start",
+        step=state.step,
+        rank=run.ranks.rank,
+        world=run.ranks.world,
+        host=platform.node(),
+        pid=os.getpid(),
+        device=str(run.device),
+    )
     log.record(
         "run",
         step=state.step,

@@ -11,6 +11,7 @@ import casc
 from casc import detector
 from casc.config import differences, from_json, to_json
 from casc.data.index import Index
+from casc.data.plan import NOTHING_PAST, Past, Phase
 from casc.errors import UserError
 from casc.recipe import FREE_FIELDS, IMAGENET, RANDOM, Facts, Recipe
 from casc.resnet import PREFIX
@@ -66,39 +67,50 @@ def resumed_state(
     ranks: Ranks,
     device: torch.device,
     memory_format: torch.memory_format,
-) -> tuple[State | None, list[str]]:
+) -> tuple[State | None, Past, list[str]]:
     """The state of the newest whole checkpoint in the run's folder, if there is one.
 
     Returns:
-        The state or None, and what there is to say.
+        The state or None, how its epoch began if that was otherwise, and what there is to say.
 
     Raises:
         UserError: the folder has a run that this recipe doesn't continue.
     """
     found, notes = from_main(_find(recipe) if ranks.main else None, ranks)
     if found is None:
-        return None, notes
+        return None, NOTHING_PAST, notes
     loaded = checkpoint.load(found)
     _check_recipe(recipe, found)
-    _check_position(recipe, index, derived, loaded.position)
+    past, more = _past(recipe, index, derived, loaded.position)
     params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
     scaled = recipe.dtype == "float16"
     state = new_state(recipe.model, params, buffers, device, memory_format, scaled=scaled)
     state = checkpoint.restore(state, loaded, found)
-    return state, [*notes, f"continuing from {found} at step {state.step:,}"]
+    notes += [f"continuing from {found} at step {state.step:,}", *more]
+    return state, past, notes
 
 
-def data_position(recipe: Recipe, index: Index, derived: Facts, step: int) -> dict[str, Any]:
-    """What resuming needs beside tensors: which samples the steps so far have seen."""
+def data_position(
+    recipe: Recipe, derived: Facts, past: Past, data: str, step: int
+) -> dict[str, Any]:
+    """What resuming needs beside tensors: which samples the steps so far have seen.
+
+    Args:
+        recipe: of the run.
+        derived: from it.
+        past: how the epoch in which the run was continued began.
+        data: `fingerprint` of what it trains on.
+        step: updates made.
+    """
+    epoch, within = divmod(step, derived.steps_per_epoch)
+    phases = past.phases if past.epoch == epoch else ()
     return {
         "step": step,
         "images_per_step": derived.images_per_step,
-        "world": derived.images_per_step // recipe.images_per_rank,
-        "batch": recipe.images_per_rank,
-        "workers": max(recipe.loading.workers, 1),
-        "window": recipe.loading.window,
         "seed": recipe.seed,
-        "data": fingerprint(index, recipe.train_split),
+        "data": data,
+        # Of the epoch so far: what was trained with which processes.
+        "phases": [phase._asdict() for phase in (*phases, _phase(recipe, derived, within))],
     }
 
 
@@ -146,7 +158,10 @@ def _find(recipe: Recipe) -> tuple[Path | None, list[str]]:
 def _check_recipe(recipe: Recipe, found: Path) -> None:
     """Refuse to continue with settings that change what is learnt."""
     before = from_json(Recipe, checkpoint.recipe_of(found), str(found))
-    free = FREE_FIELDS | ({"epochs"} if recipe.schedule.kind == "step" else set())
+    # That batch and accumulate make the same step is seen to by `_past`.
+    free = FREE_FIELDS | {"batch", "accumulate"}
+    if recipe.schedule.kind == "step":
+        free |= {"epochs"}
     for name, (old, new) in differences(to_json(before), to_json(recipe)).items():
         if name not in free and not name.startswith("loading."):
             flag = name.replace("_", "-")
@@ -156,21 +171,66 @@ def _check_recipe(recipe: Recipe, found: Path) -> None:
             )
 
 
-def _check_position(recipe: Recipe, index: Index, derived: Facts, position: dict[str, Any]) -> None:
-    """Refuse to continue where the steps so far would mean other samples."""
-    now = data_position(recipe, index, derived, position["step"])
-    within_epoch = position["step"] % derived.steps_per_epoch != 0
-    for name, flag, always in (
-        ("data", "--data", True),
-        ("images_per_step", "--batch or the number of processes", True),
-        ("world", "the number of processes", False),
-        ("workers", "--loading.workers", False),
-        ("window", "--loading.window", False),
-    ):
-        if (always or within_epoch) and now[name] != position[name]:
+def _phase(recipe: Recipe, derived: Facts, stop: int) -> Phase:
+    return Phase(
+        stop,
+        world=derived.images_per_step // recipe.images_per_rank,
+        batch=recipe.images_per_rank,
+        workers=max(recipe.loading.workers, 1),
+        window=recipe.loading.window,
+    )
+
+
+def _past(
+    recipe: Recipe, index: Index, derived: Facts, position: dict[str, Any]
+) -> tuple[Past, list[str]]:
+    """How the epoch to go on with began, and what there is to say of it.
+
+    Raises:
+        UserError: the steps so far would mean other samples, or other learning rates.
+    """
+    step = position["step"]
+    for name, now, flag, why in (
+        (
+            "data", fingerprint(index, recipe.train_split), "--data",
+            "it must be the same",
+        ),
+        (
+            "images_per_step", derived.images_per_step, "--batch, --accumulate or the number of"
+            " processes", "steps, epochs and learning rates are counted in it; choose --batch and"
+            " --accumulate so that processes x batch x accumulate stays the same",
+        ),
+    ):  # fmt: skip
+        if now != position[name]:
             raise UserError(
-                f"{flag}: the run in {recipe.folder} stopped at step {position['step']} with"
-                f" {name} {position[name]}, now it is {now[name]}; it must be the same"
-                + ("" if always else " in the middle of an epoch")
-                + ", or choose another --out for a new run"
+                f"{flag}: the run in {recipe.folder} stopped at step {step} with"
+                f" {name} {position[name]}, now it is {now}; {why}, or choose another --out for"
+                " a new run"
             )
+    epoch, within = divmod(step, derived.steps_per_epoch)
+    *phases, last = (Phase(**entry) for entry in position["phases"])
+    now = _phase(recipe, derived, within)
+    if not within:
+        phases = []
+    elif last != now:
+        phases.append(last)
+    past = Past(epoch, tuple(phases))
+    changed = [
+        f"{name} {getattr(last, name)} -> {getattr(now, name)}"
+        for name in ("world", "batch", "workers", "window")
+        if getattr(last, name) != getattr(now, name)
+    ]
+    if not changed:
+        return past, []
+    notes = [
+        f"changed: {', '.join(changed)}"
+        + ("; the samples that the epoch's first steps left are dealt out anew" if within else "")
+        + f"; a step is {derived.images_per_step} images as before, so steps, epochs and the"
+        " learning rate go on as they were"
+    ]
+    if recipe.normalise == "rank" and last.batch != now.batch:
+        notes.append(
+            "warning: --normalise rank: losses are divided by the samples of each device's own"
+            " batch, which has another size now; --normalise world wouldn't depend on it"
+        )
+    return past, notes

@@ -45,7 +45,7 @@ class Stopping:
         self.at_once = False
         self.before: dict[signal.Signals, Any] = {}
         # Of its own, on the hosts: devices have no say in it, and gradients pass it by.
-        self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+        self.group: Any = dist.new_group(backend="gloo") if ranks.world > 1 else None
         self.flag = torch.zeros((), dtype=torch.int32)
         self.work: Any = None
 

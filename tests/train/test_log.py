@@ -1,9 +1,11 @@
+import errno
 import io
 import json
 import sys
 
 import pytest
 
+from casc.errors import UserError
 from casc.train.log import run_log
 from casc.train.results import COLUMNS, results_table
 
@@ -63,13 +65,50 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):
-    with run_log(tmp_path, start=0, total=1, main=False) as log:
+    with run_log(tmp_path, start=0, total=1, rank=1) as log:
         log.say("x")
         log.train(1, VALUES)
         log.record("y")
         log.scalars(1, VALUES, "val")
-    assert not list(tmp_path.iterdir())
+        log.warn("a disk is slow")
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+    (own,) = (tmp_path / "logs").iterdir()
+    assert own.name == "rank-1.jsonl"
+    (record,) = map(json.loads, own.read_text().splitlines())
+    assert (record["kind"], record["text"]) == ("warning", "a disk is slow")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_that_was_cut_short_spoils_no_other(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"kind": "whole"}\n{"kind": "cu')
+    with run_log(tmp_path, start=0, total=1) as log:
+        log.record("next")
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [line[:16] for line in lines] == ['{"kind": "whole"', '{"kind": "cu', '{"kind": "next",']
+
+
+def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys, monkeypatch):
+    with run_log(tmp_path, start=0, total=1) as log:
+        assert log.file is not None
+
+        class Full(io.RawIOBase):
+            def write(self, line):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        log.file.file.close()
+        monkeypatch.setattr(log.file, "file", Full())
+        log.record("x")
+        log.record("y")
+    assert capsys.readouterr().err.count("No space left on device; training goes on") == 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"--out .*file: can't be written"),
+        run_log(tmp_path / "file", start=0, total=1),
+    ):
+        pass
 
 
 def test_a_second_run_appends(tmp_path):
