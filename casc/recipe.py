@@ -16,8 +16,8 @@ from casc import detector
 from casc.config import to_json
 from casc.data.augment import ImageConfig
 from casc.data.index import Index, Split, canvas
+from casc.data.loading import Loading, check_loading
 from casc.data.plan import plan_epoch
-from casc.data.stream import Loading
 from casc.detector import DetectorConfig
 from casc.devices import TRAITS, traits
 from casc.errors import UserError
@@ -34,7 +34,7 @@ class Recipe:
     name: str
     """The run's name: of its output folder and of its row in the results table."""
     data: Path = Path("shards")
-    """Folder of shards made by `data_tools shard`."""
+    """Folder of shards made by `data_tools shard`, or its URL: http(s), or what fsspec opens."""
     out: Path | None = None
     """Output folder; by default runs/NAME under the current directory."""
     init: str = IMAGENET
@@ -170,9 +170,6 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
         ("save-every", recipe.save_every, 0),
         ("keep-last", recipe.keep_last, 0),
         ("watchdog-minutes", recipe.watchdog_minutes, 0),
-        ("loading.workers", recipe.loading.workers, 0),
-        ("loading.prefetch", recipe.loading.prefetch, 1),
-        ("loading.window", recipe.loading.window, 1),
         ("optim.reference-batch", recipe.optim.reference_batch, 1),
         ("optim.max-skips", recipe.optim.max_skips, 1),
         ("schedule.warmup-steps", recipe.schedule.warmup_steps, 0),
@@ -181,6 +178,7 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
     ):
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
+    check_loading(recipe.loading)
     if not recipe.optim.lr > 0:
         raise UserError(f"--optim.lr {recipe.optim.lr}: must be more than 0")
     if recipe.optim.clip_norm is not None and not recipe.optim.clip_norm > 0:

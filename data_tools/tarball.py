@@ -2,10 +2,13 @@
 
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from casc.data.files import sync_folder
 
 TEMPORARY = ".tmp"
 """Suffix of files that aren't finished."""
@@ -19,7 +22,7 @@ class Written(NamedTuple):
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Written:
-    """Write a ustar archive under a temporary name, and rename it once it is complete."""
+    """Write a ustar archive under a temporary name, and rename it once it is on the disk."""
     temporary = path.with_name(path.name + TEMPORARY)
     with temporary.open("w+b") as stream:
         with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
@@ -30,7 +33,9 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Written:
         size = stream.tell()
         stream.seek(0)
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        os.fsync(stream.fileno())
     temporary.replace(path)
+    sync_folder(path.parent)
     return Written(size, digest)
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from casc.data.files import sync_folder
 from casc.data.loading import DEFAULT_LOADING, Loading
 from casc.data.remote import is_local, join, location, read_remote
 from casc.errors import UserError
@@ -160,6 +161,7 @@ def write_index(path: str | os.PathLike[str], index: Index) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+    sync_folder(file.parent)
 
 
 def canvas(bucket: Bucket, short: int, long: int, divisor: int = 32) -> tuple[int, int]:

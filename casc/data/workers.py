@@ -146,9 +146,9 @@ class BatchStream(Iterator[tuple[int, Batch]]):
         self._batches.close()
 
     def stuck_report(self) -> str:
-        """What each worker is doing and for how long, a line each; for any thread, any time."""
+        """What each worker is doing and for how long; for any thread, at any time."""
         rows = self._rows.numpy()
-        return "\n".join(
+        return "; ".join(
             f"worker {i}"
             + (f" (process {self.pids[i]})" if self.pids else "")
             + f": {describe(row, self._places)}"

@@ -37,7 +37,7 @@ def launch(
         if not dry_run:
             prepare(recipe)
             return train(recipe)
-        index = read_index(recipe.data)
+        index = read_index(recipe.data, recipe.loading)
         world = ranks_from_environment().world
         check(recipe, index, world)
         print(describe(recipe, index, choose_device(recipe.device), world))

@@ -626,3 +626,28 @@ def test_real_photographs(tmp_path: Path, quiet_run):
         copy = next(other for other in record["annotations"] if other["id"] == entry["id"])
         assert copy["segmentation"] == entry["segmentation"]
         assert order_key(record["image_id"])[1] == record["image_id"]
+
+
+def test_shards_are_on_the_disk_before_the_index_names_them(varied, monkeypatch):
+    """As the system sees it: each file and each name is synchronised in this order."""
+    calls: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def watched_fsync(descriptor: int) -> None:
+        calls.append(("sync", os.path.realpath(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def watched_replace(path: Path, target: Path) -> Path:
+        calls.append(("name", os.path.realpath(path)))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "replace", watched_replace)
+    index, out = varied.shard()
+    position = calls.index(("name", os.path.realpath(out / ".index.json.tmp")))
+    for shard in index.splits["train"].shards:
+        path = os.path.realpath(out / shard.name)
+        content, name = calls.index(("sync", f"{path}.tmp")), calls.index(("name", f"{path}.tmp"))
+        folder = calls.index(("sync", os.path.dirname(path)), name)  # noqa: PTH120
+        assert content < name < folder < position
+    assert ("sync", os.path.realpath(out)) in calls[position:]
