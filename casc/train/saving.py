@@ -66,12 +66,12 @@ class Saver:
             return
         began = time.perf_counter()
         if self.write:
-            late = not self.write.done.done()
             before = self.write.step
             self.wait()
-            if late:
+            waited = time.perf_counter() - began
+            if waited > 0.1:
                 self.run.log.warn(
-                    f"step {state.step:,} waited {time.perf_counter() - began:.1f} s for the"
+                    f"step {state.step:,} waited {waited:.1f} s for the"
                     f" checkpoint of step {before:,} to be written: save less often"
                     " (--save-steps), or to a faster disk"
                 )
