@@ -63,7 +63,7 @@ def train(recipe: Recipe) -> Summary:
         StoppedError: a signal asked for the end; what was learnt is saved.
     """
     recipe = resolved(recipe)
-    index = read_index(recipe.data)
+    index = read_index(recipe.data, recipe.loading)
     ranks = ranks_from_environment()
     check(recipe, index, ranks.world)
     device = choose_device(recipe.device)
