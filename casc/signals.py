@@ -1,5 +1,6 @@
 """Signals that ask for an end, from schedulers, launchers and people."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -25,6 +26,9 @@ def leave_to_parent() -> None:
 
 
 def _end_at_parents_word() -> None:
+    # With some start methods the system's parent is a server that forks.
+    starter = multiprocessing.parent_process()
+    parent = starter.pid if starter else os.getppid()
     while True:
-        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
             os._exit(0)

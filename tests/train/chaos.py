@@ -38,6 +38,7 @@ def entry(rank: int, port: int, recipe: Recipe, output: Path) -> None:
 
     from casc.train.loop import train
 
+    multiprocessing.set_start_method("fork", force=True)  # of loading workers, as usual here
     os.setpgid(0, 0)  # the rank and its loading workers die together
     torch.set_num_threads(1)
     os.environ |= {

@@ -1,0 +1,174 @@
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+
+import chaos
+import pytest
+import torch
+
+from casc.errors import UserError
+from casc.train import checkpoint, stopping
+from casc.train.distributed import ALONE
+from casc.train.launch import errors_in_one_line
+from casc.train.loop import train
+from casc.train.meter import Meter
+from casc.train.stopping import StoppedError, Stopping
+
+ENDS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Sends this process a signal in the middle of a step."""
+    add = Meter.add
+
+    def at(step, number):
+        def watch(meter, now, *rest):
+            if now == step:
+                os.kill(os.getpid(), number)
+            add(meter, now, *rest)
+
+        monkeypatch.setattr(Meter, "add", watch)
+
+    return at
+
+
+def records(recipe, kind):
+    lines = (recipe.folder / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_ends_the_run_after_its_step(tiny_recipe, signalled, number, capfd, tmp_path):
+    recipe = replace(tiny_recipe, max_steps=4)
+    signalled(1, number)
+    with pytest.raises(SystemExit) as raised, errors_in_one_line():
+        train(recipe)
+    assert raised.value.code == 128 + number
+    output = capfd.readouterr()
+    name = signal.Signals(number).name
+    assert f"{name}: leaving after the step; again to leave at once" in output.err
+    assert f"{name}: saved at step 2; the same command goes on" in output.out
+    assert f"(exit status {128 + number})" in output.out
+    checkpoint.verify(recipe.folder / "checkpoints/step-00000002")
+    assert not (recipe.folder / "logs/crash-rank-0.txt").exists()
+    # What was there before listens again.
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    signalled(-1, number)
+    again = train(recipe).state
+    straight = train(replace(recipe, out=tmp_path / "straight")).state
+    for a, b in zip(again[1:], straight[1:], strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    assert [r["step"] for r in records(recipe, "train")] == [1, 2, 3, 4]
+
+
+def test_an_evaluation_is_broken_off_and_made_up_for(tiny_recipe, monkeypatch):
+    recipe = replace(tiny_recipe, max_steps=6, evaluate_every=1)
+    evaluate = stopping.Stopping.between_steps
+
+    def once(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self)
+
+    monkeypatch.setattr(Stopping, "between_steps", once)
+    with pytest.raises(StoppedError):
+        train(recipe)
+    folder = recipe.folder / "checkpoints/step-00000005"
+    assert folder.is_dir()
+    assert not (folder / "metrics.json").exists()
+    monkeypatch.setattr(Stopping, "between_steps", evaluate)
+    train(replace(recipe, keep_last=0))
+    assert [record["step"] for record in records(recipe, "evaluation")] == [5, 6]
+    assert (folder / "metrics.json").exists()
+
+
+def test_nothing_is_saved_where_nothing_is_to_be(tiny_recipe, signalled, capsys):
+    signalled(0, signal.SIGTERM)
+    with pytest.raises(StoppedError):
+        train(replace(tiny_recipe, save_every=0))
+    assert "SIGTERM: nothing is saved (--save-every 0)" in capsys.readouterr().out
+
+
+def test_again_leaves_at_once(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with Stopping(ALONE) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        # Launchers repeat what the scheduler has sent to everyone.
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed() == signal.SIGTERM
+        assert not left
+        monkeypatch.setattr(stopping, "REPEAT", 0.0)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert left == [128 + signal.SIGTERM]
+
+
+def test_ranks_stop_at_the_same_step(tiny_recipe, tmp_path):
+    """One rank's loader gets on at first; only one of the two ranks is signalled."""
+    recipe = chaos.hurried(tiny_recipe, steps=400)
+    recipe = replace(recipe, save_steps=None, save_every=1000)
+    ranks = chaos.start(recipe, tmp_path / "output.txt")
+    until = time.monotonic() + 60
+    while chaos.last_step(recipe) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(ranks[1].pid, signal.SIGUSR1)
+    statuses = chaos.finish(ranks, 60)
+    output = (tmp_path / "output.txt").read_text()
+    assert statuses == [128 + signal.SIGUSR1] * 2, output
+    (newest,) = checkpoint.list_checkpoints(recipe.folder / "checkpoints")
+    step = int(newest.name.removeprefix("step-"))
+    assert f"SIGUSR1: saved at step {step};" in output
+    assert chaos.last_step(recipe) == step
+
+
+def test_a_rank_that_is_killed_is_missed(tiny_recipe, tmp_path):
+    recipe = chaos.hurried(tiny_recipe, steps=400)
+    recipe = replace(recipe, save_steps=None, save_every=1000)
+    ranks = chaos.start(recipe, tmp_path / "output.txt")
+    until = time.monotonic() + 60
+    while chaos.last_step(recipe) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    ranks[1].kill()
+    statuses = chaos.finish(ranks, 60)
+    output = (tmp_path / "output.txt").read_text()
+    assert statuses == [1, -signal.SIGKILL], output
+    assert "rank 0: lost touch with another rank at step, step" in output
+    assert "the same command goes on from the newest checkpoint" in output
+    report = (recipe.folder / "logs/crash-rank-0.txt").read_text()
+    assert "images    [" in report
+    assert "versions  casc " in report
+    own = (recipe.folder / "logs/rank-0.jsonl").read_text()
+    assert '"kind": "crash"' in own
+    assert '"kind": "start"' in (recipe.folder / "logs/rank-1.jsonl").read_text()
+
+
+def test_other_processes_go_on_in_the_middle_of_an_epoch(tiny_recipe, tmp_path, monkeypatch):
+    """2 steps by two ranks, 1 by one rank with two workers, 2 by one that accumulates."""
+    recipe = replace(tiny_recipe, max_steps=5, save_steps=1, keep_last=0)
+    two = replace(recipe, batch=1, max_steps=2)
+    ranks = chaos.start(two, tmp_path / "output.txt")
+    assert chaos.finish(ranks, 60) == [0, 0], (tmp_path / "output.txt").read_text()
+    loading = replace(recipe.loading, workers=2, window=3)
+    train(replace(recipe, max_steps=3, loading=loading))
+    seen = []
+    add = Meter.add
+
+    def watch(meter, step, image_id, *rest):
+        seen.append((step, image_id.tolist()))
+        add(meter, step, image_id, *rest)
+
+    monkeypatch.setattr(Meter, "add", watch)
+    train(replace(recipe, batch=1, accumulate=2))
+    monkeypatch.undo()
+    assert [step for step, _ in seen] == [3, 4]
+    position = checkpoint.load(recipe.folder / "checkpoints/step-00000004").position
+    assert [list(phase.values()) for phase in position["phases"]] == [
+        [2, 2, 1, 1, 4],
+        [3, 1, 2, 2, 3],
+        [4, 1, 2, 1, 4],
+    ]
+    with pytest.raises(UserError, match=r"images_per_step 2, now it is 3; steps, epochs"):
+        train(replace(recipe, batch=3))
