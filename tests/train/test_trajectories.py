@@ -1,0 +1,163 @@
+"""However a step's images are spread over ranks and passes, training takes the same course."""
+
+import os
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_distributed import launch
+
+from casc import detector
+from casc.data.batch import Batch
+from casc.resnet import ResNetConfig
+from casc.train.accumulate import backward, split_batch
+from casc.train.distributed import ALONE, Exchange, Ranks, process_group
+from casc.train.normalise import over_ranks
+from casc.train.optim import Optim, make_optimizer, update
+from casc.train.state import new_state
+from casc.train.step import Compute, make_loss_step
+
+CPU = torch.device("cpu")
+EAGER = Compute(compile=False)
+
+
+def course(model, batches, ranks, *, together=True, parts=1, rate=0.001):
+    """Losses [steps] and all parameters after each step [steps, n]; batches are the world's."""
+    config, image, canvas = model
+    params, buffers = detector.init(config, torch.Generator().manual_seed(1))
+    params["rpn_head.rpn_cls.weight"] *= 30  # fresh weights score all anchors nearly alike
+    state = new_state(config, params, buffers, CPU, torch.contiguous_format)
+    optimizer = make_optimizer(Optim(), state)
+    exchange = Exchange([state.params[name] for name in state.momentum], ranks)
+    step = make_loss_step(config, image, canvas, EAGER, ranks if together else None)
+    losses, course = [], []
+    for batch in batches:
+        mine = split_batch(batch, ranks.world)[ranks.rank]
+        loss, _ = backward(step, state, mine, exchange, ranks, parts)
+        update(optimizer, rate, None, state.guard, loss)
+        losses.append(loss)
+        course.append(torch.cat([p.detach().flatten() for p in state.params.values()]))
+    assert state.guard["skipped"] == 0
+    return torch.stack(losses), torch.stack(course)
+
+
+def in_each_world(model, batches, folder, ports):
+    """One start of 4 processes serves worlds of 4, 2 and 1."""
+    rank = int(os.environ["RANK"])
+    for (world, together), port in ports.items():
+        if rank >= world:
+            continue
+        os.environ |= {"WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
+        ranks = Ranks(world, rank)
+        with process_group(ranks, CPU):
+            # Alone, losses are divided by the batch's own counts anyway.
+            losses, params = course(model, batches, ranks, together=together and world > 1)
+        if rank == 0:
+            save_file({"losses": losses, "params": params}, f"{folder}/{world}-{together}")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def small(tiny):
+    """A detector whose trajectory isn't chaotic.
+
+    A trajectory splits up where rounding decides: at a ReLU close to 0, which in so small a
+    backbone is a hundredth of its gradient, and between proposals of nearly equal score. So
+    the backbone is frozen and proposals are few; the heads and the pyramid train.
+    """
+    config, image, canvas = tiny
+    return (
+        replace(
+            config,
+            backbone=ResNetConfig(depth=18, width=16, norm="gn", frozen_stages=4),
+            rpn=replace(config.rpn, train_pre_nms=12, train_proposals=40),
+        ),
+        image,
+        canvas,
+    )
+
+
+@pytest.fixture
+def full_batch(tiny_batch):
+    """`tiny_batch` with images that fill the canvas: padding gives equal scores by the dozen."""
+
+    def make(objects, seed):
+        batch = tiny_batch(objects, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        image = torch.randint(0, 256, batch.image.shape, generator=generator, dtype=torch.uint8)
+        size = torch.tensor([72.0, 96.0]).expand(len(objects), 2).clone()
+        return batch._replace(image=image, size=size)
+
+    return make
+
+
+def test_one_two_and_four_ranks_take_the_same_course(small, full_batch, tmp_path):
+    # Crowded, sparse and empty images, so that the ranks' counts differ.
+    batches = [full_batch([5, 1, 0, 2 + step % 3], seed=step) for step in range(20)]
+    runs = [(1, True), (2, True), (4, True), (2, False)]
+    ports = {run: free_port() for run in runs}
+    launch(in_each_world, small, batches, str(tmp_path), ports, world=4)
+    found = {run: load_file(tmp_path / f"{run[0]}-{run[1]}") for run in runs}
+    alone = found[1, True]
+    assert len(alone["losses"]) == 20
+    assert alone["losses"][-5:].sum() < 0.95 * alone["losses"][:5].sum()
+
+    def apart(run):
+        loss = (found[run]["losses"] / alone["losses"] - 1).abs().max()
+        gap = (found[run]["params"] - alone["params"]).norm(dim=1)
+        return max(loss.item(), (gap / alone["params"].norm(dim=1)).max().item())
+
+    assert apart((2, True)) < 1e-5
+    assert apart((4, True)) < 1e-5
+    # Which is due to the shared counts: by each rank's own it is another course.
+    assert apart((2, False)) > 1e-3
+
+
+def test_accumulating_is_one_larger_batch_up_to_the_counts(small, tiny_batch):
+    """The gradient is the mean over the passes; where their counts agree, the batch's."""
+    batch = tiny_batch([2, 3])
+    config, image, canvas = small
+    params, buffers = detector.init(config, torch.Generator().manual_seed(0))
+    state = new_state(config, params, buffers, CPU, torch.contiguous_format)
+    trained = [state.params[name] for name in state.momentum]
+    step = make_loss_step(config, image, canvas, EAGER)
+    singles = []
+    for part in split_batch(batch, 2):
+        loss, _ = step(state.params, state.buffers, part)
+        singles.append((loss.item(), torch.autograd.grad(loss, trained)))
+    loss, measures = backward(step, state, batch, Exchange(trained, ALONE), ALONE, 2)
+    assert loss.item() == pytest.approx((singles[0][0] + singles[1][0]) / 2, rel=1e-6)
+    assert measures["rpn.samples"] == 32
+    for param, a, b in zip(trained, singles[0][1], singles[1][1], strict=True):
+        torch.testing.assert_close(param.grad, (a + b) / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_accumulating_equals_the_larger_batch_where_the_counts_do(small, full_batch):
+    """Two images with the same objects and noise have the same counts."""
+    one = full_batch([3], seed=0)
+    batch = Batch(*(None if v is None else torch.cat([v, v]) for v in one))
+    batches = [batch._replace(seed=batch.seed + step) for step in range(3)]
+    whole = course(small, batches, ALONE)
+    parts = course(small, batches, ALONE, parts=2)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_counts_of_nothing():
+    """A rank without positives, among others or alone: numbers, and the world's division."""
+    losses = {
+        "loss_rpn_cls": torch.tensor(2.0),
+        "rpn.samples": torch.tensor(4.0),
+        "s0.loss_mask": torch.tensor(0.0),
+        "s0.positives": torch.tensor(0.0),
+        "s0.loss_cls": torch.tensor(3.0),
+        "s0.samples": torch.tensor(1.5),
+        "s0.acc": torch.tensor(7.0),
+    }
+    assert over_ranks(losses, 2, ALONE) == losses
