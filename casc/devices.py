@@ -38,7 +38,7 @@ TRAITS = {
     "npu": Traits(torch.bfloat16, torch.contiguous_format, "hccl", True, False, False, False),
 }
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -77,8 +77,22 @@ def traits(device: torch.device) -> Traits:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The recipe's dtype: `auto` takes the table's, else float32 or bfloat16."""
-    return traits(device).dtype if name == "auto" else DTYPES[name]
+    """The recipe's dtype: `auto` takes the table's, else the one of that name.
+
+    Raises:
+        UserError: the device can't compute with it.
+    """
+    dtype = traits(device).dtype if name == "auto" else DTYPES[name]
+    if dtype == torch.float16 and device.type == "cpu":  # accelerators all have it
+        x = torch.ones(1, 8, 4, 4, dtype=dtype)
+        try:
+            torch.nn.functional.conv2d(x, x)
+        except RuntimeError as error:
+            raise UserError(
+                f"--dtype {name}: torch {torch.__version__} has no kernels for it on this"
+                f" processor ({error}); use --dtype bfloat16 or float32"
+            ) from None
+    return dtype
 
 
 def peak_memory(device: torch.device) -> int:

@@ -40,6 +40,11 @@ def scaled_loss(guard: Params, loss: Tensor, parts: int = 1) -> Tensor:
     return loss * guard[SCALE] if SCALE in guard else loss
 
 
+def scale_of(guard: Params) -> Params:
+    """The loss scale, for the log, if there is one."""
+    return {SCALE: guard[SCALE]} if SCALE in guard else {}
+
+
 def follow(guard: Params, finite: Tensor, interval: int = GROWTH_INTERVAL) -> None:
     """Note, in place, that an update was made (`finite`, a bool scalar) or skipped.
 

@@ -24,7 +24,7 @@ from casc.train.distributed import (
     process_group,
     ranks_from_environment,
 )
-from casc.train.guard import IN_A_ROW
+from casc.train.guard import IN_A_ROW, scale_of
 from casc.train.meter import Meter, watch_positives
 from casc.train.optim import make_optimizer, update
 from casc.train.picture import draw_batch
@@ -173,7 +173,7 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
             )
             rate = _rate(run, state.step)
             norm = update(optimizer, rate, recipe.optim.clip_norm, state.guard, loss)
-            measures = {"loss": loss, "grad_norm": norm, **measures}
+            measures = {"loss": loss, "grad_norm": norm, **scale_of(state.guard), **measures}
             meter.add(state.step, batch.image_id, measures, state.guard[IN_A_ROW])
             state = state._replace(step=state.step + 1)
             log.advance(state.step)
