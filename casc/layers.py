@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from casc.ops.linear import linear as linear_product
 
@@ -53,6 +54,17 @@ def conv_frozen_bn(
     weight = params[f"{name}.weight"] * scale[:, None, None, None]
     bias = params[f"{bn}.bias"] - buffers[f"{bn}.running_mean"] * scale
     return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, padding)
+
+
+def recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
+    """Call a function and keep nothing of its inside for the backward pass but its arguments.
+
+    What the gradient needs is computed again there (Chen et al., 2016). Compiled, that is just
+    what is needed; eager, it is all of the function.
+    """
+    result = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def group_norm(params: Params, name: str, x: Tensor) -> Tensor:

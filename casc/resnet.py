@@ -18,6 +18,7 @@ from casc.layers import (
     kaiming_normal,
     new_norm,
     new_weight,
+    recomputed,
 )
 
 BLOCKS = {
@@ -44,6 +45,9 @@ class ResNetConfig:
     """-1 trains everything, 0 freezes the stem, n the stem and the first n stages."""
     width: int = 64
     """Channels of the stem; 64 is the published network."""
+    recompute: bool = False
+    """Keep only the input of each block that trains, and compute the rest again in the backward
+    pass: less memory for larger batches, and slower. Changes no number."""
 
 
 def out_channels(config: ResNetConfig) -> list[int]:
@@ -71,7 +75,11 @@ def resnet(params: Params, buffers: Params, config: ResNetConfig, image: Tensor)
     for stage, count in enumerate(BLOCKS[config.depth]):
         for index in range(count):
             stride = 2 if index == 0 and stage > 0 else 1
-            x = block(params, buffers, config, f"{PREFIX}.layer{stage + 1}.{index}", x, stride)
+            name = f"{PREFIX}.layer{stage + 1}.{index}"
+            if config.recompute and torch.is_grad_enabled() and stage >= config.frozen_stages:
+                x = recomputed(block, params, buffers, config, name, x, stride)
+            else:
+                x = block(params, buffers, config, name, x, stride)
         maps.append(x)
     return maps
 

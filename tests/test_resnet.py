@@ -132,3 +132,44 @@ def test_width_scales_every_channel():
         for a, b in zip(tensor.shape, whole[name].shape, strict=True):
             assert a == b or 4 * a == b
     assert out_channels(ResNetConfig(depth=50, width=16)) == [64, 128, 256, 512]
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_recomputing_changes_no_number(mode, depth):
+    results = []
+    for recompute in (False, True):
+        config = ResNetConfig(depth=depth, width=8, recompute=recompute)
+        params, buffers = named(config)
+        for name, value in params.items():
+            value.requires_grad_(not is_frozen(config, name))
+        image = torch.randn(1, 3, 32, 64, generator=torch.Generator().manual_seed(1))
+        run = mode(lambda params, buffers, image, c=config: resnet(params, buffers, c, image))
+        maps = run(params, buffers, image)
+        torch.stack([m.square().mean() for m in maps]).sum().backward()
+        results.append([*maps, *(v.grad for v in params.values())])
+    for plain, again in zip(*results, strict=True):
+        if plain is None:
+            assert again is None
+        else:
+            torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_recomputing_keeps_less():
+    kept = []
+    for recompute in (False, True):
+        config = ResNetConfig(depth=50, width=8, recompute=recompute)
+        params, buffers = named(config)
+        for name, value in params.items():
+            value.requires_grad_(not is_frozen(config, name))
+        weights = {v.data_ptr() for v in params.values()}
+        bytes_kept = 0
+
+        def count(x: Tensor, weights=weights) -> Tensor:
+            nonlocal bytes_kept
+            bytes_kept += x.nbytes * (x.data_ptr() not in weights)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            resnet(params, buffers, config, torch.randn(1, 3, 128, 128))
+        kept.append(bytes_kept)
+    assert kept[1] < kept[0] / 2
