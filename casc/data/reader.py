@@ -8,7 +8,7 @@ first, unless the shard has been compared already in this run.
 import hashlib
 import os
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -142,7 +142,10 @@ class OpenShard:
 
 
 class ShardReader:
-    """Reads segments, and goes on in the open shard where one segment follows the other."""
+    """Reads segments, and goes on in the open shard where one segment follows the other.
+
+    As a context it finishes in the end, or only closes after an error.
+    """
 
     def __init__(
         self,
@@ -168,6 +171,17 @@ class ShardReader:
         self.at = (-1, 0)
         self.open: OpenShard | None = None
         self.pairs: Iterator[Pair] = iter(())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            if self.open is not None:
+                self.open.close()
 
     def read(self, segment: Segment) -> list[Pair]:
         """(name for errors, image bytes, JSON bytes) of each sample of the segment."""

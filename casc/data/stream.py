@@ -7,6 +7,7 @@ themselves, so no epoch begins with an empty queue.
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 
@@ -181,35 +182,31 @@ def _walk_evaluation(
     rank: int,
     loading: Loading,
 ) -> Iterator[tuple[int, Batch]]:
-    reader = ShardReader(root, split, loading, worker.status, worker.compared)
     plan = plan_evaluation(
         split, batch=batch, world=world, rank=rank, workers=worker.workers, worker=worker.number
     )
-    for bucket, segments in plan:
-        members = [member for part in segments for member in reader.read(part)]
-        worker.status.set(DECODING)
-        samples = [decode(*member) for member in members]
-        yield (
-            bucket,
-            collate(samples, split.buckets[bucket], batch=batch, block=next(worker.blocks)),
-        )
-    reader.finish()
+    with ShardReader(root, split, loading, worker.status, worker.compared) as reader:
+        for bucket, segments in plan:
+            members = [member for part in segments for member in reader.read(part)]
+            worker.status.set(DECODING)
+            samples = [decode(*member) for member in members]
+            yield (
+                bucket,
+                collate(samples, split.buckets[bucket], batch=batch, block=next(worker.blocks)),
+            )
 
 
 def epoch_samples(
     reader: Callable[[], ShardReader], plan: EpochPlan, rank: int, worker: int, start: int
 ) -> Iterator[tuple[int, list[Sample]]]:
     """What one worker reads of an epoch from step `start` on, one step after the other."""
-    readers: list[ShardReader] = []
     draws: dict[int, Iterator[Sample]] = {}
-    for _, bucket in worker_steps(plan, worker, start):
-        if bucket not in draws:
-            readers.append(reader())
-            windows = worker_windows(plan, bucket, rank, worker, start)
-            draws[bucket] = _draw(readers[-1], windows)
-        yield bucket, list(islice(draws[bucket], plan.batch))
-    for opened in readers:
-        opened.finish()
+    with ExitStack() as readers:
+        for _, bucket in worker_steps(plan, worker, start):
+            if bucket not in draws:
+                windows = worker_windows(plan, bucket, rank, worker, start)
+                draws[bucket] = _draw(readers.enter_context(reader()), windows)
+            yield bucket, list(islice(draws[bucket], plan.batch))
 
 
 def _draw(reader: ShardReader, windows: Iterator[Window]) -> Iterator[Sample]:
