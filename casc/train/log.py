@@ -63,9 +63,10 @@ class RunLog:
         self.say(f"warning: {text}", "warning")
         self.note("warning", text=text)
 
-    def error(self, text: str, kind: str = "error", **values: Any) -> None:
+    def error(self, text: str, kind: str = "error", *, shown: bool = True, **values: Any) -> None:
         """Tell people of what has gone wrong on this rank, whichever it is."""
-        print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True)
+        if shown:
+            print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True)
         self.record(kind, text=text, **values)
         self.note(kind, text=text, **values)
 

@@ -44,8 +44,11 @@ class Stopping:
         self.asked_at = 0.0
         self.at_once = False
         self.before: dict[signal.Signals, Any] = {}
-        # Of its own, on the hosts: devices have no say in it, and gradients pass it by.
-        self.group: Any = dist.new_group(backend="gloo") if ranks.world > 1 else None
+        # Between the hosts: devices have no say in it.
+        self.group: Any = None
+        if ranks.world > 1:
+            alike = dist.get_backend() == "gloo"
+            self.group = dist.group.WORLD if alike else dist.new_group(backend="gloo")
         self.flag = torch.zeros((), dtype=torch.int32)
         self.work: Any = None
 

@@ -42,7 +42,7 @@ class Doing:
     def batch(self, bucket: int, image_ids: Tensor) -> None:
         """Say that a batch has arrived and its step begins."""
         self.bucket, self.image_ids = bucket, image_ids
-        self.now("step")
+        self.now("computing")
 
     def __str__(self) -> str:
         detail = self.detail()
@@ -67,11 +67,13 @@ def watching(run: Run, step: int) -> Iterator[Doing]:
         where = f"; see {report}" if report else ""
         if lost:
             text = (
-                f"lost touch with another rank at {doing} ({text}). Its own file in"
-                f" {run.recipe.folder / LOGS} says more, if it could write it; the same command"
-                " goes on from the newest checkpoint"
+                f"lost touch with another rank ({doing.what}, step {doing.step:,}; {text})."
+                f" Its own file in {run.recipe.folder / LOGS} says more, if it could write it;"
+                " the same command goes on from the newest checkpoint"
             )
-        run.log.error(f"{text}{where}", "crash", step=doing.step, doing=doing.what)
+        text += where
+        shown = not lost and not isinstance(error, UserError)  # those are shown when they arrive
+        run.log.error(text, "crash", shown=shown, step=doing.step, doing=doing.what)
         if lost:
             raise UserError(f"rank {run.ranks.rank}: {text}") from error
         raise

@@ -10,8 +10,8 @@ import os
 import random
 import signal
 import socket
-import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +36,7 @@ def entry(rank: int, port: int, recipe: Recipe, output: Path) -> None:
     """One rank, as torchrun would start it."""
     import torch
 
+    from casc.train.launch import errors_in_one_line
     from casc.train.loop import train
 
     multiprocessing.set_start_method("fork", force=True)  # of loading workers, as usual here
@@ -51,7 +52,7 @@ def entry(rank: int, port: int, recipe: Recipe, output: Path) -> None:
     with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = file
+    with errors_in_one_line():
         train(recipe)
 
 
@@ -89,8 +90,9 @@ def kill(ranks: list, number: int = signal.SIGKILL) -> None:
     for rank in ranks:
         try:
             os.killpg(rank.pid, number)
-        except ProcessLookupError:  # not that far yet
-            os.kill(rank.pid, number)
+        except ProcessLookupError:  # not that far yet, or at its end
+            with suppress(ProcessLookupError):
+                os.kill(rank.pid, number)
 
 
 def last_step(recipe: Recipe) -> int:
@@ -111,7 +113,9 @@ def being_written(recipe: Recipe) -> list[Path]:
     return list((recipe.folder / "checkpoints").glob(".step-*"))
 
 
-def chaos(recipe: Recipe, output: Path, *, kills: int, seed: int, whole: float) -> list[Kill]:
+def chaos(
+    recipe: Recipe, output: Path, *, kills: int, seed: int, first: float, whole: float
+) -> list[Kill]:
     """Start a run again and again until it has been killed so often, then let it end.
 
     Every second kill waits for the random moment and then for a save to begin.
@@ -121,15 +125,16 @@ def chaos(recipe: Recipe, output: Path, *, kills: int, seed: int, whole: float) 
         output: file for what the ranks print.
         kills: how many.
         seed: of the moments.
-        whole: seconds from the start of a run to its end.
+        first: seconds from the start of a run to the end of its first step.
+        whole: to its end.
     """
     draw = random.Random(seed)
     done: list[Kill] = []
     while len(done) < kills:
         ranks = start(recipe, output)
         began = time.monotonic()
-        # Late enough for some to get on, early enough for the run not to end before.
-        moment = draw.uniform(0, whole * 0.6)
+        # Late enough to get on, early enough for the run not to end before the last of them.
+        moment = draw.uniform(0, first + 1.5 * (whole - first) / kills)
         aimed = len(done) % 2 == 1
         old = set(being_written(recipe))
         while all(rank.is_alive() for rank in ranks):
@@ -182,10 +187,13 @@ def trial(recipe: Recipe, folder: Path, *, kills: int, seed: int) -> tuple[list[
     straight = replace(recipe, out=folder / "straight")
     began = time.monotonic()
     ranks = start(straight, folder / "straight.txt")
+    while last_step(straight) < 0 and ranks[0].is_alive():
+        time.sleep(0.01)
+    first = time.monotonic() - began
     assert finish(ranks, 120) == [0] * WORLD, (folder / "straight.txt").read_text()[-3000:]
     whole = time.monotonic() - began
     broken = replace(recipe, out=folder / "broken")
-    done = chaos(broken, folder / "broken.txt", kills=kills, seed=seed, whole=whole)
+    done = chaos(broken, folder / "broken.txt", kills=kills, seed=seed, first=first, whole=whole)
     different = compare(straight, broken)
     assert not different, different[:5]
     assert not being_written(broken), "what was half written has been swept away"

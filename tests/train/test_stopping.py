@@ -135,7 +135,7 @@ def test_a_rank_that_is_killed_is_missed(tiny_recipe, tmp_path):
     statuses = chaos.finish(ranks, 60)
     output = (tmp_path / "output.txt").read_text()
     assert statuses == [1, -signal.SIGKILL], output
-    assert "rank 0: lost touch with another rank at step, step" in output
+    assert "rank 0: lost touch with another rank (computing, step" in output
     assert "the same command goes on from the newest checkpoint" in output
     report = (recipe.folder / "logs/crash-rank-0.txt").read_text()
     assert "images    [" in report

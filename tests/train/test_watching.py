@@ -66,7 +66,7 @@ def test_a_crash_leaves_a_report(tiny_recipe, monkeypatch, capsys):
     report = path.read_text()
     for text in (
         "RuntimeError: CUDA error: device fell off the bus",
-        "doing     step, step 2",
+        "doing     computing, step 2",
         "bucket    ",
         f"torch {torch.__version__}",
         "Traceback",
