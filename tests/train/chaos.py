@@ -19,6 +19,8 @@ from typing import NamedTuple
 from casc.recipe import Recipe
 
 WORLD = 2
+STEPS, AHEAD = 6, 3
+"""Steps of the run per kill, and what a start may get on before it is killed."""
 
 
 class Kill(NamedTuple):
@@ -133,15 +135,15 @@ def chaos(
     while len(done) < kills:
         ranks = start(recipe, output)
         began = time.monotonic()
-        # Late enough to get on, early enough for the run not to end before the last of them.
-        moment = draw.uniform(0, first + 1.5 * (whole - first) / kills)
+        moment = draw.uniform(0, first + AHEAD * (whole - first) / kills)
+        before = last_step(recipe)
         aimed = len(done) % 2 == 1
         old = set(being_written(recipe))
         while all(rank.is_alive() for rank in ranks):
-            late = time.monotonic() - began >= moment
+            late = time.monotonic() - began >= moment or last_step(recipe) >= before + AHEAD
             if late and (not aimed or set(being_written(recipe)) - old):
                 break
-            time.sleep(0.002)
+            time.sleep(0.003)
         if all(rank.exitcode == 0 for rank in ranks):
             break
         kill(ranks)

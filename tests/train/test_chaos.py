@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_killed_at_any_moment_a_run_ends_in_the_same_bits(tiny_recipe, tmp_path, capsys):
     kills = int(os.environ.get("CASC_CHAOS_KILLS", "5"))
-    recipe = chaos.hurried(tiny_recipe, steps=3 * kills)
+    recipe = chaos.hurried(tiny_recipe, steps=chaos.STEPS * kills)
     done, whole = chaos.trial(recipe, tmp_path, kills=kills, seed=4)
     with capsys.disabled():
         if "CASC_CHAOS_KILLS" in os.environ:
