@@ -42,7 +42,8 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     if parts == 1:
         return [batch]
     size = batch.image.shape[0] // parts
+    columns = {name: v for name, v in batch._asdict().items() if v is not None}
     return [
-        Batch(*(None if v is None else v[at : at + size] for v in batch))
+        Batch(**{name: v[at : at + size] for name, v in columns.items()})
         for at in range(0, parts * size, size)
     ]

@@ -142,7 +142,7 @@ def test_accumulating_is_one_larger_batch_up_to_the_counts(small, tiny_batch):
 def test_accumulating_equals_the_larger_batch_where_the_counts_do(small, full_batch):
     """Two images with the same objects and noise have the same counts."""
     one = full_batch([3], seed=0)
-    batch = Batch(*(None if v is None else torch.cat([v, v]) for v in one))
+    batch = Batch(**{k: torch.cat([v, v]) for k, v in one._asdict().items() if v is not None})
     batches = [batch._replace(seed=batch.seed + step) for step in range(3)]
     whole = course(small, batches, ALONE)
     parts = course(small, batches, ALONE, parts=2)
