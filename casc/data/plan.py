@@ -170,9 +170,10 @@ def plan_epoch(
     if not any(line.length for line in lines):
         raise UserError("the split has no training samples")
     first = turn = 0
-    for stop, *before in past.phases if past.epoch == epoch else ():
-        lines = _remaining(_plan(lines, seed, epoch, *before, first, turn), stop)
-        first, turn = stop, turn + 1
+    for phase in past.phases if past.epoch == epoch else ():
+        before = (phase.world, phase.batch, phase.workers, phase.window)
+        lines = _remaining(_plan(lines, seed, epoch, *before, first, turn), phase.stop)
+        first, turn = phase.stop, turn + 1
     return _plan(lines, seed, epoch, world, batch, workers, window, first, turn)
 
 

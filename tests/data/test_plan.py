@@ -127,6 +127,7 @@ def test_going_on_with_other_processes_leaves_nothing_out(case, turns, data):
     seen = Counter()
     phases: list[Phase] = []
     wrapped = steps = None
+    way: dict[str, int] = {}
     for turn, ((world, batch), workers, window) in enumerate(turns):
         way = {"world": world, "batch": batch, "workers": workers, "window": window}
         plan = plan_epoch(split, **common, **way, past=Past(case["epoch"], tuple(phases)))
@@ -150,21 +151,18 @@ def test_going_on_with_other_processes_leaves_nothing_out(case, turns, data):
     for (shard, _), count in seen.items():
         extra[split.shards[shard].bucket] += count - 1
     assert [extra[b] for b in range(5)] == wrapped, "no more repeats than without a change"
-    other = plan_epoch(split, **{**common, "epoch": case["epoch"] + 1}, **way, past=Past(0, ()))
-    same = plan_epoch(
-        split,
-        **{**common, "epoch": case["epoch"] + 1},
-        **way,
-        past=Past(case["epoch"], tuple(phases)),
-    )
+    later = {"seed": case["seed"], "epoch": case["epoch"] + 1, **way}
+    other = plan_epoch(split, **later, past=Past(0, ()))
+    same = plan_epoch(split, **later, past=Past(case["epoch"], tuple(phases)))
     assert trace(other, 0) == trace(same, 0)
 
 
 def test_orders_differ_between_epochs_and_seeds():
     split = make_split([(b, 50, True) for b in (0, 0, 1, 1, 1)])
-    common = {"world": 2, "batch": 2, "workers": 2, "window": 16}
     runs = {
-        (seed, epoch): trace(plan_epoch(split, seed=seed, epoch=epoch, **common), 0)
+        (seed, epoch): trace(
+            plan_epoch(split, seed=seed, epoch=epoch, world=2, batch=2, workers=2, window=16), 0
+        )
         for seed in (0, 1)
         for epoch in (0, 1, 2)
     }

@@ -6,7 +6,8 @@ from casc.ops import linear as module
 from casc.ops.linear import linear
 
 
-def make(n: int, c: int, out: int, bias: bool, transposed: bool) -> list[Tensor]:
+def make(shape: tuple[int, int, int], bias: bool, transposed: bool) -> list[Tensor]:
+    n, c, out = shape
     generator = torch.Generator().manual_seed(n + c)
     x = torch.randn(n, c, generator=generator)
     weight = torch.randn(out, c, generator=generator) / c**0.5
@@ -22,7 +23,7 @@ def test_values_and_gradients_are_those_of_double_precision(
     mode, monkeypatch, shape, bias, transposed
 ):
     monkeypatch.setattr(module, "WORTH_IT", 0)
-    made = [t.requires_grad_() for t in make(*shape, bias, transposed)]
+    made = [t.requires_grad_() for t in make(shape, bias, transposed)]
     exact = [t.detach().double().requires_grad_() for t in made]
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,12 +45,12 @@ def test_values_and_gradients_are_those_of_double_precision(
 
 
 def test_the_operator_is_what_it_says_to_the_compiler():
-    x, weight, bias = (t.requires_grad_() for t in make(8, 16, 4, True, False))
+    x, weight, bias = (t.requires_grad_() for t in make((8, 16, 4), True, False))
     # test_schema and the others check strides, aliasing and gradients under fake tensors.
     torch.library.opcheck(torch.ops.casc.linear.default, (x, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_precisions_are_torchs_own(dtype):
-    x, weight, bias = (t.to(dtype) for t in make(512, 256, 256, True, False))
+    x, weight, bias = (t.to(dtype) for t in make((512, 256, 256), True, False))
     assert torch.equal(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
