@@ -30,7 +30,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def report():
     peer = "import json; print('hello'); print(json.dumps({'img_per_s': 2.0}))"
     done = bench(
-        *("--json", "--no-compile", "--canvas", "64", "64", "--objects", "1", "--steps", "2"),
+        *("--json", "--no-compile", "--canvas", "64", "64", "--objects", "1", "--steps", "1"),
         *("--dtype", "fp32", "--positives", "5"),
         *("--against", "torchvision", f"{sys.executable} -c {shlex.quote(peer)}"),
     )
@@ -67,7 +67,8 @@ def test_peers_stand_beside_it(report):
 
 
 def test_the_report_reads_well(report):
-    table = as_table(report)
+    # A command may have any sign in it.
+    table = as_table(report | {"against": {}})
     assert "img_per_s" in table
     assert table.startswith("what ")
     assert not any(sign in table for sign in "{}[]")
