@@ -6,10 +6,12 @@ itself; so it leaves a few numbers behind, and whoever misses a batch reads them
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # sharding's workers start in a moment, without torch
+    from torch import Tensor
 
 STATES = (
     "starting",
@@ -57,8 +59,10 @@ class Status:
         return notes
 
 
-def shared_rows(workers: int) -> Tensor:
+def shared_rows(workers: int) -> "Tensor":
     """Rows for so many workers, `[workers, 4]` int64 in shared memory."""
+    import torch
+
     return torch.zeros(max(workers, 1), 4, dtype=torch.int64).share_memory_()
 
 

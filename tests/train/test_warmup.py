@@ -51,8 +51,8 @@ def test_every_canvas_is_compiled_before_the_first_step(
     made, called = [], []
     real = loop.make_loss_step
 
-    def make(config, image, canvas, compute):
-        step, number = real(config, image, canvas, compute), len(made)
+    def make(config, image, canvas, *rest):
+        step, number = real(config, image, canvas, *rest), len(made)
         made.append(canvas)
 
         def call(params, buffers, batch):
@@ -96,7 +96,7 @@ def test_buckets_ahead_are_those_that_the_plan_meets(tiny_recipe):
 def test_accelerators_do_not_wait_for_each_other(monkeypatch):
     monkeypatch.setattr(warmup.dist, "barrier", lambda: pytest.fail("waited"))
     ranks = warmup.Ranks(2, 1)
-    with warmup._one_rank_first(ranks, torch.device("cuda", 1), None):  # type: ignore[arg-type]
+    with warmup._one_rank_first(ranks, torch.device("cuda", 1), None, together=False):  # type: ignore[arg-type]
         pass
 
 
@@ -110,6 +110,7 @@ def test_one_rank_of_a_machine_compiles_first(monkeypatch, local):
         def say(self, text):
             pass
 
-    with warmup._one_rank_first(warmup.Ranks(2, local), torch.device("cpu"), Log()):  # type: ignore[arg-type]
+    ranks, cpu = warmup.Ranks(2, local), torch.device("cpu")
+    with warmup._one_rank_first(ranks, cpu, Log(), together=False):  # type: ignore[arg-type]
         events.append("compile")
     assert events == (["compile", "barrier"] if local == 0 else ["barrier", "compile"])
