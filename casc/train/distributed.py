@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from casc.devices import traits
 from casc.errors import UserError
 
-# Ranks wait here for rank 0 to compute AP, which takes minutes on a full COCO.
+# Ranks wait for one of their machine to compile every canvas, which may take long on a CPU.
 _TIMEOUT = datetime.timedelta(hours=2)
 
 

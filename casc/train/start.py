@@ -80,6 +80,12 @@ def resumed_state(
     if found is None:
         return None, NOTHING_PAST, notes
     loaded = checkpoint.load(found)
+    if "phases" not in loaded.position:
+        raise UserError(
+            f"{found}: saved by an earlier version of casc, which didn't record what a run needs"
+            " to go on in an epoch; start a new one from its weights: --init"
+            f" {found / checkpoint.WEIGHTS} and another --out"
+        )
     _check_recipe(recipe, found)
     past, more = _past(recipe, index, derived, loaded.position)
     params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))

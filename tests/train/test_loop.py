@@ -171,6 +171,23 @@ def test_resume_must(tiny_recipe):
         train(replace(tiny_recipe, resume="must"))
 
 
+def test_a_run_of_an_earlier_version_says_how_to_go_on(tiny_recipe, monkeypatch, tmp_path):
+    train(replace(tiny_recipe, max_steps=1))
+    load = checkpoint.load
+
+    def earlier(folder):
+        loaded = load(folder)
+        position = {k: v for k, v in loaded.position.items() if k != "phases"}
+        return loaded._replace(position=position)
+
+    monkeypatch.setattr(checkpoint, "load", earlier)
+    with pytest.raises(UserError, match=r"earlier version of casc.*--init") as error:
+        train(tiny_recipe)
+    # What it advises works.
+    weights = str(error.value).split("--init ")[1].split(" and ")[0]
+    train(replace(tiny_recipe, init=weights, out=tmp_path / "new", max_steps=1))
+
+
 def test_a_loss_that_is_not_finite_names_step_and_images(tiny_recipe, tmp_path):
     train(replace(tiny_recipe, max_steps=1))
     weights = tiny_recipe.folder / "checkpoints/step-00000001/weights.safetensors"
