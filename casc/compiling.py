@@ -1,8 +1,8 @@
 """Compiled functions that outlast the process: where they are kept, and how they come back.
 
-Two layers lie in one folder. Inductor's own caches save generating and building kernels
-again, but Dynamo still has to trace the whole step each time the program starts. So whole
-compiled functions are kept too, guards included: they come back without being traced.
+Whole compiled functions are kept, guards included: they come back without being traced. The
+folder also is Inductor's, for what can't be kept this way. A change of casc's own sources
+makes other functions of them, and these are compiled anew, without help from that cache.
 
 Both may be shared by any number of processes: files appear under their names only when
 they are whole. The folder may be deleted at any time.
