@@ -12,8 +12,8 @@ from torch import Tensor
 
 from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
+from casc.data.evaluation_plan import plan_evaluation
 from casc.data.index import Index, canvas
-from casc.data.plan import plan_evaluation
 from casc.data.reader import read_shard
 from casc.data.stream import Loading, evaluation_batches, to_device
 from casc.detector import Detections, DetectorConfig

@@ -6,32 +6,27 @@ shards from front to back and nobody else reads the same part. Along its stretch
 takes windows of some hundred samples into memory and draws them in a shuffled order.
 Nothing is negotiated: every process computes the same plan from the same arguments.
 
-All shuffles are ranks of an integer hash, not of a library's generator, so the plan is
-the same with every version of numpy, and any part of it can be had without the rest.
-
-Legend: b bucket, r rank, w worker, t step of the epoch.
+Long epochs are cut into blocks of some ten thousand steps, each with its share of every
+bucket. A worker's stretch is then one per block, and what a step holds follows from its
+block alone: a plan takes the memory of its shards and one block, however many steps it has.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from casc.data.hashing import hash64, shuffled
 from casc.data.index import Split
+from casc.data.line import Line, Segment, columns, line_of, without
 from casc.errors import UserError
 
 # What a hash is for; distinct purposes must not share their numbers.
-_SHARDS, _STEPS, _WINDOW, _NOISE = 1, 2, 3, 4
-
-
-class Segment(NamedTuple):
-    """A run of consecutive samples of one shard: the unit of reading."""
-
-    shard: int
-    """Position in `Split.shards`."""
-    start: int
-    stop: int
+_SHARDS, _STEPS, _WINDOW, _NOISE, _SHARE = 1, 2, 3, 4, 5
+# Another number is another order, so a run could not go on in the middle of a long epoch.
+BLOCK = 65_536
 
 
 class Window(NamedTuple):
@@ -66,33 +61,6 @@ NOTHING_PAST = Past(0, ())
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
-    """A bucket's samples of one epoch: shards, or parts of them, end to end."""
-
-    shards: np.ndarray
-    """[n] positions in `Split.shards`."""
-    begins: np.ndarray
-    """[n] position on the line at which each shard starts."""
-    length: int
-    offsets: np.ndarray
-    """[n] the sample of the shard with which it starts there."""
-
-    def segments(self, start: int, stop: int) -> list[Segment]:
-        """The parts of shards under [start, stop); the line repeats past its end."""
-        found = []
-        while start < stop:
-            lap, at = divmod(start, self.length)
-            i = int(np.searchsorted(self.begins, at, side="right")) - 1
-            begin = int(self.begins[i])
-            end = int(self.begins[i + 1]) if i + 1 < len(self.begins) else self.length
-            upto = min(stop, lap * self.length + end)
-            shift = int(self.offsets[i]) - begin
-            found.append(Segment(int(self.shards[i]), at + shift, upto - lap * self.length + shift))
-            start = upto
-        return found
-
-
-@dataclass(frozen=True, eq=False)
 class EpochPlan:
     """One epoch of training for all ranks and workers."""
 
@@ -102,28 +70,54 @@ class EpochPlan:
     batch: int
     workers: int
     window: int
-    buckets: np.ndarray
-    """[steps] bucket of each step, the same on every rank; before `first`, none of them."""
+    counts: tuple[int, ...]
+    """Steps of each bucket, from `first` on."""
     lines: tuple[Line, ...]
     """One per bucket of the split."""
     first: int = 0
     """The step at which this plan takes over from another one of the same epoch."""
     turn: int = 0
     """How many plans of this epoch were before it."""
+    blocks: int = 1
+    """How many parts the steps are cut into."""
+    lots: tuple[int, ...] = ()
+    """In [0, blocks), per bucket: decide which blocks get what its steps leave over when
+    they are divided by the blocks."""
 
     @property
     def steps(self) -> int:
         """Steps of the epoch, the same on every rank."""
-        return len(self.buckets)
+        return self.first + sum(self.counts)
 
     @property
     def wrapped(self) -> list[int]:
         """Per bucket, how many samples are seen a second time to fill its last batches."""
-        steps = np.bincount(self.buckets[self.first :], minlength=len(self.lines))
         return [
-            int(n) * self.world * self.batch - line.length
-            for n, line in zip(steps, self.lines, strict=True)
+            steps * self.world * self.batch - line.length
+            for steps, line in zip(self.counts, self.lines, strict=True)
         ]
+
+    def before(self, block: int) -> list[int]:
+        """Steps of each bucket in the blocks before one."""
+        return [
+            (steps * block + lot) // self.blocks
+            for steps, lot in zip(self.counts, self.lots, strict=True)
+        ]
+
+    def start(self, block: int) -> int:
+        """The step at which a block starts."""
+        return self.first + sum(self.before(block))
+
+    def block_of(self, step: int) -> int:
+        """The block of a step; at the epoch's end the last one."""
+        return max(bisect_right(range(self.blocks), step, key=self.start) - 1, 0)
+
+    def buckets(self, block: int) -> np.ndarray:
+        """[steps of the block] bucket of each of its steps, the same on every rank."""
+        counts = np.subtract(self.before(block + 1), self.before(block))
+        labels = np.repeat(np.arange(len(counts), dtype=np.min_scalar_type(len(counts))), counts)
+        more = (self.turn, block) if block else (self.turn,) if self.turn else ()
+        return labels[shuffled(len(labels), hash64(self.seed, self.epoch, _STEPS, *more))]
 
 
 def plan_epoch(
@@ -136,6 +130,7 @@ def plan_epoch(
     workers: int,
     window: int = 128,
     past: Past = NOTHING_PAST,
+    block: int = BLOCK,
 ) -> EpochPlan:
     """Plan one epoch: every training sample once, each bucket's tail filled by wrapping.
 
@@ -152,49 +147,49 @@ def plan_epoch(
         workers: reading processes per rank; 0 means that the rank reads by itself.
         window: samples that a worker holds, per bucket, to draw from.
         past: how the epoch was begun; of other epochs it says nothing.
+        block: about how many steps are put into an order together.
 
     Raises:
         UserError: the split has no training samples, or a number is out of range.
     """
     for name, value, least in (
-        ("world", world, 1), ("batch", batch, 1), ("workers", workers, 0), ("window", window, 1)
+        ("world", world, 1), ("batch", batch, 1), ("workers", workers, 0), ("window", window, 1),
+        ("block", block, 1),
     ):  # fmt: skip
         if value < least:
             raise UserError(f"{name} must be at least {least}, not {value}")
-    bucket_of, samples, train = _columns(split)
+    bucket_of, samples, train = columns(split)
     lines = []
     for bucket in range(len(split.buckets)):
         mine = np.flatnonzero((bucket_of == bucket) & train)
-        mine = mine[_shuffled(len(mine), hash64(seed, epoch, _SHARDS, bucket))]
-        lines.append(_line(mine, samples))
+        mine = mine[shuffled(len(mine), hash64(seed, epoch, _SHARDS, bucket))]
+        lines.append(line_of(mine, samples))
     if not any(line.length for line in lines):
         raise UserError("the split has no training samples")
     first = turn = 0
     for phase in past.phases if past.epoch == epoch else ():
         before = (phase.world, phase.batch, phase.workers, phase.window)
-        lines = _remaining(_plan(lines, seed, epoch, *before, first, turn), phase.stop)
+        lines = _remaining(_plan(lines, seed, epoch, *before, first, turn, block), phase.stop)
         first, turn = phase.stop, turn + 1
-    return _plan(lines, seed, epoch, world, batch, workers, window, first, turn)
+    return _plan(lines, seed, epoch, world, batch, workers, window, first, turn, block)
 
 
 def _plan(
     lines: list[Line], seed: int, epoch: int, world: int, batch: int, workers: int, window: int,
-    first: int, turn: int,
+    first: int, turn: int, block: int,
 ) -> EpochPlan:  # fmt: skip
-    steps = [-(-line.length // (world * batch)) for line in lines]
-    kind = np.min_scalar_type(len(lines))
-    buckets = np.repeat(np.arange(len(lines), dtype=kind), steps)
-    key = hash64(seed, epoch, _STEPS, *([turn] if turn else []))
-    _shuffle(buckets, key)
-    buckets = np.concatenate([np.full(first, len(lines), dtype=kind), buckets])
+    counts = tuple(-(-line.length // (world * batch)) for line in lines)
+    blocks = max(1, -(-sum(counts) // block))
+    lots = tuple(hash64(seed, epoch, _SHARE, turn, b) % blocks for b in range(len(lines)))
     return EpochPlan(
-        seed, epoch, world, batch, max(workers, 1), window, buckets, tuple(lines), first, turn
-    )
+        seed, epoch, world, batch, max(workers, 1), window, counts, tuple(lines), first, turn,
+        blocks, lots,
+    )  # fmt: skip
 
 
 def steps_per_epoch(split: Split, *, world: int, batch: int) -> int:
     """How many steps `plan_epoch` will have: each bucket's batches, the last one filled up."""
-    bucket_of, samples, train = _columns(split)
+    bucket_of, samples, train = columns(split)
     counts = np.bincount(bucket_of, samples * train, minlength=len(split.buckets))
     return int(np.ceil(counts / (world * batch)).sum())
 
@@ -202,8 +197,12 @@ def steps_per_epoch(split: Split, *, world: int, batch: int) -> int:
 def worker_steps(plan: EpochPlan, worker: int, start: int = 0) -> Iterator[tuple[int, int]]:
     """The worker's (step, bucket) from step `start` on: every `workers`-th step."""
     start = max(start, plan.first)
-    for step in range(start + (worker - start) % plan.workers, plan.steps, plan.workers):
-        yield step, int(plan.buckets[step])
+    for block in range(plan.block_of(start), plan.blocks):
+        begin, buckets = plan.start(block), plan.buckets(block)
+        at = max(start, begin)
+        at += (worker - at) % plan.workers
+        for step in range(at, begin + len(buckets), plan.workers):
+            yield step, int(buckets[step - begin])
 
 
 def worker_windows(
@@ -214,45 +213,16 @@ def worker_windows(
     Drawing `plan.batch` samples from these windows, in order, at each of the worker's
     steps of the bucket gives the plan; `start` drops what earlier steps have drawn.
     """
-    offset, count, done, stride = _stretch(plan, bucket, worker, start)
-    begin = rank * stride + offset
-    end = begin + count
-    while begin + done < end:
-        first = begin + done - done % plan.window
-        last = min(first + plan.window, end)
-        order = _window_order(plan, bucket, first, last)[done % plan.window :]
-        yield Window(plan.lines[bucket].segments(first, last), order)
-        done = last - begin
-
-
-class EvaluationStep(NamedTuple):
-    """One batch of an evaluation; shorter than the batch size at the end of a bucket."""
-
-    bucket: int
-    segments: list[Segment]
-
-
-def plan_evaluation(
-    split: Split, *, batch: int, world: int = 1, rank: int = 0, workers: int = 0, worker: int = 0
-) -> list[EvaluationStep]:
-    """Batches that a worker reads so that every sample of the split is seen exactly once.
-
-    Samples that training leaves out are evaluated too. Ranks take consecutive parts, so
-    that each meets few canvases; they need not have the same number of batches.
-    """
-    if batch < 1:
-        raise UserError(f"batch must be at least 1, not {batch}")
-    bucket_of, samples, _ = _columns(split)
-    steps = []
-    for bucket in range(len(split.buckets)):
-        line = _line(np.flatnonzero(bucket_of == bucket), samples)
-        steps += [
-            EvaluationStep(bucket, line.segments(at, min(at + batch, line.length)))
-            for at in range(0, line.length, batch)
-        ]
-    for index, parts in ((rank, world), (worker, max(workers, 1))):
-        steps = steps[len(steps) * index // parts : len(steps) * (index + 1) // parts]
-    return steps
+    for block in range(plan.block_of(start), plan.blocks):
+        offset, count, done = _stretch(plan, block, bucket, worker, start)
+        begin = rank * plan.counts[bucket] * plan.batch + offset
+        end = begin + count
+        while begin + done < end:
+            first = begin + done - done % plan.window
+            last = min(first + plan.window, end)
+            order = _window_order(plan, bucket, first, last)[done % plan.window :]
+            yield Window(plan.lines[bucket].segments(first, last), order)
+            done = last - begin
 
 
 def noise_seed(seed: int, epoch: int, image_id: int) -> int:
@@ -264,44 +234,40 @@ def noise_seed(seed: int, epoch: int, image_id: int) -> int:
     return hash64(seed, epoch, _NOISE, image_id) >> 33
 
 
-def hash64(*values: int) -> int:
-    """A 64-bit hash of integers: each is added to the state, which splitmix64 then mixes."""
-    state = np.zeros(1, dtype=np.uint64)
-    for value in values:
-        state = _mix(state + np.uint64(value & 0xFFFFFFFFFFFFFFFF))
-    return int(state[0])
-
-
-def _stretch(plan: EpochPlan, bucket: int, worker: int, start: int) -> tuple[int, int, int, int]:
-    """A worker's stretch of a bucket's line, in samples.
+def _stretch(
+    plan: EpochPlan, block: int, bucket: int, worker: int, start: int
+) -> tuple[int, int, int]:
+    """A worker's stretch of a bucket's line in a block, in samples.
 
     Returns:
-        Where it begins within its rank's, how long it is, how much of it is drawn before step
-        `start`, and the length of a rank's.
+        Where it begins within its rank's part of the line, how long it is, and how much of it
+        is drawn before step `start`.
     """
-    mine = np.flatnonzero(plan.buckets == bucket)
+    mine = plan.start(block) + np.flatnonzero(plan.buckets(block) == bucket)
     lane = mine % plan.workers
     steps = mine[lane == worker]
-    before, done = np.count_nonzero(lane < worker), np.searchsorted(steps, start)
-    offset, count, drawn, stride = (
-        int(n) * plan.batch for n in (before, len(steps), done, len(mine))
-    )
-    return offset, count, drawn, stride
+    before = plan.before(block)[bucket] + np.count_nonzero(lane < worker)
+    done = np.searchsorted(steps, start)
+    offset, count, drawn = (int(n) * plan.batch for n in (before, len(steps), done))
+    return offset, count, drawn
 
 
 def _window_order(plan: EpochPlan, bucket: int, first: int, last: int) -> np.ndarray:
     turn = [plan.turn] if plan.turn else []
-    return _shuffled(last - first, hash64(plan.seed, plan.epoch, _WINDOW, bucket, first, *turn))
+    return shuffled(last - first, hash64(plan.seed, plan.epoch, _WINDOW, bucket, first, *turn))
 
 
 def _remaining(plan: EpochPlan, stop: int) -> list[Line]:
     """What the plan's steps before `stop` leave of its lines."""
-    lines = []
+    lines, block = [], plan.block_of(stop)
     for bucket, line in enumerate(plan.lines):
-        seen = [(0, 0)]
+        stride = plan.counts[bucket] * plan.batch
+        ranks = range(0, plan.world * stride, max(stride, 1))
+        whole = plan.before(block)[bucket] * plan.batch
+        seen = [(0, 0), *((begin, begin + whole) for begin in ranks)]
         for worker in range(plan.workers):
-            offset, count, done, stride = _stretch(plan, bucket, worker, stop)
-            for begin in range(offset, offset + plan.world * stride, max(stride, 1)):
+            offset, count, done = _stretch(plan, block, bucket, worker, stop)
+            for begin in (rank + offset for rank in ranks):
                 part = done % plan.window
                 first = begin + done - part
                 seen.append((begin, first))
@@ -309,90 +275,5 @@ def _remaining(plan: EpochPlan, stop: int) -> list[Line]:
                     last = min(first + plan.window, begin + count)
                     order = _window_order(plan, bucket, first, last)[:part]
                     seen += [(first + at, first + at + 1) for at in order.tolist()]
-        lines.append(_without(line, seen))
+        lines.append(without(line, seen))
     return lines
-
-
-def _without(line: Line, seen: list[tuple[int, int]]) -> Line:
-    """A line without the given parts of it, which may reach past its end and so repeat it."""
-    folded = []
-    for start, stop in seen:
-        while stop > line.length and start < stop:
-            at = start % line.length
-            upto = min(stop, start - at + line.length)
-            folded.append((at, at + upto - start))
-            start = upto
-        if start < stop:
-            folded.append((start, stop))
-    spans = np.array(sorted(folded) or [(0, 0)], dtype=np.int64)
-    ends = np.maximum.accumulate(spans[:, 1])
-    gaps = np.append(0, ends), np.append(spans[:, 0], line.length)
-    keep = gaps[0] < gaps[1]
-    starts, stops = gaps[0][keep], gaps[1][keep]
-    if not len(starts):
-        nothing = np.zeros(0, np.int64)
-        return Line(nothing, nothing, 0, nothing)
-    # Between two neighbouring cuts a stretch is of one shard, and it is seen or not.
-    cuts = np.unique(np.concatenate([line.begins, starts, stops]))
-    left, right = cuts[:-1], cuts[1:]
-    gap = np.searchsorted(starts, left, side="right") - 1
-    keep = (gap >= 0) & (left < stops[gap])
-    left, right = left[keep], right[keep]
-    shard = np.searchsorted(line.begins, left, side="right") - 1
-    length = right - left
-    return Line(
-        line.shards[shard],
-        np.cumsum(length) - length,
-        int(length.sum()),
-        line.offsets[shard] + left - line.begins[shard],
-    )
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The output function of splitmix64 (Steele, Lea, Flood 2014): a bijection of uint64."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _shuffled(count: int, key: int) -> np.ndarray:
-    """A permutation of range(count): the order of a bijective hash, so without ties."""
-    return np.argsort(_mix(np.arange(count, dtype=np.uint64) + np.uint64(key)))
-
-
-def _shuffle(labels: np.ndarray, key: int) -> None:
-    """Shuffle small numbers in place: sorted with hashes above them, in one array.
-
-    The order is `_shuffled`'s. For an epoch of 50 million steps its two arrays of 400 MB and
-    the sort of one by the other took 10 s; this takes one such array and 2 s.
-    """
-    bits = np.uint64(8 * labels.itemsize)
-    packed = np.empty(len(labels), dtype=np.uint64)
-    parts = [slice(at, at + 2**20) for at in range(0, len(labels), 2**20)]
-    for part in parts:
-        there = range(part.start, min(part.stop, len(labels)))
-        hashes = _mix(np.arange(there.start, there.stop, dtype=np.uint64) + np.uint64(key))
-        packed[part] = (hashes >> bits << bits) | labels[part]
-    packed.sort()
-    for part in parts:
-        labels[part] = packed[part].astype(labels.dtype)
-
-
-def _line(shards: np.ndarray, samples: np.ndarray) -> Line:
-    """The line of some shards; `samples` counts every shard of the split."""
-    shards = shards[samples[shards] > 0]
-    ends = np.cumsum(samples[shards])
-    return Line(
-        shards, ends - samples[shards], int(ends[-1]) if len(ends) else 0, np.zeros_like(shards)
-    )
-
-
-def _columns(split: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every shard: its bucket, its number of samples, whether it is for training."""
-    n = len(split.shards)
-    return (
-        np.fromiter((s.bucket for s in split.shards), np.int64, n),
-        np.fromiter((s.samples for s in split.shards), np.int64, n),
-        np.fromiter((s.train for s in split.shards), np.bool_, n),
-    )

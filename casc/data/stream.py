@@ -15,6 +15,7 @@ import torch
 
 from casc.data.batch import Batch
 from casc.data.collate import collate
+from casc.data.evaluation_plan import plan_evaluation
 from casc.data.index import Split
 from casc.data.plan import (
     NOTHING_PAST,
@@ -23,7 +24,6 @@ from casc.data.plan import (
     Window,
     noise_seed,
     plan_epoch,
-    plan_evaluation,
     steps_per_epoch,
     worker_steps,
     worker_windows,

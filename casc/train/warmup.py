@@ -74,8 +74,9 @@ def buckets_ahead(recipe: Recipe, split: Split, world: int, steps: range) -> lis
             workers=recipe.loading.workers,
             window=recipe.loading.window,
         )
-        within = at % per_epoch
-        ahead = plan.buckets[within : within + steps.stop - at].tolist()
+        block = plan.block_of(at % per_epoch)
+        within = at % per_epoch - plan.start(block)
+        ahead = plan.buckets(block)[within : within + steps.stop - at].tolist()
         found |= dict.fromkeys(ahead)
         at += len(ahead)
     return list(found)

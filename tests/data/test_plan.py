@@ -8,17 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from casc.data.evaluation_plan import plan_evaluation
+from casc.data.hashing import hash64
 from casc.data.index import Bucket, Shard, Split
 from casc.data.plan import (
+    BLOCK,
     EpochPlan,
     Past,
     Phase,
-    _shuffle,
-    _shuffled,
-    hash64,
     noise_seed,
     plan_epoch,
-    plan_evaluation,
     worker_steps,
     worker_windows,
 )
@@ -52,6 +51,11 @@ def trace(plan: EpochPlan, rank: int, start: int = 0) -> dict[int, tuple[int, li
     return dict(sorted(steps.items()))
 
 
+def buckets_of(plan: EpochPlan) -> list[int]:
+    """Of each step, from the plan's first on."""
+    return [bucket for b in range(plan.blocks) for bucket in plan.buckets(b).tolist()]
+
+
 def drawn(plan: EpochPlan, bucket: int, rank: int, worker: int, start: int):
     for window in worker_windows(plan, bucket, rank, worker, start):
         held = [(s.shard, i) for s in window.segments for i in range(s.start, s.stop)]
@@ -71,6 +75,7 @@ plans = st.fixed_dictionaries(
         "batch": st.integers(1, 5),
         "workers": st.integers(0, 8),
         "window": st.integers(1, 50),
+        "block": st.integers(1, 30) | st.just(BLOCK),
     }
 )
 
@@ -88,7 +93,7 @@ def test_epoch(case, data):
     # All ranks take the same steps in the same buckets.
     for steps in ranks:
         assert list(steps) == list(range(plan.steps))
-        assert [bucket for bucket, _ in steps.values()] == plan.buckets.tolist()
+        assert [bucket for bucket, _ in steps.values()] == buckets_of(plan)
     # Every training sample once; repeats fill less than one step of each bucket.
     seen = Counter(pick for steps in ranks for _, picks in steps.values() for pick in picks)
     extra = Counter()
@@ -123,7 +128,7 @@ def test_going_on_with_other_processes_leaves_nothing_out(case, turns, data):
     split = make_split(case["shards"], buckets=5)
     if not split.train_samples:
         return
-    common = {"seed": case["seed"], "epoch": case["epoch"]}
+    common = {"seed": case["seed"], "epoch": case["epoch"], "block": case["block"]}
     seen = Counter()
     phases: list[Phase] = []
     wrapped = steps = None
@@ -151,7 +156,7 @@ def test_going_on_with_other_processes_leaves_nothing_out(case, turns, data):
     for (shard, _), count in seen.items():
         extra[split.shards[shard].bucket] += count - 1
     assert [extra[b] for b in range(5)] == wrapped, "no more repeats than without a change"
-    later = {"seed": case["seed"], "epoch": case["epoch"] + 1, **way}
+    later = {**common, "epoch": case["epoch"] + 1, **way}
     other = plan_epoch(split, **later, past=Past(0, ()))
     same = plan_epoch(split, **later, past=Past(case["epoch"], tuple(phases)))
     assert trace(other, 0) == trace(same, 0)
@@ -266,17 +271,25 @@ def test_every_epoch_has_an_order_of_its_own(case):
     assert samples[0] == samples[1] == samples[2]
 
 
-def test_steps_are_shuffled_as_by_sorting_their_hashes():
-    labels = np.repeat(np.arange(5, dtype=np.uint8), [3, 0, 700_000, 9, 500_000])
-    expected = labels[_shuffled(len(labels), 12345)]
-    _shuffle(labels, 12345)
-    assert np.array_equal(labels, expected)
+def test_blocks_have_their_share_of_every_bucket():
+    """And where a bucket has fewer steps than there are blocks, any block may get them."""
+    split = make_split([(0, 1000, True), (1, 300, True), (2, 3, True)])
+    common = {"seed": 7, "world": 1, "batch": 1, "workers": 2}
+    rare = set()
+    for epoch in range(40):
+        plan = plan_epoch(split, epoch=epoch, block=100, **common)
+        assert plan.blocks == 14
+        for block in range(plan.blocks):
+            counts = np.bincount(plan.buckets(block), minlength=3)
+            assert (np.abs(counts - np.array([1000, 300, 3]) / 14) < 1).all()
+        rare |= {plan.block_of(step) for step, b in enumerate(buckets_of(plan)) if b == 2}
+    assert rare == set(range(14))
 
 
 LARGE = """
 import resource, sys, time
 from casc.data.index import Bucket, Shard, Split
-from casc.data.plan import plan_epoch, worker_windows
+from casc.data.plan import plan_epoch, worker_steps, worker_windows
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -290,19 +303,22 @@ split = Split(
 )
 memory, began = peak(), time.process_time()
 plan = plan_epoch(split, seed=0, epoch=3, world=world, batch=2, workers=8)
-next(worker_windows(plan, 5, world - 1, 7, plan.steps // 2))
+middle = plan.steps // 2
+step, bucket = next(worker_steps(plan, 7, middle))
+next(worker_windows(plan, bucket, world - 1, 7, middle))
 seconds = time.process_time() - began
 print(plan.steps, seconds, (peak() - memory) / 1024)
 """
 
 
-@pytest.mark.parametrize("world", [64, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_plan_of_100_million_samples_is_quick_and_small(world):
-    """400,000 shards, in a process of its own: seconds of processor time, MB beyond the index."""
+@pytest.mark.parametrize("world", [1, 64])
+def test_a_plan_of_100_million_samples_is_small(world):
+    """400,000 shards, in a process of its own: MiB beyond the index, also for one rank.
+
+    It takes 17; one rank's 50 million steps would take 48 even at a byte each.
+    """
     command = [sys.executable, "-c", LARGE, str(world), "400000"]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    steps, seconds, memory = map(float, told.split())
+    steps, _, memory = map(float, told.split())
     assert steps >= 100_000_000 / (2 * world)
-    # It takes 0.2 s on 64 ranks, and 2 on one; a machine may be several times slower.
-    assert seconds < 10
-    assert memory < 500
+    assert memory < 40

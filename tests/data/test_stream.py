@@ -31,7 +31,7 @@ def test_epochs_follow_the_plan(tmp_path, write_shards, workers):
     plan = plan_epoch(split, seed=5, epoch=0, world=1, batch=2, workers=workers, window=4)
     assert plan.steps == 6 + 3
     items = list(training_batches(tmp_path, split, steps=range(18), **common))
-    assert [bucket for bucket, _ in items][:9] == plan.buckets.tolist()
+    assert [bucket for bucket, _ in items][:9] == plan.buckets(0).tolist()
     for epoch in (0, 1):
         batches = items[9 * epoch : 9 * epoch + 9]
         seen = Counter(itertools.chain(*ids(batches)))

@@ -86,7 +86,7 @@ def test_buckets_ahead_are_those_that_the_plan_meets(tiny_recipe):
     met = []
     for epoch in range(3):
         plan = plan_epoch(split, seed=0, epoch=epoch, world=1, batch=2, workers=1, window=4)
-        met += plan.buckets.tolist()
+        met += plan.buckets(0).tolist()
     for start in range(len(met)):
         for stop in range(start, len(met) + 1):
             expected = list(dict.fromkeys(met[start:stop]))
