@@ -6,6 +6,7 @@ Legend: B images, H x W canvas, G ground-truth capacity, A anchors, P proposals,
 per image and stage, K classes, D detections.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -73,6 +74,9 @@ class InferenceConfig:
     """Class-wise suppression above this overlap."""
     detections: int = 100
     """The most detections per image."""
+    average: Literal["logits", "probabilities"] = "logits"
+    """What of the stages' scores is averaged. logits: turned into probabilities once, as the
+    reference does. probabilities: of each stage by itself, as Detectron2 does."""
 
 
 @dataclass(frozen=True)
@@ -314,7 +318,8 @@ def detect(params: Params, buffers: Params, config: DetectorConfig, inputs: Inpu
     """Detections with masks; `inputs.targets` isn't read.
 
     Each stage scores the RoIs that it was given; the mean of the three stages' logits is
-    turned into scores once. Masks are the mean of the three heads' probabilities.
+    turned into scores once (see `InferenceConfig.average`). Masks are the mean of the three
+    heads' probabilities.
     """
     features = extract(params, buffers, config, inputs.image)
     anchors = grid_anchors(config.anchors, level_sizes(features.levels), inputs.size.device)
@@ -332,13 +337,19 @@ def detect(params: Params, buffers: Params, config: DetectorConfig, inputs: Inpu
 def cascade_scores(
     params: Params, config: DetectorConfig, pyramid: Pyramid, proposals: Proposals, size: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean logits [B, P, K + 1] and final boxes [B, P, 4] in canvas pixels."""
+    """Mean logits [B, P, K + 1] and final boxes [B, P, 4] in canvas pixels.
+
+    Where the config averages probabilities, the logarithms of these are the logits.
+    """
     boxes = proposals.boxes
     logits = []
     for i, stage in enumerate(config.stages):
         output = box_head(params, i, _align(config, pyramid, boxes, config.box_head.cells))
         logits.append(output.logits.reshape(*boxes.shape[:2], -1))
         boxes = refine(stage, boxes, output.deltas, size)
+    if config.inference.average == "probabilities":
+        logs = torch.stack(logits).log_softmax(dim=-1)
+        return logs.logsumexp(dim=0) - math.log(len(logits)), boxes
     return torch.stack(logits).sum(dim=0) / len(logits), boxes
 
 

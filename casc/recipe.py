@@ -14,7 +14,7 @@ import tyro
 
 from casc import detector
 from casc.config import to_json
-from casc.data.augment import ImageConfig
+from casc.data.augment import ImageConfig, training_canvas
 from casc.data.index import Index, Split, canvas
 from casc.data.loading import Loading, check_loading
 from casc.data.plan import plan_epoch
@@ -198,6 +198,11 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
             "--init imagenet: there are such weights for --model.backbone.norm frozen_bn and"
             " --model.backbone.width 64 only; use --init random or a file"
         )
+    if backbone.stride_in_1x1 and (backbone.depth < 50 or recipe.init == IMAGENET):
+        raise UserError(
+            "--model.backbone.stride-in-1x1: neither torchvision's weights (--init imagenet) nor"
+            " networks of fewer than 50 layers are built so"
+        )
     if recipe.init == RANDOM and backbone.frozen_stages >= 0:
         raise UserError(
             "--init random: frozen stages would keep their random weights;"
@@ -236,7 +241,9 @@ def facts(recipe: Recipe, index: Index, world: int = 1) -> Facts:
         images_per_step=images,
         rate=rate,
         canvases={
-            name: split_canvases(index.splits[name], recipe.image)
+            name: split_canvases(
+                index.splits[name], recipe.image, training=name == recipe.train_split
+            )
             for name in dict.fromkeys((recipe.train_split, recipe.val_split))
             if name in index.splits
         },
@@ -244,8 +251,12 @@ def facts(recipe: Recipe, index: Index, world: int = 1) -> Facts:
     )
 
 
-def split_canvases(split: Split, image: ImageConfig) -> list[tuple[int, int]]:
+def split_canvases(
+    split: Split, image: ImageConfig, *, training: bool = False
+) -> list[tuple[int, int]]:
     """The network's canvas (H, W) of each bucket of a split."""
+    if training:
+        return [training_canvas(bucket, image) for bucket in split.buckets]
     return [canvas(bucket, image.short, image.long) for bucket in split.buckets]
 
 

@@ -1,4 +1,4 @@
-"""ResNet (He et al., 2016), the "pytorch" style: the stride sits in the 3x3 convolution.
+"""ResNet (He et al., 2016).
 
 Names are mmdet's and torchvision's with a prefix: `backbone.layer1.0.conv1.weight`.
 """
@@ -45,6 +45,10 @@ class ResNetConfig:
     """-1 trains everything, 0 freezes the stem, n the stem and the first n stages."""
     width: int = 64
     """Channels of the stem; 64 is the published network."""
+    stride_in_1x1: bool = False
+    """Where a bottleneck's stride sits. False: in the 3x3 convolution, as in torchvision's weights
+    (the "pytorch" style). True: in the first 1x1, as in the paper and in weights made with Caffe
+    and Detectron (the "caffe" style)."""
     recompute: bool = False
     """Keep only the input of each block that trains, and compute the rest again in the backward
     pass: less memory for larger batches, and slower. Changes no number."""
@@ -67,7 +71,12 @@ def resnet(params: Params, buffers: Params, config: ResNetConfig, image: Tensor)
 
     Returns:
         4 tensors [B, C_l, H / 2**l, W / 2**l] for l = 2..5.
+
+    Raises:
+        ValueError: `stride_in_1x1` for basic blocks, which have no such convolution.
     """
+    if config.stride_in_1x1 and not _is_bottleneck(config):
+        raise ValueError(f"stride_in_1x1: the blocks of ResNet-{config.depth} have no 1x1")
     x = _conv_norm(params, buffers, config, PREFIX, "conv1", 1, image, stride=2, padding=3)
     x = F.max_pool2d(F.relu(x), kernel_size=3, stride=2, padding=1)
     block = _bottleneck if _is_bottleneck(config) else _basic_block
@@ -129,8 +138,9 @@ def init_resnet(
 def _bottleneck(
     params: Params, buffers: Params, config: ResNetConfig, name: str, x: Tensor, stride: int
 ) -> Tensor:
-    y = F.relu(_conv_norm(params, buffers, config, name, "conv1", 1, x))
-    y = F.relu(_conv_norm(params, buffers, config, name, "conv2", 2, y, stride, padding=1))
+    first, second = (stride, 1) if config.stride_in_1x1 else (1, stride)
+    y = F.relu(_conv_norm(params, buffers, config, name, "conv1", 1, x, first))
+    y = F.relu(_conv_norm(params, buffers, config, name, "conv2", 2, y, second, padding=1))
     y = _conv_norm(params, buffers, config, name, "conv3", 3, y)
     return F.relu(y + _shortcut(params, buffers, config, name, x, stride))
 

@@ -319,6 +319,18 @@ def test_scores_come_from_the_mean_logits_and_masks_from_the_mean_probabilities(
     torch.testing.assert_close(found.masks, expected.expand_as(found.masks))
 
 
+def test_scores_may_come_from_the_mean_probabilities(world, tiny_batch):
+    logits = torch.tensor([[3.0, 0, 0, 0], [-1, 2, 0, 0], [1, 1, 0, 5]])
+    params = constant_heads(world, fc_cls=logits.tolist())
+    inference = replace(world.config.inference, average="probabilities", score_threshold=0.0)
+    config = replace(world.config, inference=inference)
+    inputs = world.inputs(tiny_batch([2, 1]))
+    found = detector.detect(params, world.buffers, config, inputs)
+    assert found.valid.any()
+    scores = logits.softmax(-1).mean(0)
+    torch.testing.assert_close(found.scores, scores[found.labels] * found.valid)
+
+
 def test_each_stage_moves_the_boxes_of_the_one_before(world, tiny_batch):
     # Right by a tenth of the width, up by a fifth of the height, wider by e ** 0.1.
     moves = [[1.0, 0, 0, 0], [0.0, -4, 0, 0], [0.0, 0, 0.1 / 0.067, 0]]

@@ -100,6 +100,7 @@ def test_eight_cards_follow_the_references_schedule():
         ({"val_split": "minival"}, "--val-split minival: .*--evaluate-every 0"),
         ({"model.classes": 81}, "--model.classes 81: .* use --model.classes 80"),
         ({"model.backbone.norm": "gn"}, "--init imagenet: .*--init random"),
+        ({"model.backbone.stride_in_1x1": True}, "--model.backbone.stride-in-1x1: .*torchvision"),
         ({"init": "random"}, "--init random: .*--model.backbone.frozen-stages -1"),
     ],
 )

@@ -85,6 +85,22 @@ def test_activations_are_torchvisions(depth, norm):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_the_stride_may_sit_in_the_first_convolution():
+    net = torchvision_net(50, "frozen_bn")
+    state = {our_name(k, "bn"): v for k, v in net.state_dict().items()}
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    for layer in (net.layer2, net.layer3, net.layer4):
+        layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    with torch.no_grad():
+        made = resnet(state, state, ResNetConfig(depth=50, stride_in_1x1=True), image)
+        other = resnet(state, state, ResNetConfig(depth=50), image)
+        for ours, theirs in zip(made, maps_of(net, image), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (made[1] - other[1]).abs().max() > 0.1
+    with pytest.raises(ValueError, match="no 1x1"):
+        resnet({}, {}, ResNetConfig(depth=18, stride_in_1x1=True), image)
+
+
 def test_gradients_are_torchvisions():
     net = torchvision_net(18, "frozen_bn")
     image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
