@@ -3,9 +3,7 @@
 Legend: h x w the image as it is upright, Hi x Wi input canvas, D detections.
 """
 
-import glob
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,17 +14,21 @@ import torch
 from PIL import Image
 
 from casc.data.batch import Batch
-from casc.data.decode import decode_image, open_image
 from casc.data.index import Bucket, Category, canvas
 from casc.detector import Detections
 from casc.draw import draw_instances
 from casc.errors import UserError
+from casc.photographs import (
+    find_images,
+    image_ids,
+    names_of,
+    read_image,
+    reason_of,
+    targets_of,
+)
 from casc.results import Result, coco_results, write_results
 
 RESULTS_NAME = "predictions.json"
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
-"""What a folder is searched for; a file named outright may be called anything."""
-_EXIF_ORIENTATION = 0x0112
 
 
 class Predicted(NamedTuple):
@@ -87,22 +89,22 @@ def predict(
     files, failed = find_images(paths)
     for name, reason in failed:
         log(f"{name}: skipped: {reason}")
-    names = _names(files)
+    names = names_of(files)
     folder = Path(out_dir)
-    targets = _targets(files, folder)
+    targets = targets_of(files, folder)
     folder.mkdir(parents=True, exist_ok=True)
 
     results: list[Result] = []
     pictures: list[Path] = []
     try:
         for identity, file, name, target in zip(
-            _image_ids(files), files, names, targets, strict=True
+            image_ids(files), files, names, targets, strict=True
         ):
             try:
                 image = read_image(file)
             except (UserError, OSError) as error:
-                failed.append((str(file), _reason(error)))
-                log(f"{file}: skipped: {_reason(error)}")
+                failed.append((str(file), reason_of(error)))
+                log(f"{file}: skipped: {reason_of(error)}")
                 continue
             batch, scale = image_batch(image, canvas_for(*image.shape[:2]), identity)
             batch = Batch._make(None if t is None else t.to(device) for t in batch)
@@ -121,54 +123,6 @@ def predict(
         results_file = folder / RESULTS_NAME
         write_results(results, results_file)
     return Predicted(results, pictures, failed, results_file)
-
-
-def find_images(
-    paths: Iterable[str | os.PathLike[str]],
-) -> tuple[list[Path], list[tuple[str, str]]]:
-    """List the images that paths, folders and patterns mean, each once.
-
-    A folder means the images in it, not those in folders below it.
-
-    Returns:
-        The files, and the paths that led to none with the reason.
-    """
-    files: dict[Path, None] = {}
-    failed: list[tuple[str, str]] = []
-    for given in paths:
-        text, path = os.fspath(given), Path(given)
-        if path.is_dir():
-            matches = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()
-            )
-            reason = "the folder has no images"
-        elif path.exists() or not glob.has_magic(text):
-            # A path that leads nowhere fails when it is read, like any other bad image.
-            matches, reason = [path], ""
-        else:
-            found = glob.glob(text, recursive=True)  # noqa: PTH207 - a pattern may be absolute
-            matches = sorted(p for p in map(Path, found) if p.is_file())
-            reason = "no file matches"
-        files.update(dict.fromkeys(matches))
-        if not matches:
-            failed.append((text, reason))
-    return list(files), failed
-
-
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read an image as RGB `[h, w, 3]` uint8, turned upright.
-
-    Raises:
-        OSError, UserError: when it can't be read.
-    """
-    data = Path(path).read_bytes()
-    with open_image(data) as image, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-        except Exception:  # damaged metadata doesn't make a photograph unreadable
-            orientation = 1
-    return decode_image(data, orientation if orientation in range(1, 9) else 1)
 
 
 def canvas_chooser(
@@ -277,40 +231,3 @@ def _draw(
         scores=[result["score"] for result in results],
     )
     Image.fromarray(drawn).save(target, format="JPEG", quality=92, subsampling=0)
-
-
-def _names(files: Sequence[Path]) -> list[str]:
-    """What `file_name` says: the name, or the path where names aren't enough."""
-    distinct = len({file.name for file in files}) == len(files)
-    return [file.name if distinct else file.as_posix() for file in files]
-
-
-def _image_ids(files: Sequence[Path]) -> list[int]:
-    if all(file.stem.isdecimal() and file.stem.isascii() for file in files):
-        numbers = [int(file.stem) for file in files]
-        if len(set(numbers)) == len(numbers) and max(numbers, default=0) < 2**63:
-            return numbers
-    return list(range(1, len(files) + 1))
-
-
-def _targets(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Where the pictures go; names that several images share are numbered."""
-    inputs = {file.resolve() for file in files}
-    targets: dict[Path, None] = {}
-    for file in files:
-        target, number = folder / f"{file.stem}.jpg", 1
-        while target in targets:
-            number += 1
-            target = folder / f"{file.stem}-{number}.jpg"
-        if target.resolve() in inputs:
-            raise UserError(
-                f"{target}: would overwrite an input image; choose another output folder"
-            )
-        targets[target] = None
-    return list(targets)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error)

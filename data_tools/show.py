@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
-from casc.data.decode import decode_image
 from casc.data.index import Index, read_index
 from casc.data.sample import iter_tar
-from casc.draw import contact_sheet, draw_instances
+from casc.draw import contact_sheet, draw_sample
 from casc.errors import UserError
 
 
@@ -51,35 +49,11 @@ def show_shards(
         raise UserError(f"{folder}: has no split {split!r}, only {', '.join(index.splits)}")
     samples = _choose(folder, index, split, count, seed)
     captions = [_caption(record) for _, record in samples]
-    pictures = [draw_sample(image, record, index, cell) for image, record in samples]
+    pictures = [draw_sample(image, record, index.categories, cell) for image, record in samples]
     sheet = contact_sheet(pictures, cell=cell, captions=captions)
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).save(out, "PNG")
     return captions
-
-
-def draw_sample(image: bytes, record: dict[str, Any], index: Index, cell: int) -> np.ndarray:
-    """Draw a sample's annotations: `[h, w, 3]` uint8."""
-    names = {category.id: category.name for category in index.categories}
-    entries = record["annotations"]
-    segmentations = [entry["segmentation"] for entry in entries]
-    return draw_instances(
-        decode_image(image, record["orientation"]),
-        np.array([entry["box"] for entry in entries], float).reshape(-1, 4),
-        [names.get(entry["category_id"], f"category {entry['category_id']}") for entry in entries],
-        labels=[entry["label"] for entry in entries],
-        masks=[_rle(s) if isinstance(s, dict) else None for s in segmentations],
-        polygons=[[] if isinstance(s, dict) else s for s in segmentations],
-        crowds=[bool(entry["iscrowd"]) for entry in entries],
-        long_side=cell,
-    )
-
-
-def _rle(segmentation: dict[str, Any]) -> Any:
-    packed: Any = segmentation
-    if isinstance(segmentation["counts"], list):
-        packed = coco_mask.frPyObjects(packed, *segmentation["size"])
-    return packed
 
 
 def _choose(

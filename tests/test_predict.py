@@ -14,7 +14,8 @@ from casc.data.batch import Batch
 from casc.data.index import Category
 from casc.detector import Detections
 from casc.errors import UserError
-from casc.predict import canvas_chooser, find_images, image_batch, predict, read_image
+from casc.photographs import find_images, read_image
+from casc.predict import canvas_chooser, image_batch, predict
 
 CATEGORIES = [Category(4, "red"), Category(9, "green")]
 

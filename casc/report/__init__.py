@@ -1,0 +1,1 @@
+"""`casc report`: one HTML page that tells how a run went."""
