@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # What a number is for; distinct purposes of one image must not share their noise.
-FLIP, RPN, STAGE = 1, 2, 16  # stage k uses STAGE + k
+FLIP, RPN, SCALE, CROP, STAGE = 1, 2, 3, 4, 16  # stage k uses STAGE + k
 
 _MASK = 0xFFFFFFFF
 

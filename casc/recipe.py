@@ -180,6 +180,7 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
     check_loading(recipe.loading)
+    _check_image(recipe.image)
     if not recipe.optim.lr > 0:
         raise UserError(f"--optim.lr {recipe.optim.lr}: must be more than 0")
     if recipe.optim.clip_norm is not None and not recipe.optim.clip_norm > 0:
@@ -316,6 +317,34 @@ def rate_lines(recipe: Recipe, derived: Facts) -> list[str]:
         f"steps {first:,} to {last:,}: {a:.6g}" + (f" to {b:.6g}" if b != a else "")
         for first, last, a, b in table
     ]
+
+
+def _check_image(image: ImageConfig) -> None:
+    if not 0 <= image.flip <= 1:
+        raise UserError(f"--image.flip {image.flip}: must be from 0 to 1")
+    if image.train_short is not None:
+        least, most = image.train_short
+        if not 1 <= least <= most <= image.long:
+            raise UserError(
+                f"--image.train-short {least} {most}: must be from 1 to --image.long {image.long},"
+                " the smaller one first"
+            )
+    if image.jitter is None:
+        return
+    if image.train_short is not None:
+        raise UserError(
+            "--image.jitter: takes the place of --image.train-short; use one of them and None for"
+            " the other"
+        )
+    least, most = image.jitter
+    if image.jitter_size < 32 or image.jitter_size % 32:
+        raise UserError(f"--image.jitter-size {image.jitter_size}: must be a multiple of 32")
+    if not 1 <= least * image.jitter_size <= most * image.jitter_size < 2**15:
+        raise UserError(
+            f"--image.jitter {least:g} {most:g}: must make images of --image.jitter-size"
+            f" {image.jitter_size} at least one pixel and less than 32,768 large, the smaller"
+            " factor first"
+        )
 
 
 def _check_data(recipe: Recipe, index: Index) -> None:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from casc import detector
-from casc import noise as noises
 from casc.anchors import AnchorConfig
 from casc.compiling import keep
-from casc.data.augment import ImageConfig, prepare
+from casc.data.augment import ImageConfig, prepare, random_view
 from casc.data.batch import Batch
 from casc.detector import Detections, DetectorConfig, Inputs
 from casc.layers import Params
@@ -154,9 +153,9 @@ def make_detect_step(
 def training_inputs(
     batch: Batch, image: ImageConfig, canvas: tuple[int, int], compute: Compute
 ) -> Inputs:
-    """What the network sees when training: the batch on its canvas, mirrored by its noise."""
-    flip = noises.uniform(batch.seed, noises.FLIP, 1)[:, 0] < image.flip
-    return prepare(batch, flip, image, canvas, compute.dtype, compute.memory_format)
+    """What the network sees when training: the batch on its canvas, seen as its noise says."""
+    view = random_view(batch.size, batch.seed, image, canvas)
+    return prepare(batch, view, image, canvas, compute.dtype, compute.memory_format)
 
 
 def mask_capacity(count: int, slots: int, dynamic: bool) -> int:

@@ -10,7 +10,7 @@ from casc.bench.decoders import agreement, decoders
 from casc.bench.loader import LoaderCommand
 from casc.bench.loader_parts import choose, load, time_parts
 from casc.bench.loader_usual import load_usually
-from casc.data.augment import ImageConfig, prepare
+from casc.data.augment import ImageConfig, plain_view, prepare
 from casc.data.collate import collate
 from casc.data.index import read_index
 from casc.data.sample import iter_tar, read_sample
@@ -100,7 +100,8 @@ def test_the_usual_way_does_the_same_work(shards, flip, last):
         bucket = split.buckets[shard.bucket]
         for _, image, record in list(iter_tar(shards / shard.name))[:2]:
             batch = collate([read_sample(image, record)], bucket, bitmaps=True)
-            ours = prepare(batch, torch.tensor([flip]), config, (224, 224), torch.float32)
+            view = plain_view(batch.size, config)._replace(flip=torch.tensor([flip]))
+            ours = prepare(batch, view, config, (224, 224), torch.float32)
             usual = load_usually(image, record, flip, config, rasterise_last=last)
             height, width = usual.image.shape[1:]
             assert ours.size[0].tolist() == [height, width]

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,20 @@ from pycocotools import mask as coco_mask
 from safetensors.torch import load_file
 from torch import Tensor
 
-from casc.data.augment import ImageConfig, prepare, resized
+from casc.data.augment import (
+    ImageConfig,
+    View,
+    plain_view,
+    prepare,
+    random_view,
+    resized,
+    training_canvas,
+)
 from casc.data.batch import Batch
 from casc.data.decode import decode_image
+from casc.data.index import Bucket
 from casc.detector import Inputs
+from casc.masks import polygon_targets
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared/coco_mini/train2017"
 """Real ones where they lie beside the project; they are never a part of it."""
@@ -64,7 +75,8 @@ def noise_image(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def run(batch: Batch, flip: Tensor | None, config: ImageConfig, canvas: tuple[int, int]) -> Inputs:
-    return prepare(batch, flip, config, canvas, torch.float32)
+    view = None if flip is None else plain_view(batch.size, config)._replace(flip=flip)
+    return prepare(batch, view, config, canvas, torch.float32)
 
 
 # ---- sizes ----
@@ -367,3 +379,163 @@ def test_training_bitmaps_reproduce_the_reference(set_a):
         expected = tensors[f"train.gt_masks.{i}"]
         count, height, width = expected.shape
         assert torch.equal(maps[i, :count, :height, :width], expected)
+
+
+# ---- multi-scale training and large-scale jitter ----
+
+MULTI = ImageConfig(short=64, long=120, train_short=(40, 72), mean=(0, 0, 0), std=(1, 1, 1))
+JITTER = ImageConfig(jitter=(0.1, 2.0), jitter_size=64, mean=(0, 0, 0), std=(1, 1, 1))
+WIDE = Bucket("wide", 1.0, None, 80, 100, 4, 6, 0)
+
+
+def seen(config: ImageConfig, sizes: list[tuple[int, int]], first: int = 0):
+    canvas = training_canvas(WIDE, config)
+    seed = torch.arange(first, first + len(sizes))
+    return random_view(torch.tensor(sizes, dtype=torch.float32), seed, config, canvas), canvas
+
+
+def test_the_shorter_side_is_any_of_the_range():
+    view, canvas = seen(MULTI, [(50, 60)] * 4000)
+    sides, counts = view.size[:, 0].unique(return_counts=True)
+    assert sides.tolist() == list(range(40, 73))
+    # Each as likely: 121 expected, and 5 standard deviations of it.
+    assert (counts - 4000 / 33).abs().max() < 5 * (4000 / 33) ** 0.5
+    assert view.corner is None
+    assert 0.45 < view.flip.float().mean() < 0.55
+    # An image that is limited by its longer side is so at every scale.
+    view, _ = seen(MULTI, [(20, 100)] * 50)
+    assert view.size[:, 1].unique().tolist() == [120]
+    assert canvas == (96, 128)
+    for size in ((50, 50), (60, 61), (33, 100)):
+        view, _ = seen(MULTI, [size] * 300)
+        assert (view.size <= torch.tensor(canvas)).all()
+
+
+def test_the_factor_of_the_jitter_is_uniform():
+    view, canvas = seen(JITTER, [(48, 96)] * 4000)
+    assert canvas == (64, 64)
+    longer = view.size[:, 1]
+    assert (longer.min().item(), longer.max().item()) == (6, 128)
+    share = torch.histc(longer.float(), bins=4, min=6, max=128) / 4000
+    assert (share - 0.25).abs().max() < 0.04
+    # Aspect is kept, to whole pixels.
+    assert ((2 * view.size[:, 0] - longer).abs() <= 1).all()
+    assert view.corner is not None
+    beyond = (view.size - 64).clamp(min=0)
+    assert (view.corner >= 0).all()
+    assert (view.corner <= beyond).all()
+    # Windows lie anywhere between both ends.
+    cut = beyond[:, 1] > 20
+    where = view.corner[cut, 1] / beyond[cut, 1]
+    assert (where == 0).any()
+    assert (where == 1).any()
+    assert abs(where.mean() - 0.5) < 0.04
+
+
+def test_noise_is_each_samples_own():
+    """Neither its neighbours in the batch nor their number change how an image is seen."""
+    sizes = [(50, 60), (40, 90), (70, 71), (33, 80)]
+    for config in (MULTI, JITTER):
+        together, _ = seen(config, sizes, first=7)
+        for i, size in enumerate(sizes):
+            alone, _ = seen(config, [size], first=7 + i)
+            for a, b in zip(together, alone, strict=True):
+                if a is not None and b is not None:
+                    assert torch.equal(a[i : i + 1], b)
+                else:
+                    assert a is b is None
+    flips = [seen(config, [(50, 60)] * 64)[0].flip for config in (ImageConfig(), MULTI, JITTER)]
+    assert torch.equal(flips[0], flips[1])
+    assert torch.equal(flips[0], flips[2])
+
+
+def brute(image: np.ndarray, view: View, i: int, canvas: tuple[int, int]) -> np.ndarray:
+    """An image as OpenCV resizes it, cropped, mirrored and padded by slices."""
+    height, width = view.size[i].tolist()
+    made = cv2.resize(image.astype(np.float32), (width, height))
+    if view.corner is not None:
+        row, column = view.corner[i].tolist()
+        made = made[row : row + canvas[0], column : column + canvas[1]]
+    if view.flip[i]:
+        made = made[:, ::-1]
+    padded = np.zeros((*canvas, 3), np.float32)
+    padded[: made.shape[0], : made.shape[1]] = made
+    return padded
+
+
+@pytest.mark.parametrize("config", [MULTI, JITTER], ids=["multi-scale", "jitter"])
+def test_pixels_are_those_that_opencv_and_slices_give(config):
+    sizes = [(50, 60), (40, 90), (70, 100), (33, 80)] * 6
+    images = [noise_image(*size, seed=i) for i, size in enumerate(sizes)]
+    batch = make_batch(images)
+    view, canvas = seen(config, sizes)
+    made = prepare(batch, view, config, canvas, torch.float32)
+    for i, image in enumerate(images):
+        expected = brute(image, view, i, canvas)
+        np.testing.assert_allclose(made.image[i].permute(1, 2, 0).numpy(), expected, atol=0.02)
+        shown = np.argwhere((expected != 0).any(-1)).max(0) + 1
+        assert made.size[i].tolist() == shown.tolist()
+
+
+def test_objects_move_with_their_pixels():
+    """Bright rectangles, found again in the pictures, are where boxes and edges say."""
+    config, count = ImageConfig(jitter=(0.8, 2.0), jitter_size=64), 60
+    images, boxes = [], []
+    edges = np.zeros((count, 1, 4, 4), np.float32)
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        x, y, w, h = *rng.integers(0, 40, 2), *rng.integers(12, 30, 2)
+        image = np.zeros((70, 80, 3), np.uint8)
+        image[y : y + h, x : x + w] = 255
+        corners = np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]])
+        edges[i, 0] = np.concatenate([corners, np.roll(corners, -1, 0)], axis=1)
+        images.append(image)
+        boxes.append([[float(v) for v in (x, y, x + w, y + h)]])
+    bitmaps = [(image[None, ..., 0] > 0).astype(np.uint8) for image in images]
+    batch = make_batch(images, boxes, edges, bitmaps)
+    view, canvas = seen(config, [(70, 80)] * count)
+    made = prepare(
+        batch, view, replace(config, mean=(0, 0, 0), std=(1, 1, 1)), canvas, torch.float32
+    )
+    gt, gone, cut = made.targets, 0, 0
+    assert gt.bitmaps is not None
+    for i in range(count):
+        bright = made.image[i, 0].numpy() > 127.5
+        ys, xs = np.nonzero(bright)
+        if not gt.valid[i, 0]:
+            gone += 1
+            assert len(ys) == 0
+            assert (gt.boxes[i] == 0).all()
+            continue
+        box = gt.boxes[i, 0].tolist()
+        assert box == pytest.approx([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], abs=1.1)
+        whole = np.array(boxes[i][0]) * made.scale[i].numpy()
+        cut += (box[2] - box[0]) < (whole[2] - whole[0]) - 0.5
+        # The outline is the whole object's; within the window it covers the same pixels.
+        covered = polygon_targets(gt.edges[i], torch.tensor([[0.0, 0, 64, 64]]), 64)[0].numpy()
+        assert (covered != bright).mean() < 0.03
+        nearest = gt.bitmaps[i, 0].numpy() > 0
+        assert (nearest != bright).mean() < 0.03
+    assert gone >= 2
+    assert cut >= 5
+
+
+def test_both_compile_to_the_same(compiled):
+    sizes = [(50, 60), (40, 90)]
+    batch = make_batch([noise_image(*size) for size in sizes], BOXES)
+    edges = torch.tensor(np.random.default_rng(0).uniform(0, 50, (2, 2, 5, 4)), dtype=torch.float32)
+    batch = batch._replace(edges=edges)
+
+    def both(batch: Batch) -> list[Inputs]:
+        made = []
+        for config in (MULTI, JITTER):
+            canvas = training_canvas(WIDE, config)
+            view = random_view(batch.size, batch.seed, config, canvas)
+            made.append(prepare(batch, view, config, canvas, torch.float32))
+        return made
+
+    for fast, slow in zip(compiled(both)(batch), both(batch), strict=True):
+        torch.testing.assert_close(fast.image, slow.image, rtol=1e-5, atol=2e-3)
+        assert torch.equal(fast.size, slow.size)
+        assert torch.equal(fast.targets.valid, slow.targets.valid)
+        torch.testing.assert_close(fast.targets.boxes, slow.targets.boxes, rtol=1e-5, atol=1e-4)
