@@ -18,6 +18,7 @@ from casc.ground_truth import write_json
 from casc.recipe import Facts, Recipe, advice, rate_lines
 from casc.train import checkpoint
 from casc.train.distributed import Ranks
+from casc.train.environment import environment
 from casc.train.log import RunLog, run_log
 from casc.train.start import CHECKPOINTS, RECIPE
 from casc.train.state import State
@@ -96,6 +97,7 @@ def announce(run: Run, state: State, notes: list[str]) -> None:
         world=run.ranks.world,
         casc=casc.__version__,
         torch=torch.__version__,
+        environment=environment(run.device),
         recipe=to_json(recipe),
     )
     for note in [*notes, *(f"warning: {text}" for text in advice(recipe))]:
