@@ -5,6 +5,7 @@ Each room's settings lie beside the function that they configure; here they come
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -21,6 +22,7 @@ from casc.data.plan import plan_epoch
 from casc.detector import DetectorConfig
 from casc.devices import TRAITS, traits
 from casc.errors import UserError
+from casc.train.ema import Ema
 from casc.train.optim import Optim
 from casc.train.schedule import Schedule, rate_table, scaled_rate
 
@@ -100,6 +102,7 @@ class Recipe:
 
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
+    ema: Ema = field(default_factory=Ema)
     image: ImageConfig = field(default_factory=ImageConfig)
     loading: Loading = field(default_factory=Loading)
     model: DetectorConfig = field(default_factory=DetectorConfig)
@@ -183,6 +186,27 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
     _check_image(recipe.image)
     if not recipe.optim.lr > 0:
         raise UserError(f"--optim.lr {recipe.optim.lr}: must be more than 0")
+    for part in ("backbone", "neck", "heads"):
+        factor = getattr(recipe.optim, f"{part}_lr")
+        if not 0 < factor < math.inf:
+            raise UserError(
+                f"--optim.{part}-lr {factor}: must be more than 0"
+                + (
+                    ", to freeze it use --model.backbone.frozen-stages 4"
+                    if part == "backbone"
+                    else ""
+                )
+            )
+    decay = recipe.ema.decay
+    if decay is not None and not 0 < decay < 1:
+        raise UserError(f"--ema.decay {decay}: must be between 0 and 1")
+    if decay is None and not recipe.ema.evaluate:
+        raise UserError("--ema.no-evaluate: there is no average; give --ema.decay, such as 0.9998")
+    if not -1 <= recipe.model.backbone.frozen_stages <= 4:
+        raise UserError(
+            f"--model.backbone.frozen-stages {recipe.model.backbone.frozen_stages}: must be from -1"
+            " (none) to 4 (all)"
+        )
     if recipe.optim.clip_norm is not None and not recipe.optim.clip_norm > 0:
         raise UserError(f"--optim.clip-norm {recipe.optim.clip_norm}: must be more than 0")
     kind = recipe.device.partition(":")[0]

@@ -1,10 +1,12 @@
 """Checkpoints: folders that are there as a whole or not at all.
 
     RUN/checkpoints/step-00007330/
-        weights.safetensors   parameters and buffers under the reference's names; metadata
-                              says what they are (recipe, classes, step, versions)
-        state.safetensors     momentum, the guards' scalars; metadata has the counters and the
-                              data position
+        weights.safetensors   parameters and buffers under the reference's names, as they are
+                              evaluated; metadata says what they are (recipe, classes, step,
+                              versions)
+        state.safetensors     momentum, the guards' scalars, and of raw weights and their moving
+                              average what isn't in the other file; metadata has the counters
+                              and the data position
         checkpoint.json       size and SHA-256 of both
         metrics.json          figures, once the checkpoint has been evaluated
     RUN/checkpoints/best      link to the best checkpoint so far
@@ -33,7 +35,7 @@ WEIGHTS, STATE, MANIFEST, METRICS = (
     "weights.safetensors", "state.safetensors", "checkpoint.json", "metrics.json"
 )  # fmt: skip
 BEST = "best"
-_PREFIX, _GUARD = "step-", "guard."
+_PREFIX, _GUARD, _RAW, _EMA = "step-", "guard.", "raw.", "ema."
 
 
 class TornCheckpointError(UserError):
@@ -46,12 +48,18 @@ class Loaded(NamedTuple):
     weights: dict[str, Tensor]
     momentum: dict[str, Tensor]
     guard: dict[str, Tensor]
+    ema: dict[str, Tensor]
     position: dict[str, Any]
     """Counters and data position, as given to `save`."""
 
 
 def save(
-    folder: Path, state: State, *, metadata: Mapping[str, str], position: Mapping[str, Any]
+    folder: Path,
+    state: State,
+    *,
+    metadata: Mapping[str, str],
+    position: Mapping[str, Any],
+    averaged: bool = True,
 ) -> Path:
     """Write `folder/step-N`, atomically.
 
@@ -60,6 +68,7 @@ def save(
         state: what to save.
         metadata: what the weights are; goes into their file.
         position: JSON values that resuming needs beside the tensors.
+        averaged: whether the moving averages, if there are any, are the weights to show.
 
     Returns:
         The checkpoint's folder.
@@ -70,11 +79,16 @@ def save(
     final = path_of(folder, state.step)
     temporary = folder / f".{final.name}.{os.getpid()}"
     weights = {**state.params, **state.buffers}
+    rest = {**state.momentum, **_prefixed(_GUARD, state.guard)}
+    if averaged and state.ema:
+        weights |= state.ema
+        rest |= _prefixed(_RAW, {name: state.params[name] for name in state.ema})
+    else:
+        rest |= _prefixed(_EMA, state.ema)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _write(temporary / WEIGHTS, weights, metadata)
-        rest = {**state.momentum, **{_GUARD + name: v for name, v in state.guard.items()}}
         _write(temporary / STATE, rest, {"position": json.dumps(dict(position))})
         files = {
             name: {key: fact(temporary / name) for key, fact in _FACTS.items()}
@@ -104,10 +118,11 @@ def load(checkpoint: Path) -> Loaded:
     verify(checkpoint)
     with safetensors.safe_open(checkpoint / STATE, "pt") as file:
         position = json.loads(file.metadata()["position"])
-    rest = load_file(checkpoint / STATE)
-    guard = {name: rest.pop(name) for name in list(rest) if name.startswith(_GUARD)}
-    guard = {name.removeprefix(_GUARD): value for name, value in guard.items()}
-    return Loaded(load_file(checkpoint / WEIGHTS), rest, guard, position)
+    weights, rest = load_file(checkpoint / WEIGHTS), load_file(checkpoint / STATE)
+    guard, raw, ema = (_taken(rest, prefix) for prefix in (_GUARD, _RAW, _EMA))
+    if raw:
+        ema = {name: weights[name] for name in raw}
+    return Loaded(weights | raw, rest, guard, ema, position)
 
 
 def recipe_of(checkpoint: Path) -> Any:
@@ -126,6 +141,7 @@ def restore(state: State, loaded: Loaded, source: Path) -> State:
         ({**state.params, **state.buffers}, loaded.weights),
         (state.momentum, loaded.momentum),
         (state.guard, loaded.guard),
+        (state.ema, loaded.ema),
     ):
         for name in [*target, *(name for name in found if name not in target)]:
             if name not in found or name not in target or found[name].shape != target[name].shape:
@@ -231,6 +247,16 @@ def sweep(folder: Path) -> None:
     """Delete what interrupted saves have left behind."""
     for path in folder.glob(f".{_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take out the tensors whose names begin so, under the rest of their names."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors.pop(name) for name in names}
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from casc.compiling import use_cache
 from casc.data.batch import Batch
 from casc.data.index import read_index
 from casc.data.stream import ahead, training_batches
+from casc.data.workers import BatchStream
 from casc.detect import Detector, evaluate_split, new_detector
 from casc.devices import choose_device, choose_dtype, peak_memory, traits
 from casc.evaluate import Evaluation, format_table, write_evaluation
@@ -24,6 +25,7 @@ from casc.train.distributed import (
     process_group,
     ranks_from_environment,
 )
+from casc.train.ema import average, decay_at
 from casc.train.guard import IN_A_ROW, scale_of
 from casc.train.meter import Meter, watch_positives
 from casc.train.optim import make_optimizer, update
@@ -102,8 +104,9 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
     optimizer = make_optimizer(recipe.optim, state)
     exchange = Exchange([state.params[name] for name in state.momentum], ranks)
     together = ranks if recipe.normalise == "world" else None
+    shown = {**state.params, **state.ema} if recipe.ema.evaluate else state.params
     detector = new_detector(
-        state.params, state.buffers, recipe.model, recipe.image, run.compute, run.device
+        shown, state.buffers, recipe.model, recipe.image, run.compute, run.device
     )
     watch = watch_positives(log.warn)
     # `evaluation` is the main rank's alone, so it can't tell the others whether there was one.
@@ -173,6 +176,8 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
             )
             rate = _rate(run, state.step)
             norm = update(optimizer, rate, recipe.optim.clip_norm, state.guard, loss)
+            if recipe.ema.decay is not None:
+                average(state.ema, state.params, decay_at(recipe.ema.decay, state.step))
             measures = {"loss": loss, "grad_norm": norm, **scale_of(state.guard), **measures}
             meter.add(state.step, batch.image_id, measures, state.guard[IN_A_ROW])
             state = state._replace(step=state.step + 1)
@@ -259,6 +264,10 @@ def _evaluate(
             doing.now("evaluating", state.step)
             shown(count)
 
+        def opened(stream: BatchStream) -> None:
+            doing.detail = stream.stuck_report
+
+        training = doing.detail
         evaluation = evaluate_split(
             detector,
             recipe.data,
@@ -268,7 +277,10 @@ def _evaluate(
             ranks=run.ranks,
             loading=recipe.loading,
             watch=watch,
+            opened=opened,
+            warn=log.warn,
         )
+        doing.detail = training
     if evaluation is None:
         return None
     figures = figures_of(evaluation)

@@ -130,6 +130,7 @@ class Saver:
             host,
             metadata=weights_metadata(run.recipe, run.index, host.step),
             position=position,
+            averaged=run.recipe.ema.evaluate,
         )
         run.tidy(path)
         return time.perf_counter() - began

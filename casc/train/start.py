@@ -56,7 +56,10 @@ def fresh_state(
             except UserError as error:
                 notes.append(f"warning: {error}; what it knew of classes doesn't carry over")
     scaled = recipe.dtype == "float16"
-    state = new_state(recipe.model, params, buffers, device, memory_format, scaled=scaled)
+    averaged = recipe.ema.decay is not None
+    state = new_state(
+        recipe.model, params, buffers, device, memory_format, scaled=scaled, averaged=averaged
+    )
     return state, notes
 
 
@@ -90,7 +93,10 @@ def resumed_state(
     past, more = _past(recipe, index, derived, loaded.position)
     params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
     scaled = recipe.dtype == "float16"
-    state = new_state(recipe.model, params, buffers, device, memory_format, scaled=scaled)
+    averaged = recipe.ema.decay is not None
+    state = new_state(
+        recipe.model, params, buffers, device, memory_format, scaled=scaled, averaged=averaged
+    )
     state = checkpoint.restore(state, loaded, found)
     notes += [f"continuing from {found} at step {state.step:,}", *more]
     return state, past, notes

@@ -24,6 +24,8 @@ class State(NamedTuple):
     """The optimizer's, for the parameters that train, under their names."""
     guard: Params
     """Scalars of the numerical guards by name, from `casc.train.guard`."""
+    ema: Params = {}  # noqa: RUF012  # where it is empty, nothing is ever put in
+    """Moving averages of the parameters that train, under their names; empty without."""
 
 
 def new_state(
@@ -34,10 +36,11 @@ def new_state(
     memory_format: torch.memory_format,
     *,
     scaled: bool = False,
+    averaged: bool = False,
 ) -> State:
     """A state at step 0 on the device, in its layout, without momentum yet.
 
-    `scaled` gives it a loss scale, which float16 needs.
+    `scaled` gives it a loss scale, which float16 needs; `averaged` the moving averages.
     """
     params = {k: v.detach().to(device, copy=True) for k, v in params.items()}
     params = to_format(params, memory_format)
@@ -46,4 +49,5 @@ def new_state(
         value.requires_grad_()
     momentum = {k: torch.zeros_like(v, requires_grad=False) for k, v in training.items()}
     buffers = {k: v.to(device) for k, v in buffers.items()}
-    return State(0, params, buffers, momentum, new_guard(device, scaled=scaled))
+    ema = {k: v.detach().clone() for k, v in training.items()} if averaged else {}
+    return State(0, params, buffers, momentum, new_guard(device, scaled=scaled), ema)

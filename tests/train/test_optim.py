@@ -138,6 +138,37 @@ def test_the_scale_does_not_grow_to_infinity():
     assert guard["loss_scale"] == 2.0**127
 
 
+@FUSED
+def test_parts_learn_at_their_own_rates(fused):
+    names = ("backbone.conv1.weight", "neck.fpn.weight", "rpn_head.bias", "roi_head.fc.weight")
+    generator = torch.Generator().manual_seed(0)
+    params = {name: torch.randn(6, generator=generator) for name in names}
+    before = {name: value.clone() for name, value in params.items()}
+    for value in params.values():
+        value.requires_grad_()
+    momentum = {k: torch.zeros_like(v).detach() for k, v in params.items()}
+    state = State(0, params, {}, momentum, new_guard(torch.device("cpu"), scaled=False))
+    config = Optim(momentum=0.9, weight_decay=0.1, backbone_lr=0.1, neck_lr=0.5, heads_lr=2.0)
+    optimizer = make_optimizer(config, state)
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    expected, speed = dict(before), {name: torch.zeros(6) for name in names}
+    for rate in (0.01, 0.02):
+        backward(state, 0.1)
+        norm = update(optimizer, rate, 0.5)
+        gradients = {k: 0.3 * v**2 for k, v in expected.items()}
+        total = torch.cat([*gradients.values()]).norm()
+        assert norm.item() == pytest.approx(total.item())
+        # Clipping sees the gradients of all parts together, and no rates.
+        assert total > 0.5
+        for name, factor in zip(names, (0.1, 0.5, 2.0, 2.0), strict=True):
+            gradient = gradients[name] * 0.5 / total + 0.1 * expected[name]
+            speed[name] = 0.9 * speed[name] + gradient
+            expected[name] = expected[name] - rate * factor * speed[name]
+    for name in names:
+        torch.testing.assert_close(params[name].detach(), expected[name], rtol=1e-4, atol=1e-6)
+
+
 def test_nothing_is_read_back():
     """On meta tensors there would be nothing to read."""
     state = make_state(scaled=True)
