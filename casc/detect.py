@@ -14,8 +14,10 @@ from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
 from casc.data.evaluation_plan import plan_evaluation
 from casc.data.index import Index, canvas
+from casc.data.loading import Fetching, Reading
 from casc.data.reader import read_shard
-from casc.data.stream import Loading, evaluation_batches, to_device
+from casc.data.stream import evaluation_batches, to_device
+from casc.data.workers import BatchStream
 from casc.detector import Detections, DetectorConfig
 from casc.devices import traits
 from casc.errors import UserError
@@ -62,33 +64,17 @@ def new_detector(
     return Detector(params, buffers, step, image, device)
 
 
-def detect_split(
-    detector: Detector,
-    root: str | os.PathLike[str],
-    index: Index,
-    split: str,
-    *,
-    batch: int,
-    loading: Loading,
-    ranks: Ranks = ALONE,
+def detect_stream(
+    detector: Detector, stream: BatchStream, sizes: list[tuple[int, int]]
 ) -> Iterator[tuple[Detections, Tensor, Tensor]]:
-    """Yield detections, image ids [B] and stored sizes [B, 2] of this rank's part of a split.
+    """Yield detections, image ids [B] and stored sizes [B, 2] of each batch of a stream.
 
-    Raises:
-        UserError: a shard is missing, damaged, or not what the index says.
+    Args:
+        detector: what to run.
+        stream: from `evaluation_batches`.
+        sizes: the canvas (H, W) of each of its buckets.
     """
-    buckets = index.splits[split].buckets
-    image = detector.image
-    sizes = [canvas(bucket, image.short, image.long) for bucket in buckets]
-    for bucket, images in evaluation_batches(
-        root,
-        index.splits[split],
-        batch=batch,
-        world=ranks.world,
-        rank=ranks.rank,
-        loading=loading,
-        pin_memory=traits(detector.device).pin_memory,
-    ):
+    for bucket, images in stream:
         found = detector(to_device(images, detector.device), sizes[bucket])
         yield found, images.image_id, images.size
 
@@ -100,9 +86,11 @@ def evaluate_split(
     split: str,
     *,
     batch: int,
-    loading: Loading,
+    loading: Reading,
     ranks: Ranks = ALONE,
     watch: Callable[[int], object] = lambda images: None,
+    opened: Callable[[BatchStream], object] = lambda stream: None,
+    warn: Callable[[str], object] | None = None,
     processes: int | None = None,
 ) -> Evaluation | None:
     """COCO's figures of a split; ranks share the images, rank 0 has the result.
@@ -120,24 +108,38 @@ def evaluate_split(
         loading: how shards are read.
         ranks: the processes that share the work; all must call this.
         watch: is told how many images each batch had.
+        opened: gets the stream of batches that are going to be read.
+        warn: is told of downloads that had to be taken up again; by default stderr is.
         processes: that paste and match beside this one; 0 does it in this one, and so does
             None for a split so small that starting them would take longer.
 
     Raises:
-        UserError: as `detect_split`, or when a detection isn't finite.
+        UserError: a shard is missing, damaged, or not what the index says; a worker has died;
+            or a detection isn't finite.
     """
+    buckets, image = index.splits[split].buckets, detector.image
+    sizes = [canvas(bucket, image.short, image.long) for bucket in buckets]
+    stream = evaluation_batches(
+        root,
+        index.splits[split],
+        batch=batch,
+        world=ranks.world,
+        rank=ranks.rank,
+        loading=loading,
+        pin_memory=traits(detector.device).pin_memory,
+        warn=warn,
+    )
+    opened(stream)
 
     def outputs() -> Iterator[tuple[Detections, Tensor, Tensor]]:
-        for output in detect_split(
-            detector, root, index, split, batch=batch, ranks=ranks, loading=loading
-        ):
+        for output in detect_stream(detector, stream, sizes):
             watch(int((output[1] >= 0).sum()))
             yield output
 
     samples = index.splits[split].samples
     if processes is None:
         processes = 2 if samples >= 500 * ranks.world else 0
-    with ThreadPoolExecutor(1, thread_name_prefix="truth") as reader:
+    with stream.explained(), ThreadPoolExecutor(1, thread_name_prefix="truth") as reader:
         truth = reader.submit(_truth, root, index, split, batch, ranks, loading)
         tally = tally_images(found_in(outputs()), truth, processes=processes)
     tallies = gather(tally, ranks)
@@ -158,7 +160,7 @@ def _truth(
     split: str,
     batch: int,
     ranks: Ranks,
-    loading: Loading,
+    loading: Fetching,
 ) -> Truth:
     """The ground truth of all shards in which this rank has images."""
     shards = index.splits[split].shards

@@ -6,3 +6,10 @@ class UserError(ValueError):
 
     The message names the file or flag, what is wrong with it, and what to do.
     """
+
+
+class PassingError(UserError):
+    """What may not happen a second time: a server that can't be reached, memory that ran out.
+
+    A run that it ended goes on from its newest checkpoint.
+    """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from casc.data.index import Category, Index
-from casc.data.loading import DEFAULT_LOADING, Loading
+from casc.data.loading import DEFAULT_LOADING, Fetching
 from casc.data.reader import read_shard
 from casc.errors import UserError
 
@@ -19,7 +19,7 @@ CocoDict = dict[str, Any]
 
 
 def ground_truth_from_shards(
-    folder: str | os.PathLike[str], index: Index, split: str, loading: Loading = DEFAULT_LOADING
+    folder: str | os.PathLike[str], index: Index, split: str, loading: Fetching = DEFAULT_LOADING
 ) -> CocoDict:
     """Collect the annotations of a split's shards, those that aren't trained on included.
 

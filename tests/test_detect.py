@@ -1,5 +1,7 @@
 import os
+import signal
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +11,16 @@ import torch.multiprocessing as mp
 
 from casc.data.augment import ImageConfig
 from casc.data.index import Index, read_index
-from casc.data.stream import Loading
+from casc.data.loading import Loading, Reading
+from casc.data.stream import training_batches
+from casc.data.workers import BatchStream
 from casc.detect import Detector, evaluate_split
 from casc.detector import Detections
-from casc.errors import UserError
+from casc.errors import PassingError, UserError
 from casc.evaluate import Evaluation, evaluate_detections, read_evaluation, write_evaluation
 from casc.ground_truth import ground_truth_from_shards
 from casc.train.distributed import ALONE, process_group, ranks_from_environment
+from casc.train.step import DetectStep
 
 CPU = torch.device("cpu")
 
@@ -56,6 +61,44 @@ def evaluated(folder: Path, index: Index, **more) -> Evaluation | None:
     return evaluate_split(
         guesser(), folder, index, "val", batch=2, loading=Loading(workers=0), **more
     )
+
+
+def test_a_worker_that_dies_while_the_detector_works_is_named(shards):
+    """Inside a training run too, whose own workers it isn't one of."""
+    folder, index = shards
+    ours: list[BatchStream] = []
+
+    def step(canvas, shapes) -> DetectStep:
+        def detect(params, buffers, batch) -> Detections:
+            os.kill(ours[0].pids[1], signal.SIGKILL)
+            time.sleep(30)  # torch raises here
+            return guess(0)
+
+        return detect
+
+    training = training_batches(
+        folder, index.splits["val"], seed=0, steps=range(99), batch=1, loading=Loading(workers=1)
+    )
+    next(training)
+    with (
+        training.explained(),
+        pytest.raises(
+            PassingError, match=r"^loader: worker 1 \(process \d+\) was killed \("
+        ) as told,
+    ):
+        evaluate_split(
+            Detector({}, {}, step, ImageConfig(short=64, long=64), CPU),
+            folder,
+            index,
+            "val",
+            batch=1,
+            loading=Reading(workers=2),
+            opened=ours.append,
+        )
+    assert f"process {ours[0].pids[1]})" in str(told.value)
+    assert "val/00000" in str(told.value)
+    assert "--loading.window" not in str(told.value)
+    training.close()
 
 
 def of_whole(folder: Path, index: Index) -> Evaluation:

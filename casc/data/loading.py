@@ -8,15 +8,9 @@ from casc.errors import UserError
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How batches are read; none of it changes what an image sees."""
+class Fetching:
+    """How files come that lie elsewhere; files of this machine are just opened."""
 
-    workers: int = 2
-    """Reading processes per rank; 0 reads in the training process itself."""
-    prefetch: int = 4
-    """Batches that each worker keeps ready."""
-    window: int = 128
-    """Encoded images per bucket that a worker holds in memory to draw from in random order."""
     retries: int = 8
     """How often a broken or stalled download is taken up again where it stopped, without a
     byte more in between, before the run ends."""
@@ -26,25 +20,44 @@ class Loading:
     """Seconds before the first retry; each further one waits twice as long, up to 60."""
     cache: Path | None = None
     """Folder on a local disk for shards that come over the network, shared by all processes;
-    without one they are streamed anew in each epoch."""
+    without one they are streamed anew each time."""
     cache_gb: float = 100.0
     """Size that the cache is held to, in 10^9 bytes; what wasn't read for longest goes first."""
     allow_commands: bool = False
-    """Let --data be pipe:COMMAND, which runs COMMAND in a shell to read each file."""
+    """Let the shards' place be pipe:COMMAND, which runs COMMAND in a shell to read each file."""
+
+
+@dataclass(frozen=True)
+class Reading(Fetching):
+    """How a split is read front to back."""
+
+    workers: int = 2
+    """Reading processes per rank; 0 reads in the process that computes."""
+    prefetch: int = 4
+    """Batches that each worker keeps ready."""
+
+
+@dataclass(frozen=True)
+class Loading(Reading):
+    """How a split is read to train on; none of it changes what an image sees."""
+
+    window: int = 128
+    """Encoded images per bucket that a worker holds in memory to draw from in random order."""
 
 
 DEFAULT_LOADING = Loading()
 
 
-def check_loading(loading: Loading) -> None:
+def check_loading(loading: Fetching) -> None:
     """Refuse settings that can't be honoured.
 
     Raises:
         UserError: naming the flag to change.
     """
     for name, least in (("workers", 0), ("prefetch", 1), ("window", 1), ("retries", 0)):
-        if getattr(loading, name) < least:
-            raise UserError(f"--loading.{name} {getattr(loading, name)}: must be at least {least}")
+        value = getattr(loading, name, least)
+        if value < least:
+            raise UserError(f"--loading.{name} {value}: must be at least {least}")
     for name, zero in (("timeout", False), ("backoff", True), ("cache_gb", False)):
         value = getattr(loading, name)
         if not (0 <= value < math.inf) or (value == 0 and not zero):

@@ -14,7 +14,7 @@ import numpy as np
 
 from casc.data.cache import cached_shard
 from casc.data.index import Shard, Split
-from casc.data.loading import DEFAULT_LOADING, Loading
+from casc.data.loading import DEFAULT_LOADING, Fetching
 from casc.data.plan import Segment
 from casc.data.remote import REPAIR, FetchError, is_local, join, location, open_remote
 from casc.data.sample import iter_tar
@@ -56,7 +56,7 @@ class OpenShard:
         self,
         root: str,
         shard: Shard,
-        loading: Loading = DEFAULT_LOADING,
+        loading: Fetching = DEFAULT_LOADING,
         status: Status | None = None,
         *,
         compared: bool = False,
@@ -111,7 +111,7 @@ class OpenShard:
         """Close the file."""
         self._source.stream.close()
 
-    def _open(self, loading: Loading) -> BinaryIO:
+    def _open(self, loading: Fetching) -> BinaryIO:
         self.status.set(OPENING)
         shard, place = self.shard, self.place
         if not is_local(place):
@@ -151,7 +151,7 @@ class ShardReader:
         self,
         root: str | os.PathLike[str],
         split: Split,
-        loading: Loading = DEFAULT_LOADING,
+        loading: Fetching = DEFAULT_LOADING,
         status: Status | None = None,
         compared: np.ndarray | None = None,
     ) -> None:
@@ -220,7 +220,7 @@ class ShardReader:
 
 
 def read_shard(
-    root: str | os.PathLike[str], shard: Shard, loading: Loading = DEFAULT_LOADING
+    root: str | os.PathLike[str], shard: Shard, loading: Fetching = DEFAULT_LOADING
 ) -> Iterator[Pair]:
     """Yield (key, image bytes, JSON bytes) of all samples of a shard, wherever it lies.
 

@@ -24,9 +24,9 @@ from casc.data.connections import (
     open_http,
     run_command,
 )
-from casc.data.loading import Loading
+from casc.data.loading import Fetching
 from casc.data.status import OPENING, READING, RETRYING, Status
-from casc.errors import UserError
+from casc.errors import PassingError, UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _LONGEST_WAIT = 60.0
@@ -34,10 +34,9 @@ REPAIR = (
     "it is damaged, or not of this index: copy it again from where it was made, or make the"
     " shards again with `data_tools shard`"
 )
-_GOES_ON = "the same command goes on from the newest checkpoint"
 
 
-class FetchError(UserError):
+class FetchError(PassingError):
     """A file can't be had from where it is said to lie."""
 
 
@@ -85,7 +84,7 @@ def join(root: str, name: str) -> str:
 
 
 def open_remote(
-    place: str, size: int | None, loading: Loading, status: Status | None = None, start: int = 0
+    place: str, size: int | None, loading: Fetching, status: Status | None = None, start: int = 0
 ) -> BinaryIO:
     """Open a URL or command to be read front to back.
 
@@ -109,7 +108,7 @@ def open_remote(
     return io.BufferedReader(raw, 2**20)
 
 
-def read_remote(place: str, loading: Loading) -> bytes:
+def read_remote(place: str, loading: Fetching) -> bytes:
     """All of a small file, such as the index. Raises as `open_remote` and its reading."""
     with open_remote(place, None, loading) as stream:
         return stream.read()
@@ -123,7 +122,7 @@ class Resuming(io.RawIOBase):
         place: str,
         size: int | None,
         connect: Callable[[int], Connection],
-        loading: Loading,
+        loading: Fetching,
         status: Status,
         start: int = 0,
     ) -> None:
@@ -200,8 +199,7 @@ class Resuming(io.RawIOBase):
         if self._failures >= loading.retries:
             raise FetchError(
                 f"{self.place}: {_reason(error)} {where}; gave up after {self._failures} retries;"
-                " mend the server or the network, or raise --loading.retries or"
-                f" --loading.timeout; {_GOES_ON}"
+                " mend the server or the network, or raise --loading.retries or --loading.timeout"
             ) from None
         # Workers of many ranks lose a server at the same moment; they shouldn't all come back
         # at the same moment too.
@@ -223,7 +221,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
 
 
-def _connector(place: str, loading: Loading) -> Callable[[int], Connection]:
+def _connector(place: str, loading: Fetching) -> Callable[[int], Connection]:
     if place.startswith(PIPE):
         return lambda at: run_command(place, loading.timeout)
     if urlsplit(place).scheme in ("http", "https"):

@@ -31,7 +31,7 @@ from casc.data.plan import (
 from casc.data.reader import ShardReader
 from casc.data.sample import Sample, read_sample
 from casc.data.status import DECODING
-from casc.data.workers import DEFAULT_LOADING, BatchStream, Loading, Worker
+from casc.data.workers import DEFAULT_LOADING, BatchStream, Loading, Reading, Worker
 from casc.errors import UserError
 
 
@@ -84,7 +84,7 @@ def evaluation_batches(
     batch: int,
     world: int = 1,
     rank: int = 0,
-    loading: Loading = DEFAULT_LOADING,
+    loading: Reading = DEFAULT_LOADING,
     pin_memory: bool = False,
     warn: Callable[[str], object] | None = None,
 ) -> BatchStream:
@@ -180,7 +180,7 @@ def _walk_evaluation(
     batch: int,
     world: int,
     rank: int,
-    loading: Loading,
+    loading: Reading,
 ) -> Iterator[tuple[int, Batch]]:
     plan = plan_evaluation(
         split, batch=batch, world=world, rank=rank, workers=worker.workers, worker=worker.number

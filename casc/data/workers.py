@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from casc.data.batch import Batch
 from casc.data.collate import block_size, unpack
 from casc.data.index import Split
-from casc.data.loading import DEFAULT_LOADING, Loading
+from casc.data.loading import DEFAULT_LOADING, Loading, Reading
 from casc.data.status import DECODING, ENDED, IDLE, Status, describe, shared_rows
-from casc.errors import UserError
+from casc.errors import PassingError, UserError
 from casc.signals import leave_to_parent
 
-__all__ = ["DEFAULT_LOADING", "BatchStream", "Loading", "Worker"]
+__all__ = ["DEFAULT_LOADING", "BatchStream", "Loading", "Reading", "Worker"]
 
 Blocks = Iterator[Tensor | None]
 """Memory for one batch after the other; None leaves it to `collate`."""
@@ -105,7 +105,7 @@ class BatchStream(Iterator[tuple[int, Batch]]):
         walk: Walk,
         split: Split,
         batch: int,
-        loading: Loading,
+        loading: Reading,
         pin_memory: bool,
         bitmaps: bool = False,
         warn: Callable[[str], object] | None = None,
@@ -122,6 +122,8 @@ class BatchStream(Iterator[tuple[int, Batch]]):
             warn: is told what workers have to say; by default it goes to stderr.
         """
         self._places = [shard.name for shard in split.shards]
+        holding = [name for name in ("workers", "prefetch", "window") if hasattr(loading, name)]
+        self._knobs = " or ".join(f"--loading.{name}" for name in holding)
         self._warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr))
         self.pids: list[int] = []
         """Process ids of the workers, once the first batch has been asked for."""
@@ -173,17 +175,16 @@ class BatchStream(Iterator[tuple[int, Batch]]):
             how = f"was killed ({killed[1].strip()})" if killed else "ended unexpectedly"
             number = self.pids.index(pid) if pid in self.pids else None
             row = None if number is None else self._rows[number].numpy()
-            raise UserError(
-                f"loader: worker {'?' if number is None else number} (process {pid}) {how}"
+            raise PassingError(
+                f"loader: {'a worker' if number is None else f'worker {number}'}"
+                f" (process {pid}) {how}"
                 + (f" while it was {describe(row, self._places)}" if row is not None else "")
-                + "; the system does so when memory runs out: then lower --loading.workers,"
-                " --loading.window or --loading.prefetch; the same command goes on from the"
-                " newest checkpoint"
+                + f"; the system does so when memory runs out: then lower {self._knobs}"
             ) from None
 
 
 def _items(
-    stream: _Stream, loading: Loading, pids: list[int], warn: Callable[[str], object]
+    stream: _Stream, loading: Reading, pids: list[int], warn: Callable[[str], object]
 ) -> Iterator[Any]:
     """What the workers yield; puts their process ids into `pids`."""
     loader = DataLoader(
@@ -243,7 +244,7 @@ def _own(memory: Tensor, pin_memory: bool) -> Tensor:
     return memory.pin_memory() if pin_memory else memory.clone()
 
 
-def _share(loading: Loading, size: int, shards: int) -> _Shared:
+def _share(loading: Reading, size: int, shards: int) -> _Shared:
     """Memory that the workers share; blocks are `size` bytes.
 
     A worker is mostly asked for a batch once the one `prefetch` before it has been taken

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from casc.data.index import read_index
 from casc.devices import choose_device
-from casc.errors import UserError
+from casc.errors import PassingError, UserError
 from casc.recipe import Recipe, check, describe, parse
 from casc.train.distributed import ranks_from_environment
 from casc.train.loop import Summary, train
@@ -49,6 +49,8 @@ def errors_in_one_line() -> Iterator[None]:
     """End the program with a line on stderr where the user can mend what went wrong."""
     try:
         yield
+    except PassingError as error:
+        sys.exit(f"error: {error}; the same command goes on from the newest checkpoint")
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
