@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 
@@ -15,11 +15,8 @@ from casc.bench.cli import InferenceCommand, TrainCommand, with_default
 from casc.bench.evaluation import EvaluationCommand
 from casc.bench.loader import LoaderCommand
 from casc.bench.operators import OperatorsCommand
+from casc.convert import ConvertCommand
 from casc.errors import UserError
-
-if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
-    from casc.detect import Detector
-    from casc.weights.model import Trained
 
 Compile = Literal["auto", "on", "off"]
 
@@ -60,6 +57,7 @@ class EvalCommand:
         from casc.data.stream import Loading
         from casc.detect import evaluate_split
         from casc.evaluate import format_table, write_evaluation
+        from casc.ready import ready_detector
         from casc.weights.model import load_trained
         from casc.weights.read import check_classes
 
@@ -78,7 +76,7 @@ class EvalCommand:
                 f"{trained.weights.source}: trained on {trained.model.classes} classes,"
                 f" {self.shards} has {len(index.categories)}"
             )
-        detector = _detector(trained, self.device, self.dtype, self.compile)
+        detector = ready_detector(trained, self.device, self.dtype, self.compile)
         _say(f"{trained.weights.source} on {split} of {self.shards}, {detector.device}")
         total = index.splits[split].samples
         with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
@@ -124,6 +122,7 @@ class PredictCommand:
         """Predict; 1 if an image had to be skipped."""
         from casc.data.index import read_index
         from casc.predict import canvas_chooser, predict
+        from casc.ready import ready_detector
         from casc.weights.model import class_names, load_trained
         from casc.weights.read import check_classes
 
@@ -139,7 +138,7 @@ class PredictCommand:
                     f"--shards {self.shards}: has {len(categories)} classes, the checkpoint was"
                     f" trained on {trained.model.classes}"
                 )
-        detector = _detector(trained, self.device, self.dtype, self.compile)
+        detector = ready_detector(trained, self.device, self.dtype, self.compile)
         done = predict(
             lambda batch: detector(batch, (batch.image.shape[1], batch.image.shape[2])),
             self.images,
@@ -202,12 +201,13 @@ Command = (
     | Annotated[PredictCommand, tyro.conf.subcommand("predict")]
     | Annotated[VerifyCommand, tyro.conf.subcommand("verify")]
     | Annotated[BenchCommand, tyro.conf.subcommand("bench")]
+    | Annotated[ConvertCommand, tyro.conf.subcommand("convert")]
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 if all is well, 1 if not, 2 on wrong usage."""
-    command: EvalCommand | PredictCommand | VerifyCommand | BenchCommand = tyro.cli(
+    command: EvalCommand | PredictCommand | VerifyCommand | BenchCommand | ConvertCommand = tyro.cli(
         Command,
         prog="casc",
         description=__doc__,
@@ -222,22 +222,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
-
-
-def _detector(trained: "Trained", device: str, dtype: str, compile: Compile) -> "Detector":
-    from casc.compiling import use_cache
-    from casc.detect import new_detector
-    from casc.devices import choose_device, choose_dtype, traits
-    from casc.train.step import Compute, to_format
-
-    place = choose_device(device)
-    compiled = compile == "on" or (compile == "auto" and place.type != "cpu")
-    programs = use_cache() if compiled else None
-    row = traits(place)
-    compute = Compute(choose_dtype(dtype, place), row.memory_format, compiled, programs=programs)
-    params = to_format({k: v.to(place) for k, v in trained.params.items()}, compute.memory_format)
-    buffers = {k: v.to(place) for k, v in trained.buffers.items()}
-    return new_detector(params, buffers, trained.model, trained.image, compute, place)
 
 
 def _say(text: str) -> None:

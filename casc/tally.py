@@ -142,6 +142,18 @@ def average_precision(
     return [None if value < 0 else float(value) for value in evaluator.stats], ap
 
 
+def precision_at_recall(
+    matches: Matches, category_ids: Sequence[int], iou_type: IouType
+) -> np.ndarray:
+    """Give the curves that AP is the mean of: `[T, 101, K]` precision at recalls 0, .01 to 1.
+
+    As pycocotools computes them: at most 100 detections of an image and class, objects of all
+    sizes, categories ascending by id, -1 where a category has no object.
+    """
+    limit = _evaluator(iou_type, [], category_ids).params.maxDets[-1]
+    return _accumulate(matches, category_ids, iou_type, limit)["precision"][:, :, :, 0, 0]
+
+
 def _match(
     images: Mapping[int, Any],
     categories: Mapping[int, str],

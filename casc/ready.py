@@ -1,0 +1,31 @@
+"""A loaded checkpoint as a detector that can be called, on the device that a command asks for."""
+
+from casc.compiling import use_cache
+from casc.detect import Detector, new_detector
+from casc.devices import choose_device, choose_dtype, traits
+from casc.train.step import Compute, to_format
+from casc.weights.model import Trained
+
+
+def ready_detector(
+    trained: Trained, device: str = "auto", dtype: str = "auto", compile: str = "auto"
+) -> Detector:
+    """Put a checkpoint on a device.
+
+    Args:
+        trained: the checkpoint.
+        device: as for `choose_device`.
+        dtype: as for `choose_dtype`.
+        compile: "on", "off", or "auto", which compiles on accelerators.
+
+    Raises:
+        UserError: this machine has no such device, or it can't compute with the dtype.
+    """
+    place = choose_device(device)
+    compiled = compile == "on" or (compile == "auto" and place.type != "cpu")
+    programs = use_cache() if compiled else None
+    row = traits(place)
+    compute = Compute(choose_dtype(dtype, place), row.memory_format, compiled, programs=programs)
+    params = to_format({k: v.to(place) for k, v in trained.params.items()}, compute.memory_format)
+    buffers = {k: v.to(place) for k, v in trained.buffers.items()}
+    return new_detector(params, buffers, trained.model, trained.image, compute, place)
