@@ -18,7 +18,8 @@ from casc.resnet import PREFIX
 from casc.train import checkpoint
 from casc.train.distributed import Ranks, from_main
 from casc.train.state import State, new_state
-from casc.weights.read import check_classes, fit_weights, imagenet_weights, read_weights
+from casc.train.transfer import transfer
+from casc.weights.read import fit_weights, imagenet_weights, read_weights
 
 RECIPE = "recipe.json"
 CHECKPOINTS = "checkpoints"
@@ -33,28 +34,19 @@ def fresh_state(
         UserError: the weights can't be had, or nothing of them fits the model.
     """
     params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
-    notes = []
-    if recipe.init != RANDOM:
-        if recipe.init == IMAGENET:
-            weights = imagenet_weights(recipe.model.backbone.depth)
-        else:
-            weights = read_weights(recipe.init)
+    notes: list[str] = []
+    if recipe.init == IMAGENET:
+        weights = imagenet_weights(recipe.model.backbone.depth)
         params, buffers, fit = fit_weights(params, buffers, weights.tensors)
-        if not fit.matched:
-            raise UserError(
-                f"--init {recipe.init}: none of its {len(weights.tensors)} tensors fits the model"
-            )
         lost = [n for n in (*fit.missing, *(n for n, _, _ in fit.reshaped)) if n.startswith(PREFIX)]
-        if recipe.init == IMAGENET and lost:
+        if lost:
             raise UserError(
                 f"--init imagenet: {weights.source} doesn't fit the backbone at {lost[0]}"
             )
         notes.append(f"weights from {weights.source}: {fit}")
-        if not fit.reshaped:
-            try:
-                check_classes(weights, index.categories, str(recipe.data))
-            except UserError as error:
-                notes.append(f"warning: {error}; what it knew of classes doesn't carry over")
+    elif recipe.init != RANDOM:
+        weights = read_weights(recipe.init)
+        params, buffers, notes = transfer(recipe, weights, params, buffers, index.categories)
     scaled = recipe.dtype == "float16"
     averaged = recipe.ema.decay is not None
     state = new_state(
