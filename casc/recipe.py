@@ -99,6 +99,8 @@ class Recipe:
     long; 0 never does. It ends nothing."""
     tensorboard: bool = False
     """Also write TensorBoard's format (needs the extra casc[tensorboard])."""
+    profile: Path | None = None
+    """Write a trace of three steps, after three others, to this file (.json.gz): for Perfetto."""
 
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
@@ -124,7 +126,7 @@ FREE_FIELDS = frozenset(
     (
         "name", "data", "out", "init", "resume", "max_steps", "val_split", "device", "compile",
         "compile_cache", "warm_up", "evaluate_every", "save_every", "save_steps", "keep_last",
-        "keep_best", "log_every", "watchdog_minutes", "tensorboard", "optim.max_skips",
+        "keep_best", "log_every", "watchdog_minutes", "tensorboard", "profile", "optim.max_skips",
     )
 )  # fmt: skip
 

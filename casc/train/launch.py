@@ -1,7 +1,7 @@
 """From a recipe's command line to a run: `python -m casc.recipes.NAME`."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from casc.data.index import read_index
@@ -10,6 +10,7 @@ from casc.errors import PassingError, UserError
 from casc.recipe import Recipe, check, describe, parse
 from casc.train.distributed import ranks_from_environment
 from casc.train.loop import Summary, train
+from casc.train.sinks import Sink
 
 
 def launch(
@@ -18,6 +19,7 @@ def launch(
     args: list[str] | None = None,
     *,
     prepare: Callable[[Recipe], object] = lambda recipe: None,
+    sinks: Sequence[Sink] = (),
 ) -> Summary | None:
     """Change the recipe by the command line and train, or say what would be done.
 
@@ -28,6 +30,7 @@ def launch(
         description: what `--help` says above the fields, usually the recipe's docstring.
         args: of the command line; by default sys.argv.
         prepare: is called with the resolved recipe before a run, to make what it needs.
+        sinks: functions that get each record of the log as well, on the main rank.
 
     Returns:
         How the run ended; None after `--dry-run`.
@@ -36,7 +39,7 @@ def launch(
     with errors_in_one_line():
         if not dry_run:
             prepare(recipe)
-            return train(recipe)
+            return train(recipe, sinks=sinks)
         index = read_index(recipe.data, recipe.loading)
         world = ranks_from_environment().world
         check(recipe, index, world)

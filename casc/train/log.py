@@ -1,4 +1,4 @@
-"""What a run tells: lines for people, `log.jsonl` for programs, TensorBoard on request.
+"""What a run tells: lines for people, `log.jsonl` for programs, and what else is asked for.
 
 Each rank also has a file of its own, `logs/rank-N.jsonl`, for what happens to it alone:
 where it runs, warnings, errors.
@@ -9,14 +9,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from casc.errors import UserError
+from casc.train.sinks import Sink, tensorboard
 
 LOG, LOGS = "log.jsonl", "logs"
 
@@ -28,25 +29,33 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, *, start: int, total: int, rank: int = 0, tensorboard: bool = False
+        self,
+        folder: Path,
+        *,
+        start: int,
+        total: int,
+        rank: int = 0,
+        sinks: Sequence[Sink] = (),
     ):
         self.rank, self.main, self.start, self.total = rank, rank == 0, start, total
         self.began = time.monotonic()
-        self.file = self.board = self.bar = None
+        self.file = self.bar = None
+        self.sinks: list[Sink] = []
         (folder / LOGS).mkdir(parents=True, exist_ok=True)
         self.own = _Lines(folder / LOGS / f"rank-{rank}.jsonl")
         if not self.main:
             return
         self.file = _Lines(folder / LOG)
-        if tensorboard:
-            self.board = _summary_writer(folder)
+        self.sinks += sinks
         if sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
 
     def record(self, kind: str, **values: Any) -> None:
-        """Append a record to `log.jsonl`; what isn't finite becomes a string."""
+        """Append a record to `log.jsonl`, where what isn't finite is a string, and hand it on."""
         if self.file:
-            self.file.add(kind, values)
+            record = self.file.add(kind, values)
+            for sink in [*self.sinks]:
+                self._hand(record, sink)
 
     def note(self, kind: str, **values: Any) -> None:
         """Append a record to this rank's own file."""
@@ -89,7 +98,6 @@ class RunLog:
             self.bar.set_postfix_str(short)
         else:
             print(f"step {step}/{self.total}  {short}  eta {self._eta(step)}", flush=True)
-        self.scalars(step, values, "train")
 
     @contextmanager
     def progress(self, total: int, title: str) -> Iterator[Callable[[int], object]]:
@@ -100,18 +108,20 @@ class RunLog:
         with tqdm(total=total, desc=title, leave=False, dynamic_ncols=True) as bar:
             yield bar.update
 
-    def scalars(self, step: int, values: Mapping[str, float | None], group: str) -> None:
-        """Send figures to TensorBoard, if it was asked for."""
-        if self.board:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{group}/{name}", value, step)
-
     def close(self) -> None:
         """Flush and close everything."""
-        for output in (self.bar, self.board, self.file, self.own):
+        for output in (self.bar, self.file, self.own):
             if output is not None:
                 output.close()
+
+    def _hand(self, record: Mapping[str, Any], sink: Sink) -> None:
+        try:
+            sink(record)
+        except Exception as error:  # a sink may be anybody's, and training is worth more
+            self.sinks.remove(sink)
+            name = getattr(sink, "__qualname__", type(sink).__name__)
+            reason = f"{type(error).__name__}: {error}"
+            self.warn(f"{name}: {reason}; it gets no more records, training goes on")
 
     def _eta(self, step: int) -> str:
         done = step - self.start
@@ -121,20 +131,37 @@ class RunLog:
 
 
 @contextmanager
-def run_log(folder: Path, **options: Any) -> Iterator[RunLog]:
+def run_log(
+    folder: Path,
+    *,
+    start: int,
+    total: int,
+    rank: int = 0,
+    board: bool = False,
+    sinks: Sequence[Sink] = (),
+) -> Iterator[RunLog]:
     """A log that is closed whatever happens.
 
+    Args:
+        folder: the run's.
+        start: steps made before.
+        total: steps of the whole run.
+        rank: this process's; only the main rank's records reach `log.jsonl` and sinks.
+        board: whether to write TensorBoard's format too.
+        sinks: functions of a record.
+
     Raises:
-        UserError: the folder can't be written.
+        UserError: the folder can't be written, or TensorBoard isn't installed.
     """
-    try:
-        log = RunLog(folder, **options)
-    except OSError as error:
-        raise UserError(f"--out {folder}: can't be written ({error})") from None
-    try:
+    with ExitStack() as stack:
+        if board and rank == 0:
+            sinks = [*sinks, stack.enter_context(tensorboard(folder / "tensorboard"))]
+        try:
+            log = RunLog(folder, start=start, total=total, rank=rank, sinks=sinks)
+        except OSError as error:
+            raise UserError(f"--out {folder}: can't be written ({error})") from None
+        stack.callback(log.close)
         yield log
-    finally:
-        log.close()
 
 
 class _Lines:
@@ -148,10 +175,11 @@ class _Lines:
             if self.file.read(1) != b"\n":
                 self._write(b"\n")  # the last writer was killed within a line
 
-    def add(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Append a record."""
-        line = {"kind": kind, "time": round(time.time(), 3), **values}
-        self._write((json.dumps(_plain(line), allow_nan=False) + "\n").encode())
+    def add(self, kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Append a record, and give it back."""
+        record = {"kind": kind, "time": round(time.time(), 3), **values}
+        self._write((json.dumps(_plain(record), allow_nan=False) + "\n").encode())
+        return record
 
     def _write(self, line: bytes) -> None:
         try:
@@ -164,14 +192,6 @@ class _Lines:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
-
-
-def _summary_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: not installed; pip install 'casc[tensorboard]'") from None
-    return SummaryWriter(folder / "tensorboard")
 
 
 def _plain(value: Any) -> Any:

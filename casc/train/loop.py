@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain
@@ -30,10 +30,12 @@ from casc.train.guard import IN_A_ROW, scale_of
 from casc.train.meter import Meter, watch_positives
 from casc.train.optim import make_optimizer, update
 from casc.train.picture import draw_batch
+from casc.train.profile import check_profile, profiling
 from casc.train.results import conclude, concluded, figures_of
 from casc.train.run import Run, announce, open_log
 from casc.train.saving import Saver
 from casc.train.schedule import learning_rate
+from casc.train.sinks import Sink
 from casc.train.start import fresh_state, resumed_state
 from casc.train.state import State
 from casc.train.step import Compute, LossStep, make_loss_step
@@ -55,10 +57,14 @@ class Summary(NamedTuple):
     """The last one; None on other ranks than the main one, or if there was none."""
 
 
-def train(recipe: Recipe) -> Summary:
+def train(recipe: Recipe, *, sinks: Sequence[Sink] = ()) -> Summary:
     """Run a recipe to its end, or go on with it from where its output folder says.
 
     Start it with torchrun, once per device, or by itself for one device.
+
+    Args:
+        recipe: the run.
+        sinks: functions that get each record of the log as well, on the main rank.
 
     Raises:
         UserError: the recipe, the data, the output folder or a loss is not as it has to be.
@@ -84,7 +90,8 @@ def train(recipe: Recipe) -> Summary:
         if state is None:
             state, more = fresh_state(recipe, index, device, compute.memory_format)
             notes += more
-        with open_log(recipe, derived, state, ranks) as log:
+        check_profile(recipe.profile, derived.steps - state.step)
+        with open_log(recipe, derived, state, ranks, sinks) as log:
             run = Run(recipe, index, derived, compute, device, ranks, log, past)
             if from_main(concluded(run, state.step) if ranks.main else None, ranks):
                 return Summary(recipe, state, 0.0, None)
@@ -157,7 +164,12 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
     meter = Meter(run.device, ranks, max_skips=recipe.optim.max_skips, warn=log.warn)
     if _missed_evaluation(run, state.step):
         evaluation, evaluated = evaluate(), True
-    with batches.explained(), _scheduled_collection() as collect:
+    trace = recipe.profile if ranks.main else None
+    with (
+        batches.explained(),
+        _scheduled_collection() as collect,
+        profiling(trace, log.say) as traced,
+    ):
         while state.step < derived.steps:
             doing.now("waiting for data", state.step)
             bucket, batch, on_device = meter.waiting(copied)
@@ -182,6 +194,7 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
             meter.add(state.step, batch.image_id, measures, state.guard[IN_A_ROW])
             state = state._replace(step=state.step + 1)
             log.advance(state.step)
+            traced()
             saver.look()
             ending = stopping.agreed()
 
@@ -291,7 +304,6 @@ def _evaluate(
         seconds=round(time.perf_counter() - began, 1),
         figures=figures,
     )
-    log.scalars(state.step, figures, "val")
     folder = recipe.folder / EVALUATIONS
     folder.mkdir(exist_ok=True)
     write_evaluation(evaluation, folder / f"step-{state.step:08d}.json")

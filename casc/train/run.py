@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from casc.train import checkpoint
 from casc.train.distributed import Ranks
 from casc.train.environment import environment
 from casc.train.log import RunLog, run_log
+from casc.train.sinks import Sink
 from casc.train.start import CHECKPOINTS, RECIPE
 from casc.train.state import State
 from casc.train.step import Compute
@@ -53,7 +54,9 @@ class Run:
 
 
 @contextmanager
-def open_log(recipe: Recipe, derived: Facts, state: State, ranks: Ranks) -> Iterator[RunLog]:
+def open_log(
+    recipe: Recipe, derived: Facts, state: State, ranks: Ranks, sinks: Sequence[Sink] = ()
+) -> Iterator[RunLog]:
     """Make the output folder with the resolved recipe in it, and open its log.
 
     Raises:
@@ -71,7 +74,8 @@ def open_log(recipe: Recipe, derived: Facts, state: State, ranks: Ranks) -> Iter
         start=state.step,
         total=derived.steps,
         rank=ranks.rank,
-        tensorboard=recipe.tensorboard,
+        board=recipe.tensorboard,
+        sinks=sinks,
     ) as log:
         yield log
 

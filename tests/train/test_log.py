@@ -1,6 +1,7 @@
 import errno
 import io
 import json
+import math
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from casc.errors import UserError
 from casc.train.log import run_log
 from casc.train.results import COLUMNS, results_table
+from casc.train.sinks import scalars
 
 VALUES = {
     "loss": 1.25, "lr": 0.002, "images_per_second": 12.5, "data_wait": 0.031, "memory": 3 * 2**30,
@@ -69,7 +71,6 @@ def test_other_ranks_are_silent(tmp_path, capsys):
         log.say("x")
         log.train(1, VALUES)
         log.record("y")
-        log.scalars(1, VALUES, "val")
         log.warn("a disk is slow")
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
     (own,) = (tmp_path / "logs").iterdir()
@@ -120,14 +121,49 @@ def test_a_second_run_appends(tmp_path):
 
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
-    with run_log(tmp_path, start=0, total=2, tensorboard=True) as log:
+    with run_log(tmp_path, start=0, total=2, board=True) as log:
         log.train(1, VALUES)
-        log.scalars(1, {"box_ap": 0.5, "box_apl": None}, "val")
+        log.say("x", "evaluation", step=1, figures={"box_ap": 0.5, "box_apl": None})
     (events,) = (tmp_path / "tensorboard").iterdir()
     data = events.read_bytes()
     assert b"train/loss" in data
     assert b"val/box_ap" in data
     assert b"val/box_apl" not in data
+
+
+def test_sinks_get_every_record_of_the_main_rank(tmp_path):
+    told, other = [], []
+    with run_log(tmp_path, start=0, total=2, sinks=[told.append]) as log:
+        log.train(1, VALUES | {"grad_norm": float("inf")})
+        log.say("well", "evaluation", step=1, figures={"box_ap": 0.5, "box_apl": None})
+        log.warn("look out")
+    with run_log(tmp_path, start=0, total=2, rank=1, sinks=[other.append]) as log:
+        log.train(1, VALUES)
+        log.warn("look out")
+    assert [r["kind"] for r in told] == [r["kind"] for r in read(tmp_path)]
+    assert [r["time"] for r in told] == [r["time"] for r in read(tmp_path)]
+    assert told[0]["grad_norm"] == math.inf
+    assert [scalars(r) for r in told] == [
+        {f"train/{name}": value for name, value in (VALUES | {"grad_norm": math.inf}).items()},
+        {"val/box_ap": 0.5},
+        {},
+    ]
+    assert other == []
+
+
+def test_a_sink_that_fails_is_left_out_and_said_once(tmp_path, capsys):
+    told = []
+
+    def broken(record):
+        raise ConnectionError("no route to host")
+
+    with run_log(tmp_path, start=0, total=2, sinks=[broken, told.append]) as log:
+        log.train(1, VALUES)
+        log.train(2, VALUES)
+    shown = capsys.readouterr().out
+    assert shown.count("broken: ConnectionError: no route to host; it gets no more records") == 1
+    assert [r["step"] for r in told if r["kind"] == "train"] == [1, 2]
+    assert [r["kind"] for r in read(tmp_path)] == ["train", "warning", "train"]
 
 
 def test_results_table():
