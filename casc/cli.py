@@ -15,6 +15,7 @@ from casc.bench.cli import InferenceCommand, TrainCommand, with_default
 from casc.bench.evaluation import EvaluationCommand
 from casc.bench.loader import LoaderCommand
 from casc.bench.operators import OperatorsCommand
+from casc.command_line import parse_arguments
 from casc.convert import ConvertCommand
 from casc.errors import UserError
 
@@ -207,11 +208,11 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 if all is well, 1 if not, 2 on wrong usage."""
-    command: EvalCommand | PredictCommand | VerifyCommand | BenchCommand | ConvertCommand = tyro.cli(
+    command = parse_arguments(
         Command,
+        with_default(sys.argv[1:] if arguments is None else arguments),
         prog="casc",
         description=__doc__,
-        args=with_default(sys.argv[1:] if arguments is None else arguments),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:

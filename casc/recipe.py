@@ -6,6 +6,7 @@ Each room's settings lie beside the function that they configure; here they come
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -14,6 +15,7 @@ import torch
 import tyro
 
 from casc import detector
+from casc.command_line import parse_arguments
 from casc.config import to_json
 from casc.data.augment import ImageConfig, training_canvas
 from casc.data.index import Index, Split, canvas
@@ -406,10 +408,10 @@ def parse(
     recipe: Recipe, description: str | None, args: list[str] | None = None
 ) -> tuple[Recipe, bool]:
     """The recipe as changed by the command line, and whether it is only to be shown."""
-    command = tyro.cli(
+    command = parse_arguments(
         _Command,
+        sys.argv[1:] if args is None else args,
         default=_Command(recipe),
-        args=args,
         description=description,
     )
     return command.recipe, command.dry_run

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import tyro
 
+from casc.command_line import parse_arguments
 from casc.data.index import Index
 from casc.errors import UserError
 from data_tools.parallel import default_workers, interrupt_once
@@ -173,11 +174,11 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 if all is well, 1 if not, 2 on wrong usage."""
-    command: ShardCommand | CheckCommand | SynthCommand | ShowCommand = tyro.cli(
+    command = parse_arguments(
         Command,
+        sys.argv[1:] if arguments is None else arguments,
         prog="data_tools",
         description=__doc__,
-        args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     # Batch systems end jobs with SIGTERM: stop in order then too.
