@@ -16,6 +16,7 @@ from casc.data.evaluation_plan import plan_evaluation
 from casc.data.index import Index, canvas
 from casc.data.loading import Fetching, Reading
 from casc.data.reader import read_shard
+from casc.data.status import warn_on_stderr
 from casc.data.stream import evaluation_batches, to_device
 from casc.data.workers import BatchStream
 from casc.detector import Detections, DetectorConfig
@@ -90,7 +91,7 @@ def evaluate_split(
     ranks: Ranks = ALONE,
     watch: Callable[[int], object] = lambda images: None,
     opened: Callable[[BatchStream], object] = lambda stream: None,
-    warn: Callable[[str], object] | None = None,
+    warn: Callable[[str], object] = warn_on_stderr,
     processes: int | None = None,
 ) -> Evaluation | None:
     """COCO's figures of a split; ranks share the images, rank 0 has the result.
@@ -140,7 +141,7 @@ def evaluate_split(
     if processes is None:
         processes = 2 if samples >= 500 * ranks.world else 0
     with stream.explained(), ThreadPoolExecutor(1, thread_name_prefix="truth") as reader:
-        truth = reader.submit(_truth, root, index, split, batch, ranks, loading)
+        truth = reader.submit(_truth, root, index, split, batch, ranks, loading, warn)
         tally = tally_images(found_in(outputs()), truth, processes=processes)
     tallies = gather(tally, ranks)
     if not ranks.main:
@@ -161,10 +162,12 @@ def _truth(
     batch: int,
     ranks: Ranks,
     loading: Fetching,
+    warn: Callable[[str], object],
 ) -> Truth:
     """The ground truth of all shards in which this rank has images."""
     shards = index.splits[split].shards
     plan = plan_evaluation(index.splits[split], batch=batch, world=ranks.world, rank=ranks.rank)
     mine = sorted({segment.shard for step in plan for segment in step.segments})
-    records = (json.loads(r) for i in mine for _, _, r in read_shard(root, shards[i], loading))
+    samples = (s for i in mine for s in read_shard(root, shards[i], loading, warn))
+    records = (json.loads(record) for _, _, record in samples)
     return by_image(ground_truth_from_samples(records, index.categories))

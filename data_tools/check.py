@@ -1,17 +1,22 @@
 """`data_tools check`: whether shards are what their index says."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from casc.data.decode import decode_image
 from casc.data.index import Bucket, Index, Shard, read_index
+from casc.data.loading import DEFAULT_LOADING, Fetching
+from casc.data.reader import remote_shard
+from casc.data.remote import FetchError, is_local, join, location
 from casc.data.sample import annotation_edges, iter_tar
+from casc.data.status import Status
 from casc.errors import UserError
 from data_tools.parallel import map_tasks
 from data_tools.plan import order_key
-from data_tools.tarball import file_written
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "image_id": int,
@@ -43,6 +48,8 @@ class Checked(NamedTuple):
     annotations: int
     trained: int
     """Annotations that can be trained on, on images that are."""
+    notes: tuple[str, ...] = ()
+    """What is no fault: downloads that had to be taken up again."""
 
 
 class SplitCheck(NamedTuple):
@@ -55,26 +62,43 @@ class SplitCheck(NamedTuple):
 
 
 def check_shards(
-    folder: Path, *, workers: int = 1, progress: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    workers: int = 1,
+    progress: bool = False,
+    loading: Fetching = DEFAULT_LOADING,
+    warn: Callable[[str], object] = lambda text: None,
 ) -> dict[str, SplitCheck]:
-    """Check all shards of a folder against its index.
+    """Check all shards of a folder or URL against its index.
+
+    Args:
+        folder: where they lie.
+        workers: processes.
+        progress: show progress bars.
+        loading: how files are fetched that lie elsewhere.
+        warn: is told of downloads that had to be taken up again.
 
     Raises:
         UserError: when the index itself can't be read.
     """
-    index = read_index(folder)
+    index = read_index(folder, loading)
     return {
-        name: _check_split(folder, index, name, workers=workers, progress=progress)
+        name: _check_split(
+            location(folder), index, name, loading, workers=workers, progress=progress, warn=warn
+        )
         for name in index.splits
     }
 
 
 def _check_split(
-    folder: Path, index: Index, name: str, *, workers: int, progress: bool
-) -> SplitCheck:
+    root: str, index: Index, name: str, loading: Fetching, *,
+    workers: int, progress: bool, warn: Callable[[str], object],
+) -> SplitCheck:  # fmt: skip
     split = index.splits[name]
     labels = {category.id: i for i, category in enumerate(index.categories)}
-    tasks = [_Task(folder, shard, split.buckets[shard.bucket], labels) for shard in split.shards]
+    tasks = [
+        _Task(root, shard, split.buckets[shard.bucket], labels, loading) for shard in split.shards
+    ]
     results = list(
         map_tasks(
             _check_shard,
@@ -86,6 +110,8 @@ def _check_split(
         )
     )
     faults = [fault for result in results for fault in result.faults]
+    for note in (note for result in results for note in result.notes):
+        warn(note)
     for i, bucket in enumerate(split.buckets):
         listed = sum(shard.samples for shard in split.shards if shard.bucket == i)
         if listed != bucket.samples:
@@ -125,41 +151,72 @@ def _compare_report(name: str, report: dict[str, Any], found: dict[str, Any]) ->
 
 
 class _Task(NamedTuple):
-    folder: Path
+    root: str
     shard: Shard
     bucket: Bucket
     labels: dict[int, int]
+    loading: Fetching
+
+
+class _Counted:
+    """What tarfile reads from: counts and hashes."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.bytes, self.digest = stream, 0, hashlib.sha256()
+
+    def read(self, count: int) -> bytes:
+        data = self.stream.read(count)
+        self.bytes += len(data)
+        self.digest.update(data)
+        return data
 
 
 def _check_shard(task: _Task) -> Checked:
-    shard, path = task.shard, task.folder / task.shard.name
-    checked = Checked([], [], 0, 0)
+    shard, status = task.shard, Status()
+    place = join(task.root, shard.name)
     try:
-        written = file_written(path)
+        if is_local(place):
+            stream = Path(place).open("rb")  # noqa: SIM115
+        else:
+            stream, place, _ = remote_shard(place, shard, task.loading, status)
+        with stream:
+            checked = _check_content(task, _Counted(stream), place)
+    except FileNotFoundError:
+        checked = Checked([f"{shard.name}: missing"], [], 0, 0)
     except OSError as error:
-        written = None
-        checked.faults.append(f"{shard.name}: can't be read ({error.strerror})")
-    if written is None:
-        if not checked.faults:
-            checked.faults.append(f"{shard.name}: missing")
-        return checked
-    if written.bytes != shard.bytes:
-        checked.faults.append(f"{shard.name}: {written.bytes} bytes, index says {shard.bytes}")
-    elif written.sha256 != shard.sha256:
-        checked.faults.append(f"{shard.name}: its content has changed (SHA-256 differs)")
+        checked = Checked([f"{shard.name}: can't be read ({error.strerror})"], [], 0, 0)
+    except UserError as error:
+        checked = Checked([f"{shard.name}: {_without(place, error)}"], [], 0, 0)
+    return checked._replace(notes=status.taken_notes())
+
+
+def _check_content(task: _Task, source: _Counted, place: str) -> Checked:
+    shard = task.shard
+    checked = Checked([], [], 0, 0)
     keys: list[str] = []
     try:
-        for key, image, record in iter_tar(path):
+        for key, image, record in iter_tar(source, name=place):
             keys.append(key)
             checked = _check_sample(task, key, image, record, checked)
+    except FetchError:
+        raise
     except UserError as error:
-        text = str(error).removeprefix(f"{path}: ")
-        checked.faults.append(f"{shard.name}: {text}")
+        checked.faults.append(f"{shard.name}: {_without(place, error)}")
+    while source.read(2**20):  # what follows the archive's end, or what is wrong with it
+        pass
+    if source.bytes != shard.bytes:
+        checked.faults.insert(0, f"{shard.name}: {source.bytes} bytes, index says {shard.bytes}")
+    elif source.digest.hexdigest() != shard.sha256:
+        checked.faults.insert(0, f"{shard.name}: its content has changed (SHA-256 differs)")
     if len(keys) != shard.samples:
         checked.faults.append(f"{shard.name}: {len(keys)} samples, index says {shard.samples}")
     if keys != [f"{i:012d}" for i in sorted(checked.image_ids, key=order_key)]:
         checked.faults.append(f"{shard.name}: keys are not the image ids in the order of shards")
     return checked
+
+
+def _without(place: str, error: UserError) -> str:
+    return str(error).removeprefix(f"{place}: ")
 
 
 def _check_sample(task: _Task, key: str, image: bytes, text: bytes, before: Checked) -> Checked:

@@ -11,6 +11,8 @@ import tyro
 
 from casc.command_line import parse_arguments
 from casc.data.index import Index
+from casc.data.loading import Fetching, check_loading
+from casc.data.status import warn_on_stderr
 from casc.errors import UserError
 from data_tools.parallel import default_workers, interrupt_once
 from data_tools.report import format_findings, format_table
@@ -78,18 +80,26 @@ class CheckCommand:
     """
 
     shards: tyro.conf.Positional[Path]
-    """Folder with index.json."""
+    """Folder with index.json, or its URL."""
     workers: int = field(default_factory=default_workers)
     """Processes."""
     progress: bool = True
     """Show progress bars (never shown where stderr isn't a terminal)."""
+    loading: Fetching = field(default_factory=Fetching)
 
     def run(self) -> int:
         """Check the shards."""
         from data_tools.check import check_shards, fault_lines
 
         _check_workers(self.workers)
-        checks = check_shards(self.shards, workers=self.workers, progress=self.progress)
+        check_loading(self.loading)
+        checks = check_shards(
+            self.shards,
+            workers=self.workers,
+            progress=self.progress,
+            loading=self.loading,
+            warn=warn_on_stderr,
+        )
         faults = fault_lines(checks)
         for fault in faults:
             print(fault, file=sys.stderr)
@@ -119,6 +129,9 @@ class SynthCommand:
     """Longer side of the images in pixels."""
     classes: int = 6
     """Kinds of shapes, 5 to 8."""
+    names: tuple[str, ...] = ()
+    """These shapes, as many as you like, in place of `classes`: disc, triangle, square, star,
+    cross, crescent, arrow, ring."""
     seed: int = 0
     """Chooses all that is random."""
     progress: bool = True
@@ -128,7 +141,9 @@ class SynthCommand:
         """Generate the data set."""
         from data_tools.synth import SynthSettings, synthesise
 
-        settings = SynthSettings(size=self.size, classes=self.classes, seed=self.seed)
+        settings = SynthSettings(
+            size=self.size, classes=self.classes, seed=self.seed, names=self.names
+        )
         counts = {"train2017": self.train, "val2017": self.val}
         for line in synthesise(self.out, counts, settings, progress=self.progress):
             _say(line)
@@ -141,7 +156,7 @@ class ShowCommand:
     """Write a contact sheet of samples: boxes, masks and names. Crowds are striped."""
 
     shards: tyro.conf.Positional[Path]
-    """Folder with index.json."""
+    """Folder with index.json, or its URL."""
     out: Path = Path("contact.png")
     """The PNG to write."""
     split: str | None = None
@@ -152,13 +167,21 @@ class ShowCommand:
     """Chooses the samples."""
     cell: int = 480
     """Longer side of a picture on the sheet, in pixels."""
+    loading: Fetching = field(default_factory=Fetching)
 
     def run(self) -> int:
         """Draw the sheet."""
         from data_tools.show import show_shards
 
+        check_loading(self.loading)
         captions = show_shards(
-            self.shards, self.out, split=self.split, count=self.n, seed=self.seed, cell=self.cell
+            self.shards,
+            self.out,
+            split=self.split,
+            count=self.n,
+            seed=self.seed,
+            cell=self.cell,
+            loading=self.loading,
         )
         _say(f"{len(captions)} samples are on {self.out}")
         return 0

@@ -7,7 +7,7 @@ first, unless the shard has been compared already in this run.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, Self
 
 import numpy as np
@@ -18,7 +18,7 @@ from casc.data.loading import DEFAULT_LOADING, Fetching
 from casc.data.plan import Segment
 from casc.data.remote import REPAIR, FetchError, is_local, join, location, open_remote
 from casc.data.sample import iter_tar
-from casc.data.status import OPENING, READING, Status
+from casc.data.status import OPENING, READING, Status, warn_on_stderr
 from casc.errors import UserError
 
 Pair = tuple[str, bytes, bytes]
@@ -115,16 +115,9 @@ class OpenShard:
         self.status.set(OPENING)
         shard, place = self.shard, self.place
         if not is_local(place):
-            if loading.cache is not None:
-                if not shard.sha256:
-                    raise UserError(f"{place}: the index has no SHA-256, which a cache needs")
-                cached = cached_shard(place, shard, loading, self.status)
-                if cached is not None:
-                    self.compared |= cached.compared
-                    self.place = f"{place} (in the cache: {cached.path})"
-                    return cached.stream
-                self.status.note(f"{place}: no room in the cache, streamed instead")
-            return open_remote(place, shard.bytes, loading, self.status)
+            stream, self.place, compared = remote_shard(place, shard, loading, self.status)
+            self.compared |= compared
+            return stream
         try:
             stream = open(place, "rb")  # noqa: SIM115, PTH123
         except FileNotFoundError:
@@ -139,6 +132,27 @@ class OpenShard:
             stream.close()
             raise UserError(f"{place}: is {size} bytes, the index says {shard.bytes}; {REPAIR}")
         return stream
+
+
+def remote_shard(
+    place: str, shard: Shard, loading: Fetching, status: Status
+) -> tuple[BinaryIO, str, bool]:
+    """Open a shard that lies elsewhere, or its copy in the cache.
+
+    Returns:
+        What to read from; what errors call it; whether it has been compared just now.
+
+    Raises:
+        UserError: it can't be had; reading may raise so too.
+    """
+    if loading.cache is not None:
+        if not shard.sha256:
+            raise UserError(f"{place}: the index has no SHA-256, which a cache needs")
+        cached = cached_shard(place, shard, loading, status)
+        if cached is not None:
+            return cached.stream, f"{place} (in the cache: {cached.path})", cached.compared
+        status.note(f"{place}: no room in the cache, streamed instead")
+    return open_remote(place, shard.bytes, loading, status), place, False
 
 
 class ShardReader:
@@ -220,15 +234,28 @@ class ShardReader:
 
 
 def read_shard(
-    root: str | os.PathLike[str], shard: Shard, loading: Fetching = DEFAULT_LOADING
+    root: str | os.PathLike[str],
+    shard: Shard,
+    loading: Fetching = DEFAULT_LOADING,
+    warn: Callable[[str], object] = warn_on_stderr,
 ) -> Iterator[Pair]:
     """Yield (key, image bytes, JSON bytes) of all samples of a shard, wherever it lies.
+
+    Args:
+        root: folder or URL.
+        shard: of its index.
+        loading: how it is fetched.
+        warn: is told of downloads that had to be taken up again.
 
     Raises:
         UserError: it isn't there, damaged, or not what the index says.
     """
-    opened = OpenShard(location(root), shard, loading)
+    status = Status()
+    opened = OpenShard(location(root), shard, loading, status)
     try:
-        yield from opened.pairs()
+        for pair in opened.pairs():
+            for note in status.taken_notes():
+                warn(note)
+            yield pair
     finally:
         opened.close()

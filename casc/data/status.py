@@ -4,6 +4,7 @@ A run that stands still is mostly a worker that waits for a disk or a server. It
 itself; so it leaves a few numbers behind, and whoever misses a batch reads them.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -57,6 +58,11 @@ class Status:
         notes = tuple(self.notes)
         self.notes.clear()
         return notes
+
+
+def warn_on_stderr(text: str) -> None:
+    """What becomes of a worker's lines where nobody asked for them."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def shared_rows(workers: int) -> "Tensor":

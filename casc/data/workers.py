@@ -6,7 +6,6 @@ the training process longer than copying it does.
 """
 
 import re
-import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from casc.data.batch import Batch
 from casc.data.collate import block_size, unpack
 from casc.data.index import Split
 from casc.data.loading import DEFAULT_LOADING, Loading, Reading
-from casc.data.status import DECODING, ENDED, IDLE, Status, describe, shared_rows
+from casc.data.status import DECODING, ENDED, IDLE, Status, describe, shared_rows, warn_on_stderr
 from casc.errors import PassingError, UserError
 from casc.signals import leave_to_parent
 
@@ -124,7 +123,7 @@ class BatchStream(Iterator[tuple[int, Batch]]):
         self._places = [shard.name for shard in split.shards]
         holding = [name for name in ("workers", "prefetch", "window") if hasattr(loading, name)]
         self._knobs = " or ".join(f"--loading.{name}" for name in holding)
-        self._warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr))
+        self._warn = warn or warn_on_stderr
         self.pids: list[int] = []
         """Process ids of the workers, once the first batch has been asked for."""
         sizes = [block_size(bucket, batch, bitmaps=bitmaps) for bucket in split.buckets]
