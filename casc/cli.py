@@ -5,7 +5,7 @@ Training is `python -m casc.recipes.NAME`.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -17,6 +17,7 @@ from casc.bench.loader import LoaderCommand
 from casc.bench.operators import OperatorsCommand
 from casc.command_line import parse_arguments
 from casc.convert import ConvertCommand
+from casc.data.loading import Reading, check_loading
 from casc.errors import UserError
 
 Compile = Literal["auto", "on", "off"]
@@ -32,7 +33,7 @@ class EvalCommand:
     checkpoint: tyro.conf.Positional[str]
     """A run's folder, a checkpoint's folder, a .safetensors file, or the reference's .pth."""
     shards: tyro.conf.Positional[Path]
-    """Folder made by `data_tools shard`."""
+    """Folder made by `data_tools shard`, or its URL."""
     split: str | None = None
     """Which split; by default the one that the run evaluated on, or val2017."""
     batch: int = 2
@@ -47,47 +48,47 @@ class EvalCommand:
     """Of convolutions and matrix products; auto takes what suits the device."""
     compile: Compile = "auto"
     """Compile with torch.compile, once per canvas; auto does so on accelerators."""
-    workers: int = 2
-    """Reading processes; 0 reads in this one."""
+    loading: Reading = field(default_factory=Reading)
 
     def run(self) -> int:
         """Evaluate."""
         from tqdm import tqdm
 
         from casc.data.index import read_index
-        from casc.data.stream import Loading
+        from casc.data.remote import location
         from casc.detect import evaluate_split
         from casc.evaluate import format_table, write_evaluation
         from casc.ready import ready_detector
         from casc.weights.model import load_trained
         from casc.weights.read import check_classes
 
-        if self.batch < 1 or self.workers < 0:
-            raise UserError("--batch must be at least 1, --workers at least 0")
-        index = read_index(self.shards)
+        if self.batch < 1:
+            raise UserError("--batch must be at least 1")
+        check_loading(self.loading)
+        index, shards = read_index(self.shards, self.loading), location(self.shards)
         trained = load_trained(self.checkpoint)
         recipe = trained.weights.recipe or {}
         split = self.split or recipe.get("val_split", "val2017")
         if split not in index.splits:
             known = ", ".join(index.splits)
-            raise UserError(f"--split {split}: {self.shards} has no such split; it has {known}")
-        check_classes(trained.weights, index.categories, str(self.shards))
+            raise UserError(f"--split {split}: {shards} has no such split; it has {known}")
+        check_classes(trained.weights, index.categories, shards)
         if trained.model.classes != len(index.categories):
             raise UserError(
                 f"{trained.weights.source}: trained on {trained.model.classes} classes,"
-                f" {self.shards} has {len(index.categories)}"
+                f" {shards} has {len(index.categories)}"
             )
         detector = ready_detector(trained, self.device, self.dtype, self.compile)
-        _say(f"{trained.weights.source} on {split} of {self.shards}, {detector.device}")
+        _say(f"{trained.weights.source} on {split} of {shards}, {detector.device}")
         total = index.splits[split].samples
         with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
             evaluation = evaluate_split(
                 detector,
-                self.shards,
+                shards,
                 index,
                 split,
                 batch=self.batch,
-                loading=Loading(workers=self.workers),
+                loading=self.loading,
                 watch=bar.update,
             )
         assert evaluation is not None  # there is only this process
