@@ -49,7 +49,7 @@ def test_wrong_usage_exits_with_2(capsys):
 
 def test_eval(trained, tmp_path, capsys):
     out = tmp_path / "figures.json"
-    args = ("--workers", 0, "--device", "cpu", "--per-class", "--out", out)
+    args = ("--loading.workers", 0, "--device", "cpu", "--per-class", "--out", out)
     assert run("eval", trained.folder, trained.data, *args) == 0
     output = capsys.readouterr().out
     assert "step-00000001" in output
