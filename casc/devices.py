@@ -1,48 +1,137 @@
-"""What each kind of device wants: precision, layout, communication. One table.
+"""What each kind of device wants: precision, layout, compiler, communication. One table.
 
-The rest of the code asks this table and never compares device names.
+The rest of the code asks this table, and never names an accelerator nor the package that
+brings it.
 """
 
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from casc.errors import UserError
 
+CompileBackend = Literal["auto", "inductor", "aot_eager"]
 
-@dataclass(frozen=True)
+
+class Setting(NamedTuple):
+    """An environment variable that a device's software reads."""
+
+    name: str
+    value: str
+    """What suits casc."""
+    why: str
+    deterministic: bool = False
+    """Whether --deterministic can't do without."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Traits:
     """How to run on one kind of device."""
 
-    dtype: torch.dtype
-    """Of convolutions and matrix products; boxes, losses and targets stay float32."""
+    dtype: torch.dtype = torch.bfloat16
+    """Of convolutions and matrix products; boxes, losses and targets stay float32. Where the
+    chip lacks bfloat16 `choose_dtype` takes float16, whose loss scale is in the state."""
     memory_format: torch.memory_format
     """Of images and convolution weights."""
+    triton: tuple[str, ...] = ()
+    """Triton's backends of which Inductor needs one; it needs none where this is empty."""
     backend: str
-    """torch.distributed's."""
+    """torch.distributed's: for objects on the host, and for tensors on the device."""
     pin_memory: bool
     """Whether batches are copied to the device from pinned memory."""
-    copy_stream: bool
+    copy_stream: bool = False
     """Whether they are copied in a stream of their own, beside the step that is running. Not
     yet tried on any accelerator, so off: the copy then lies between two steps."""
     fused_optimizer: bool
-    """Whether torch.optim.SGD has a fused kernel here."""
+    """Whether torch.optim.SGD has a fused kernel (`_fused_sgd_`) here."""
     dynamic_shapes: bool
     """Whether one compiled graph may serve any number of RoIs; otherwise one per capacity."""
+    roi_align: str
+    """The package whose RoIAlign kernels run here."""
+    native_roi_align: bool = False
+    """Whether they are used for the fixed grid too, if they prove right; else plain ATen."""
+    select_rois: bool
+    """Whether a level's RoIs are picked out for such a kernel, which reads their number."""
+    bag_backward: bool
+    """Whether `_embedding_bag_dense_backward` has a kernel here."""
+    ready: Callable[[], None] = lambda: None
+    """What to switch on once per process."""
+    environment: tuple[Setting, ...] = ()
+    """What may be set before the program starts; `casc doctor` shows what is."""
+    unsupported: tuple[str, ...] = ()
+    """What can't be had here, for people."""
+
+
+def _ready_npu() -> None:
+    # Else operators are compiled for each new shape, while the step waits.
+    torch.get_device_module("npu").set_compile_mode(jit_compile=False)
 
 
 TRAITS = {
-    "cpu": Traits(torch.bfloat16, torch.channels_last, "gloo", False, False, True, True),
-    "cuda": Traits(torch.bfloat16, torch.channels_last, "nccl", True, False, True, True),
-    # Ascend refuses channels_last; its own formats are chosen inside the kernels.
-    "npu": Traits(torch.bfloat16, torch.contiguous_format, "hccl", True, False, False, False),
+    "cpu": Traits(
+        memory_format=torch.channels_last,
+        backend="gloo",
+        pin_memory=False,
+        fused_optimizer=True,
+        dynamic_shapes=True,
+        roi_align="torchvision",
+        select_rois=True,
+        bag_backward=True,
+    ),
+    "cuda": Traits(
+        memory_format=torch.channels_last,
+        triton=("nvidia", "amd"),
+        backend="cpu:gloo,cuda:nccl",
+        pin_memory=True,
+        fused_optimizer=True,
+        dynamic_shapes=True,
+        roi_align="torchvision",
+        select_rois=True,
+        bag_backward=True,
+        environment=(Setting("CUBLAS_WORKSPACE_CONFIG", ":4096:8", "for --deterministic", True),),
+    ),
+    "npu": Traits(
+        # Ascend refuses channels_last; its own formats are chosen inside the kernels.
+        memory_format=torch.contiguous_format,
+        triton=("ascend",),
+        backend="cpu:gloo,npu:hccl",
+        pin_memory=True,
+        # torch's own optimizer: NpuFusedSGD diverged when gradients were None.
+        fused_optimizer=True,
+        dynamic_shapes=False,
+        roi_align="torch_npu",
+        native_roi_align=True,
+        select_rois=False,
+        bag_backward=False,
+        ready=_ready_npu,
+        environment=(
+            Setting("TASK_QUEUE_ENABLE", "2", "launches are prepared in a second thread"),
+            Setting("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True", "less fragmentation"),
+            Setting("CPU_AFFINITY_CONF", "1", "each process keeps to the cores near its card"),
+            Setting("HCCL_CONNECT_TIMEOUT", "7200", "ranks wait for one to compile first"),
+            Setting("HCCL_EXEC_TIMEOUT", "7200", "the same, for a collective under way"),
+            Setting("HCCL_DETERMINISTIC", "true", "for --deterministic; slower", True),
+            Setting("TORCH_NPU_FALLBACK_CPU_DISABLE", "1", "an operator without kernel raises"),
+        ),
+        unsupported=(
+            "channels_last: refused by the device",
+            "graphs with dynamic shapes: one graph per mask capacity is compiled instead",
+            "keeping compiled programs on disk with any backend but inductor",
+        ),
+    ),
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device to run on.
+    """The device to run on, made ready.
 
     Args:
         name: `auto` takes the accelerator where there is one and else the CPU; or a kind
@@ -54,19 +143,22 @@ def choose_device(name: str = "auto") -> torch.device:
     accelerator = (
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     )
-    if name == "auto":
-        return accelerator or torch.device("cpu")
     kind, _, index = name.partition(":")
-    if kind not in TRAITS or (index and not index.isdigit()):
+    if name == "auto":
+        device = accelerator or torch.device("cpu")
+    elif kind not in TRAITS or (index and not index.isdigit()):
         raise UserError(f"--device {name}: expected auto or one of {', '.join(TRAITS)}")
-    if kind != "cpu" and (accelerator is None or accelerator.type != kind):
+    elif kind != "cpu" and (accelerator is None or accelerator.type != kind):
         raise UserError(
             f"--device {name}: torch {torch.__version__} finds no {kind} device on this machine;"
-            " use --device cpu, or install the torch build for it"
+            " `casc doctor` says why. Use --device cpu, or install what is missing"
         )
-    if index and kind != "cpu" and int(index) >= torch.accelerator.device_count():
+    elif index and kind != "cpu" and int(index) >= torch.accelerator.device_count():
         raise UserError(f"--device {name}: there are {torch.accelerator.device_count()} devices")
-    return torch.device(name)
+    else:
+        device = torch.device(name)
+    traits(device).ready()
+    return device
 
 
 def traits(device: torch.device) -> Traits:
@@ -77,12 +169,17 @@ def traits(device: torch.device) -> Traits:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The recipe's dtype: `auto` takes the table's, else the one of that name.
+    """The recipe's dtype: `auto` takes what the device computes with, else the one of that name.
 
     Raises:
         UserError: the device can't compute with it.
     """
-    dtype = traits(device).dtype if name == "auto" else DTYPES[name]
+    if name == "auto":
+        dtype = traits(device).dtype
+        return dtype if dtype != torch.bfloat16 or has_bfloat16(device) else torch.float16
+    dtype = DTYPES[name]
+    if dtype == torch.bfloat16 and not has_bfloat16(device):
+        raise UserError(f"--dtype {name}: {device} hasn't got it; use --dtype float16 or float32")
     if dtype == torch.float16 and device.type == "cpu":  # accelerators all have it
         x = torch.ones(1, 8, 4, 4, dtype=dtype)
         try:
@@ -93,6 +190,112 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
                 f" processor ({error}); use --dtype bfloat16 or float32"
             ) from None
     return dtype
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the chip computes in bfloat16. On the CPU torch always can."""
+    if device.type == "cpu":
+        return True
+    return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
+
+
+def choose_compiler(name: CompileBackend, device: torch.device) -> str:
+    """torch.compile's backend by name; `auto` takes inductor where it is usable.
+
+    Raises:
+        UserError: the one asked for isn't usable.
+    """
+    missing = compiler_missing(device)
+    if name == "auto":
+        return "aot_eager" if missing else "inductor"
+    if name == "inductor" and missing:
+        raise UserError(f"--compile-backend inductor: {missing}; use --compile-backend aot_eager")
+    return name
+
+
+def compiler_missing(device: torch.device) -> str | None:
+    """Why inductor can't compile for a device; None where it can."""
+    wanted = traits(device).triton
+    # Without them in one package, a `triton` for other devices would count.
+    if not wanted or any(_installed(f"triton.backends.{name}") for name in wanted):
+        return None
+    return f"it needs Triton with its backend for {device.type}, which isn't installed"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Take the same path every time: operators that can't will raise.
+
+    Raises:
+        UserError: a variable has to be set before the program starts, and isn't.
+    """
+    for setting in traits(device).environment:
+        if setting.deterministic and not os.environ.get(setting.name):
+            raise UserError(
+                f"--deterministic: set {setting.name}={setting.value} in the environment first"
+            )
+    torch.use_deterministic_algorithms(True)
+
+
+class RoiKernels(NamedTuple):
+    """A device's RoIAlign (aligned, average) on one feature map; `grid` 0 is adaptive."""
+
+    forward: Callable[[Tensor, Tensor, float, int, int], Tensor]
+    """(features [B, C, H, W], rois [R, 5], scale, cells, grid) -> [R, C, cells, cells]."""
+    backward: Callable[[Tensor, Tensor, list[int], float, int, int], Tensor]
+    """(gradient, rois, shape of the features, scale, cells, grid) -> [B, C, H, W]."""
+
+
+def roi_kernels(device: torch.device) -> RoiKernels:
+    """The RoIAlign kernels that run on a device; float32.
+
+    Raises:
+        UserError: they aren't installed.
+    """
+    package = traits(device).roi_align
+    try:
+        importlib.import_module(package)  # which registers its operators
+    except ImportError as error:
+        raise UserError(f"RoIAlign on {device.type} needs {package}: {error}") from None
+    return {"torchvision": _TORCHVISION, "torch_npu": _TORCH_NPU}[package]
+
+
+def _torchvision_forward(
+    features: Tensor, rois: Tensor, scale: float, cells: int, grid: int
+) -> Tensor:
+    return torch.ops.torchvision.roi_align(features, rois, scale, cells, cells, grid, True)
+
+
+def _torchvision_backward(
+    gradient: Tensor, rois: Tensor, shape: list[int], scale: float, cells: int, grid: int
+) -> Tensor:
+    return torch.ops.torchvision._roi_align_backward(
+        gradient, rois, scale, cells, cells, *shape, grid, True
+    )
+
+
+# torch_npu's roi_end_mode: corners shifted by half a pixel, no least size, as `aligned` is.
+_ALIGNED = 2
+
+
+def _npu_forward(features: Tensor, rois: Tensor, scale: float, cells: int, grid: int) -> Tensor:
+    return torch.ops.npu.npu_roi_align(features, rois, scale, cells, cells, grid, _ALIGNED)
+
+
+def _npu_backward(
+    gradient: Tensor, rois: Tensor, shape: list[int], scale: float, cells: int, grid: int
+) -> Tensor:
+    return torch.ops.npu.npu_roi_alignbk(gradient, rois, shape, cells, cells, scale, grid, _ALIGNED)
+
+
+_TORCHVISION = RoiKernels(_torchvision_forward, _torchvision_backward)
+_TORCH_NPU = RoiKernels(_npu_forward, _npu_backward)
 
 
 def peak_memory(device: torch.device) -> int:

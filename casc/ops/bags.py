@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from casc.devices import traits
+
 
 # An operator of our own around embedding_bag: inside a compiled graph the generated code
 # would write through an output that the CPU kernel leaves empty in bfloat16.
@@ -30,7 +32,14 @@ def _(pixels: Tensor, index: Tensor, weight: Tensor):
 @torch.library.custom_op("casc::bag_backward", mutates_args=())
 def bag_backward(grad: Tensor, index: Tensor, weight: Tensor, rows: int) -> Tensor:
     """The gradient [P, C] of the pixels, of `rows` rows, from that of the bags [N, C]."""
-    bags, taps = index.shape
+    (bags, taps), dtype = index.shape, grad.dtype
+    if not traits(grad.device).bag_backward:
+        # A tap at a time: all at once would take T times the memory.
+        total = grad.new_zeros((rows, grad.shape[1]), dtype=torch.float32)
+        grad, weight = grad.float(), weight.float()
+        for tap in range(taps):
+            total.index_add_(0, index[:, tap], grad * weight[:, tap, None])
+        return total.to(dtype)
     owner = torch.arange(bags, device=grad.device)[:, None].expand(bags, taps).reshape(-1)
     sizes = torch.full((bags,), taps, dtype=torch.long, device=grad.device)
     return torch.ops.aten._embedding_bag_dense_backward(

@@ -2,20 +2,36 @@
 
 torchvision's operator returns as many boxes as survive, so its result's shape depends
 on the data. Here it is wrapped in an operator of our own whose result is padded: the
-compiler sees fixed shapes, and the host reads nothing on the CPU.
+compiler sees fixed shapes, and the host reads nothing on the CPU. On an accelerator it
+would read per image, so there `matrix_nms` does the same by a fixed number of launches.
 
 Legend: B images, N boxes, K kept.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from casc.ops.matrix_nms import matrix_nms
+
+NmsKernel = Literal["auto", "greedy", "matrix"]
 
 # On the CPU each survivor meets all boxes in turn: from so many on, one group at a time is faster.
 MANY = 1000
 
 
 def batched_nms(
-    boxes: Tensor, scores: Tensor, group: Tensor, valid: Tensor, *, iou: float, count: int
+    boxes: Tensor,
+    scores: Tensor,
+    group: Tensor,
+    valid: Tensor,
+    *,
+    iou: float,
+    count: int,
+    groups: int = 1,
+    largest: int | None = None,
+    kernel: NmsKernel = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Suppress within groups (levels or classes), best score first.
 
@@ -29,21 +45,32 @@ def batched_nms(
         valid: [B, N] bool; invalid boxes neither survive nor suppress.
         iou: a box goes if it overlaps a better one by more than this.
         count: K.
+        groups: how many groups there can be, and `largest` of how many boxes each; without
+            them all boxes are compared with all, which comes to the same.
+        largest: most boxes of a group, valid or not.
+        kernel: greedy walks from survivor to survivor, which is fast on the CPU. matrix takes
+            a fixed number of launches. auto is greedy on the CPU and else matrix.
 
     Returns:
         index [B, K] int64 into N, by falling score (0 where padded), and
         kept [B, K] bool.
     """
     boxes, scores = boxes.detach(), scores.detach()
-    largest = torch.where(valid[..., None], boxes, 0.0).amax(dim=(1, 2), keepdim=True)
+    extent = torch.where(valid[..., None], boxes, 0.0).amax(dim=(1, 2), keepdim=True)
     group = group.expand_as(scores)
-    shifted = boxes + group.to(boxes.dtype)[..., None] * (largest + 1)
-    index, survivors = nms(shifted, scores, group, valid, iou, count)
+    shifted = boxes + group.to(boxes.dtype)[..., None] * (extent + 1)
+    if kernel == "greedy" or (kernel == "auto" and boxes.is_cpu):
+        index, survivors = nms(shifted, scores, group, valid, iou, count)
+    else:
+        # Groups are apart already: all as one is right too where their sizes aren't known.
+        ids = torch.zeros_like(group) if largest is None else group
+        sizes = (1, boxes.shape[1]) if largest is None else (groups, largest)
+        index, survivors = matrix_nms(shifted, scores, ids, valid, iou, count, *sizes)
     slot = torch.arange(count, device=boxes.device)
     return index, slot < survivors[:, None]
 
 
-@torch.library.custom_op("casc::nms", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("casc::nms", mutates_args=())
 def nms(
     boxes: Tensor, scores: Tensor, group: Tensor, valid: Tensor, iou: float, count: int
 ) -> tuple[Tensor, Tensor]:

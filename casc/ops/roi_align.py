@@ -5,8 +5,8 @@ Every RoI reads the level that suits its size (FPN, eq. 1). Two ways to sample:
 - "fixed": a 2x2 grid of bilinear samples per cell, as one weighted embedding bag over
   the flattened pyramid. Index and weight tables are plain functions of the boxes, and
   every shape is static.
-- "adaptive": the reference's grid of ceil(side / cells) samples per cell, by
-  torchvision's operator, hidden in one of ours.
+- "adaptive": the reference's grid of ceil(side / cells) samples per cell, by the device's
+  native operator (torchvision's, torch_npu's), hidden in one of ours.
 
 Legend: B images, R RoIs, C channels, L levels, P all pixels of all levels, O output cells
 per side, T taps per output cell.
@@ -17,10 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from casc.devices import roi_kernels, traits
 from casc.ops.bags import weighted_bags
 from casc.ops.pyramid import Pyramid, by_level
 
 Sampling = Literal["fixed", "adaptive"]
+RoiKernel = Literal["auto", "aten", "native"]
 
 # A RoI of sqrt(area) below 2 * 56 pixels reads the finest level; each doubling goes one up.
 FINEST_SIDE = 56.0
@@ -43,7 +45,12 @@ def roi_levels(boxes: Tensor, count: int) -> Tensor:
 
 
 def roi_align(
-    pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int, sampling: Sampling
+    pyramid: Pyramid,
+    boxes: Tensor,
+    image: Tensor,
+    cells: int,
+    sampling: Sampling,
+    kernel: RoiKernel = "auto",
 ) -> Tensor:
     """Features of each RoI on a `cells` x `cells` grid.
 
@@ -52,17 +59,21 @@ def roi_align(
         boxes: [R, 4] float32 xyxy in pixels of the canvas; no gradient flows to them.
         image: [R] int64, each RoI's image in the batch.
         cells: O.
-        sampling: "fixed" or "adaptive".
+        sampling: "fixed" or "adaptive", which is native whatever `kernel` says.
+        kernel: native computes the fixed grid by the device's own operator as well. Which of
+            the two auto becomes is decided before, by `casc.kernels`; here it is aten.
 
     Returns:
-        [R, C, O, O] of the features' dtype; channels_last in memory for "fixed".
+        [R, C, O, O] of the features' dtype; channels_last in memory for the bag's.
     """
     boxes = boxes.detach()
     level = roi_levels(boxes, len(pyramid.levels))
-    if sampling == "adaptive":
+    if sampling == "adaptive" or kernel == "native":
         rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
         scales = [1 / stride for stride in pyramid.strides]
-        return _adaptive(pyramid.levels, rois, level, scales, cells)
+        if sampling == "adaptive":
+            return _native(pyramid.levels, rois, level, scales, cells)
+        return _native(pyramid.levels, rois, level, scales, cells, GRID)
     sizes = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
     index, weight = _taps(boxes, image, level, sizes, pyramid.strides, cells)
     rows = weighted_bags(pyramid.pixels, index, weight.to(pyramid.pixels.dtype))
@@ -124,60 +135,74 @@ def _axis_taps(low: Tensor, high: Tensor, size: Tensor, cells: int) -> tuple[Ten
 
 
 # The RoIs of one level are as many as the data has it: that stays inside the operator.
-@torch.library.custom_op("casc::roi_align_adaptive", mutates_args=(), device_types=("cpu", "cuda"))
-def _adaptive(
-    levels: list[Tensor], rois: Tensor, level: Tensor, scales: list[float], cells: int
+@torch.library.custom_op("casc::roi_align_adaptive", mutates_args=())
+def _native(
+    levels: list[Tensor],
+    rois: Tensor,
+    level: Tensor,
+    scales: list[float],
+    cells: int,
+    grid: int = 0,
 ) -> Tensor:
-    import torchvision  # noqa: F401  (registers torch.ops.torchvision)
-
+    kernels = roi_kernels(rois.device)
     result = levels[0].new_empty((rois.shape[0], levels[0].shape[1], cells, cells))
     for i, (features, scale) in enumerate(zip(levels, scales, strict=True)):
-        rows = (level == i).nonzero()[:, 0]
-        aligned = torch.ops.torchvision.roi_align(
-            features.float().contiguous(), rois[rows], scale, cells, cells, 0, True
-        )
-        result[rows] = aligned.to(result.dtype)
+        rows, own = _of_level(rois, level, i, scale)
+        aligned = kernels.forward(features.float().contiguous(), own, scale, cells, grid)
+        if rows is None:
+            here = (level == i)[:, None, None, None]
+            result = torch.where(here, aligned.to(result.dtype), result)
+        else:
+            result[rows] = aligned.to(result.dtype)
     return result
 
 
-@_adaptive.register_fake
-def _(levels: list[Tensor], rois: Tensor, level: Tensor, scales: list[float], cells: int):
+def _of_level(
+    rois: Tensor, level: Tensor, index: int, scale: float
+) -> tuple[Tensor | None, Tensor]:
+    """The rows of a level's RoIs, and the RoIs.
+
+    Where their number mustn't be read there are no rows: all RoIs, those of other levels
+    replaced by a small one, which costs little and whose result isn't used.
+    """
+    if traits(rois.device).select_rois:
+        rows = (level == index).nonzero()[:, 0]
+        return rows, rois[rows]
+    side = torch.arange(5, device=rois.device) // 3 / scale  # 0, 0, 0, 1 cell, 1 cell
+    return None, torch.where((level == index)[:, None], rois, side.to(rois.dtype))
+
+
+@_native.register_fake
+def _(levels, rois, level, scales, cells, grid=0):
     return levels[0].new_empty((rois.shape[0], levels[0].shape[1], cells, cells))
 
 
-@torch.library.custom_op(
-    "casc::roi_align_adaptive_backward", mutates_args=(), device_types=("cpu", "cuda")
-)
-def _adaptive_backward(
-    grad: Tensor, rois: Tensor, level: Tensor, scales: list[float], shape: list[int], cells: int
+@torch.library.custom_op("casc::roi_align_adaptive_backward", mutates_args=())
+def _native_backward(
+    grad: Tensor,
+    rois: Tensor,
+    level: Tensor,
+    scales: list[float],
+    shape: list[int],
+    cells: int,
+    grid: int = 0,
 ) -> list[Tensor]:
-    import torchvision  # noqa: F401
-
-    batch, channels, *sides = shape
+    kernels = roi_kernels(rois.device)
     grads = []
     for i, scale in enumerate(scales):
-        rows = (level == i).nonzero()[:, 0]
-        height, width = sides[2 * i : 2 * i + 2]
-        grads.append(
-            torch.ops.torchvision._roi_align_backward(
-                grad[rows].float().contiguous(),
-                rois[rows],
-                scale,
-                cells,
-                cells,
-                batch,
-                channels,
-                height,
-                width,
-                0,
-                True,
-            ).to(grad.dtype)
-        )
+        rows, own = _of_level(rois, level, i, scale)
+        if rows is None:
+            part = torch.where((level == i)[:, None, None, None], grad, 0.0)
+        else:
+            part = grad[rows]
+        features = [*shape[:2], *shape[2 + 2 * i : 4 + 2 * i]]
+        made = kernels.backward(part.float().contiguous(), own, features, scale, cells, grid)
+        grads.append(made.to(grad.dtype))
     return grads
 
 
-@_adaptive_backward.register_fake
-def _(grad: Tensor, rois: Tensor, level: Tensor, scales: list[float], shape: list[int], cells: int):
+@_native_backward.register_fake
+def _(grad, rois, level, scales, shape, cells, grid=0):
     batch, channels, *sides = shape
     return [
         grad.new_empty((batch, channels, sides[2 * i], sides[2 * i + 1]))
@@ -185,18 +210,18 @@ def _(grad: Tensor, rois: Tensor, level: Tensor, scales: list[float], shape: lis
     ]
 
 
-def _adaptive_setup(ctx, inputs, output) -> None:
-    levels, rois, level, scales, cells = inputs
+def _native_setup(ctx, inputs, output) -> None:
+    levels, rois, level, scales, cells, grid = inputs
     ctx.save_for_backward(rois, level)
     sides = [int(side) for features in levels for side in features.shape[2:]]
     ctx.shape = [*levels[0].shape[:2], *sides]
-    ctx.scales, ctx.cells = scales, cells
+    ctx.scales, ctx.cells, ctx.grid = scales, cells, grid
 
 
-def _adaptive_grad(ctx, grad: Tensor):
+def _native_grad(ctx, grad: Tensor):
     rois, level = ctx.saved_tensors
-    grads = _adaptive_backward(grad, rois, level, ctx.scales, ctx.shape, ctx.cells)
-    return grads, None, None, None, None
+    grads = _native_backward(grad, rois, level, ctx.scales, ctx.shape, ctx.cells, ctx.grid)
+    return grads, None, None, None, None, None
 
 
-_adaptive.register_autograd(_adaptive_grad, setup_context=_adaptive_setup)
+_native.register_autograd(_native_grad, setup_context=_native_setup)
