@@ -1,5 +1,6 @@
 """A checkpoint as a detector: which model it is of, its weights, and its classes."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from casc.data.index import Category
 from casc.detector import DetectorConfig
 from casc.errors import UserError
 from casc.layers import Params
-from casc.weights.read import Weights, fit_weights, guess_model, read_weights
+from casc.weights.read import Weights, fit_weights, read_weights
+from casc.weights.shapes import model_of
 
 
 class Trained(NamedTuple):
@@ -27,8 +29,8 @@ class Trained(NamedTuple):
 def load_trained(source: str) -> Trained:
     """Load a checkpoint of casc or of the reference.
 
-    What model it is of, casc's checkpoints say; of the reference's, depth and number of
-    classes are read off the tensors, and the rest is as its configuration has it.
+    What model it is of, casc's checkpoints say; of the reference's, sizes are read off the
+    tensors, and the rest is as the configuration in the file has it, or the reference's.
 
     Args:
         source: see `read_weights`.
@@ -43,7 +45,11 @@ def load_trained(source: str) -> Trained:
         model = from_json(DetectorConfig, weights.recipe.get("model"), f"{where}.model")
         image = from_json(ImageConfig, weights.recipe.get("image"), f"{where}.image")
     else:
-        model = guess_model(weights)
+        found = model_of(weights.tensors, weights.source)
+        if weights.problem:
+            raise UserError(f"{weights.source}: {weights.problem}")
+        model = weights.model or replace(found, roi_align="adaptive")
+        image = weights.image or image
     params, buffers = detector.init(model, torch.Generator().manual_seed(0))
     params, buffers, fit = fit_weights(params, buffers, weights.tensors)
     lacking = [name for name in fit.missing if not name.endswith("num_batches_tracked")]

@@ -1,7 +1,9 @@
 """Read weights from casc's checkpoints, the reference's and torchvision's, and fit them in.
 
 All three use the same names: the reference's `state_dict`'s. torchvision's ResNets lack the
-prefix `backbone.` and have a classifier that nobody needs here.
+prefix `backbone.` and have a classifier that nobody needs here. What is in other programs'
+checkpoints is turned to casc's conventions as far as their files tell; `casc convert` knows more
+programs, and is strict.
 """
 
 import json
@@ -15,14 +17,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from casc.config import from_json
+from casc.data.augment import ImageConfig
 from casc.data.index import Category
 from casc.detector import DetectorConfig
 from casc.errors import UserError
 from casc.layers import Params
-from casc.resnet import BLOCKS, PREFIX, ResNetConfig
+from casc.resnet import PREFIX
 from casc.train import checkpoint
+from casc.weights.foreign import STEM, to_rgb
+from casc.weights.mmdetection import categories_of, settings_of, state_dict_of
+from casc.weights.pickles import first_line, load_torch
+from casc.weights.shapes import model_of
+from casc.weights.torchvision_resnet import CLASSIFIER, is_torchvision
 
-_CLASSIFIER = ("fc.weight", "fc.bias")
+FORMAT, VERSION = "casc-weights", 1
+_CONVERT_FIRST = (
+    "weights of Detectron2 have to be converted first: casc convert FILE OUT.safetensors"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,14 @@ class Weights:
     recipe: dict[str, Any] | None = None
     """The run's recipe as JSON, from casc's own checkpoints."""
     step: int | None = None
+    model: DetectorConfig | None = None
+    """What the config in a checkpoint of the reference says."""
+    image: ImageConfig | None = None
+    """The same, of the pixels."""
+    problem: str | None = None
+    """What that config asks for and casc's model doesn't have."""
+    origin: dict[str, Any] | None = None
+    """Where `casc convert` had it from, and the order of colours there."""
 
 
 class Fit(NamedTuple):
@@ -83,14 +103,9 @@ def read_weights(source: str) -> Weights:
         raise UserError(f"{source}: no such file or folder")
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
-    try:
-        # Nothing but tensors and plain values: a pickle may not run code here.
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises all sorts of things on damaged files
-        raise UserError(
-            f"{path}: not a file of tensors that torch.load reads safely ({_first_line(error)})"
-        ) from None
-    return _from_torch(str(path), data)
+    if path.suffix == ".pkl":
+        raise UserError(f"{path}: {_CONVERT_FIRST}")
+    return _from_torch(str(path), load_torch(path))
 
 
 def imagenet_weights(depth: int) -> Weights:
@@ -131,28 +146,6 @@ def fit_weights(
     return *result, fit
 
 
-def guess_model(weights: Weights) -> DetectorConfig:
-    """The model of a reference checkpoint, from its names and shapes.
-
-    Raises:
-        UserError: it isn't a Cascade Mask R-CNN with a ResNet.
-    """
-    tensors = weights.tensors
-    try:
-        blocks = tuple(
-            len({name.split(".")[2] for name in tensors if name.startswith(f"{PREFIX}.layer{s}.")})
-            for s in range(1, 5)
-        )
-        bottleneck = f"{PREFIX}.layer1.0.conv3.weight" in tensors
-        depth: Any = next(d for d, b in BLOCKS.items() if b == blocks and (d >= 50) == bottleneck)
-        classes = tensors["roi_head.bbox_head.0.fc_cls.weight"].shape[0] - 1
-    except (KeyError, StopIteration, IndexError):
-        raise UserError(
-            f"{weights.source}: not the weights of a Cascade Mask R-CNN with a ResNet"
-        ) from None
-    return replace(DetectorConfig(), classes=classes, backbone=ResNetConfig(depth=depth))
-
-
 def check_classes(weights: Weights, categories: Sequence[Category], where: str) -> None:
     """Refuse weights that were trained on other classes, or on the same in another order.
 
@@ -170,6 +163,34 @@ def check_classes(weights: Weights, categories: Sequence[Category], where: str) 
         raise UserError(
             f"{weights.source}: trained on {len(trained)} classes, {where} has {len(wanted)}"
         )
+
+
+def check_conventions(weights: Weights, model: DetectorConfig, image: ImageConfig) -> None:
+    """Refuse weights made for other pixels, or for a backbone that is wired otherwise.
+
+    Their names and shapes are the same, so nothing else would tell.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    theirs, pixels = weights.model, weights.image
+    if weights.recipe is not None:
+        where = f"{weights.source}: recipe"
+        theirs = from_json(DetectorConfig, weights.recipe.get("model", {}), f"{where}.model")
+        pixels = from_json(ImageConfig, weights.recipe.get("image", {}), f"{where}.image")
+    pairs: list[tuple[str, Any, Any]] = []
+    if theirs is not None:
+        old, new = theirs.backbone, model.backbone
+        pairs.append(("model.backbone.stride-in-1x1", old.stride_in_1x1, new.stride_in_1x1))
+    if pixels is not None:
+        pairs += [("image.mean", pixels.mean, image.mean), ("image.std", pixels.std, image.std)]
+    for flag, old, new in pairs:
+        if old != new:
+            value = " ".join(f"{v:g}" for v in old) if isinstance(old, tuple) else str(old)
+            raise UserError(
+                f"--{flag}: {weights.source} was trained with {old}, the recipe has {new}; use"
+                f" --{flag} {value}"
+            )
 
 
 def _named(category: Category, like: Sequence[Category]) -> str:
@@ -195,32 +216,53 @@ def _from_safetensors(path: Path) -> Weights:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
+        if int(metadata.get("version", VERSION)) > VERSION:
+            raise UserError(
+                f"{path}: written by a newer version of casc ({metadata.get('casc', 'unknown')});"
+                " update casc to read it"
+            )
         tensors = load_file(path)
         entries = json.loads(metadata.get("classes", "null"))
         recipe = json.loads(metadata.get("recipe", "null"))
         step = json.loads(metadata.get("step", "null"))
+        origin = json.loads(metadata.get("origin", "null"))
         categories = entries and tuple(Category(entry["id"], entry["name"]) for entry in entries)
+    except UserError:
+        raise
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable as safetensors ({_first_line(error)})") from None
+        raise UserError(f"{path}: not readable as safetensors ({first_line(error)})") from None
     if recipe is None:
         return replace(_from_torch(str(path), tensors), categories=categories)
-    return Weights(str(path), "casc", tensors, categories, recipe, step)
+    return Weights(str(path), "casc", tensors, categories, recipe, step, origin=origin)
 
 
 def _from_torch(source: str, data: Any) -> Weights:
-    meta = {}
-    if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
-        meta = data.get("meta") or {}
-        data = data["state_dict"]
-    if not isinstance(data, Mapping) or not any(isinstance(v, Tensor) for v in data.values()):
+    if not isinstance(data, Mapping):
         raise UserError(f"{source}: holds no state_dict")
-    tensors = {str(k).removeprefix("module."): v for k, v in data.items() if isinstance(v, Tensor)}
-    if "conv1.weight" in tensors and "layer1.0.conv1.weight" in tensors:
-        tensors = {f"{PREFIX}.{k}": v for k, v in tensors.items() if k not in _CLASSIFIER}
+    if isinstance(data.get("model"), Mapping):
+        raise UserError(f"{source}: {_CONVERT_FIRST}")
+    tensors = state_dict_of(data) if isinstance(data.get("state_dict", data), Mapping) else {}
+    if not tensors:
+        raise UserError(f"{source}: holds no state_dict")
+    if is_torchvision(tensors):
+        tensors = {f"{PREFIX}.{k}": v for k, v in tensors.items() if k not in CLASSIFIER}
         return Weights(source, "torchvision", tensors)
-    names = meta.get("CLASSES")
-    categories = tuple(Category(-1, str(name)) for name in names) if names else None
-    return Weights(source, "reference", tensors, categories)
+    try:
+        model = replace(model_of(tensors, source), roi_align="adaptive")
+    except UserError:  # of another detector: `fit_weights` takes what fits
+        model = None
+    said = settings_of(data, model or DetectorConfig(), ImageConfig(), source)
+    if said and said.channels and STEM in tensors:
+        tensors = to_rgb(tensors, said.channels)
+    return Weights(
+        source,
+        "reference",
+        tensors,
+        categories_of(data),
+        model=said.model if said else model,
+        image=said.image if said else None,
+        problem=said.problem if said else None,
+    )
 
 
 def _download(url: str) -> Any:
@@ -231,7 +273,7 @@ def _download(url: str) -> Any:
     except Exception as error:  # of the network, of the hash, of the unpickler
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise UserError(
-            f"{url}: could not be had ({_first_line(error)}); download it elsewhere into {cache},"
+            f"{url}: could not be had ({first_line(error)}); download it elsewhere into {cache},"
             " or give the path of a file with --init"
         ) from None
 
@@ -244,7 +286,3 @@ def _groups(names: Sequence[str], most: int = 6) -> list[str]:
         counts[key] = counts.get(key, 0) + 1
     shown = [f"{key}.* x{n}" if n > 1 else key for key, n in counts.items()]
     return shown if len(shown) <= most else [*shown[:most], f"{len(shown) - most} more groups"]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
