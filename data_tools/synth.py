@@ -39,6 +39,15 @@ class SynthSettings(NamedTuple):
     """Longer side of the images in pixels."""
     classes: int = 6
     seed: int = 0
+    names: tuple[str, ...] = ()
+    """The shapes, in the order of classes; without any the first `classes` of `CLASSES`."""
+
+    @property
+    def kinds(self) -> list[int]:
+        """Of each class its position in `CLASSES`."""
+        if self.names:
+            return [CLASSES.index(name) for name in self.names]
+        return list(range(self.classes))
 
 
 class Scene(NamedTuple):
@@ -98,7 +107,7 @@ def synthesise(
             "annotations": annotations,
             "categories": [
                 {"id": i + 1, "name": name, "supercategory": "shape"}
-                for i, name in enumerate(CLASSES[: settings.classes])
+                for i, name in enumerate(CLASSES[kind] for kind in settings.kinds)
             ],
         }
         file = making / "annotations" / f"instances_{split}.json"
@@ -135,15 +144,17 @@ def draw_scene(
     objects: list[tuple[int, np.ndarray]] = []
     sizes: list[int] = []
     crowd: np.ndarray | None = None
-    crowd_class = int(rng.integers(settings.classes))
+    kinds = settings.kinds
+    crowd_class = int(rng.integers(len(kinds)))
     if crowded:
         crowd = np.zeros((height, width), bool)
-        _draw_crowd(rng, canvas, crowd, crowd_class)
+        _draw_crowd(rng, canvas, crowd, kinds[crowd_class])
     wanted = 0 if empty else int(rng.choice(8, p=[0.1, 0.16, 0.2, 0.18, 0.14, 0.1, 0.07, 0.05])) + 1
     for _ in range(6 * wanted):
         if len(objects) == wanted:
             break
-        kind = int(rng.integers(settings.classes))
+        label = int(rng.integers(len(kinds)))
+        kind = kinds[label]
         # Areas, not radii, are what detectors find small or large.
         radius = long * math.sqrt(rng.uniform(0.065**2, 0.22**2))
         x, y = rng.uniform(0.6 * radius, [width - 0.6 * radius, height - 0.6 * radius])
@@ -160,7 +171,7 @@ def draw_scene(
             continue
         paint(rng, canvas, cover, shape)
         objects = [(k, seen) for (k, _), seen in zip(objects, left, strict=True)]
-        objects.append((kind, mask))
+        objects.append((label, mask))
         sizes.append(int(mask.sum()))
         crowd = crowd & ~mask if crowd is not None else None
     canvas += rng.normal(0, 4, canvas.shape[:2])[..., None]
@@ -193,6 +204,11 @@ def _check(out: Path, counts: Mapping[str, int], settings: SynthSettings) -> Non
             raise UserError(f"--{flag}: expected 1 to 999999 images, got {count}")
     if not 64 <= settings.size <= 4096:
         raise UserError(f"--size: expected 64 to 4096 pixels, got {settings.size}")
+    strange = [name for name in settings.names if name not in CLASSES]
+    if strange or len(set(settings.names)) != len(settings.names):
+        raise UserError(
+            f"--names {' '.join(settings.names)}: expected different ones of {', '.join(CLASSES)}"
+        )
     if not 5 <= settings.classes <= len(CLASSES):
         raise UserError(f"--classes: expected 5 to {len(CLASSES)}, got {settings.classes}")
     if settings.seed < 0:

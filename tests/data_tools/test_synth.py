@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from casc.data.sample import signed_area
 from casc.errors import UserError
 from data_tools import synth
+from data_tools.rings import trace_mask
 from data_tools.synth import CLASSES, SynthSettings, draw_scene, mask_polygons, synthesise
 
 COUNTS = {"train2017": 60, "val2017": 20}
@@ -136,6 +138,24 @@ def test_every_class_can_be_drawn(classes: int):
     assert kinds == set(range(classes))
 
 
+def test_shapes_by_name(tmp_path: Path):
+    """Chosen ones look as they do among all, under the classes that were asked for."""
+    chosen = ("ring", "disc")
+    synthesise(tmp_path, {"train2017": 12}, SynthSettings(size=96, names=chosen))
+    data = json.loads((tmp_path / "annotations/instances_train2017.json").read_text())
+    assert [(c["id"], c["name"]) for c in data["categories"]] == [(1, "ring"), (2, "disc")]
+    assert {a["category_id"] for a in data["annotations"]} == {1, 2}
+    settings = SynthSettings(size=96, names=chosen)
+    holes: dict[int, set[bool]] = {0: set(), 1: set()}
+    for i in range(20):
+        for label, mask in draw_scene(np.random.default_rng(i), settings).objects:
+            rings = trace_mask(mask, 0.5)
+            holes[label].add(any(signed_area(ring) < -20 for ring in rings))
+    # A ring has a hole, unless it is cut or covered, and a disc has none.
+    assert True in holes[0]
+    assert holes[1] == {False}
+
+
 @given(
     x=st.integers(8, 40),
     y=st.integers(8, 40),
@@ -162,6 +182,8 @@ def test_holes_are_cut_open(x: int, y: int, outer: int, inner: int):
         (COUNTS, SynthSettings(classes=4), "--classes"),
         (COUNTS, SynthSettings(classes=9), "--classes"),
         (COUNTS, SynthSettings(seed=-1), "--seed"),
+        (COUNTS, SynthSettings(names=("disc", "disk")), "--names disc disk: .*crescent"),
+        (COUNTS, SynthSettings(names=("disc", "ring", "disc")), "--names"),
     ],
 )
 def test_senseless_settings_are_refused(
