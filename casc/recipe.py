@@ -22,7 +22,7 @@ from casc.data.index import Index, Split, canvas
 from casc.data.loading import Loading, check_loading
 from casc.data.plan import plan_epoch
 from casc.detector import DetectorConfig
-from casc.devices import TRAITS, traits
+from casc.devices import TRAITS, CompileBackend, traits
 from casc.errors import UserError
 from casc.train.ema import Ema
 from casc.train.optim import Optim
@@ -55,10 +55,11 @@ class Recipe:
     accumulate: int = 1
     """Forward and backward passes per update; ranks exchange gradients after the last. A step is
     batch x accumulate x devices images."""
-    normalise: Literal["rank", "world"] = "rank"
+    normalise: Literal["rank", "world", "step"] = "rank"
     """What losses are divided by. rank: the number of samples in the device's own batch, as the
     reference does. world: the mean number over all devices, so that the update doesn't depend on
-    how a step's images are spread over them."""
+    how a step's images are spread over them. step: over accumulated passes too, which costs
+    another forward pass for each where there are several."""
     seed: int = 0
     """Decides initial weights, order, flips and sampling."""
     max_steps: int | None = None
@@ -78,9 +79,14 @@ class Recipe:
     in all of them (adaptive RoIAlign, mask targets from bitmaps)."""
     compile: bool = True
     """Compile the step with torch.compile; off, the same numbers come slower."""
+    compile_backend: CompileBackend = "auto"
+    """inductor makes kernels. aot_eager only captures the graph and runs it operator by operator,
+    for devices without Triton. auto: inductor where it is usable."""
     compile_cache: Path | None = None
     """Folder to keep compiled code in, for later runs and shared by all processes; by default
     $CASC_CACHE/compile, or casc/compile in ~/.cache. It may be deleted at any time."""
+    deterministic: bool = False
+    """The same bits every time on the same device; an operator that can't do so raises."""
     warm_up: bool = True
     """Compile for all canvases before the first step; off, each when it first comes up."""
 
@@ -127,7 +133,8 @@ class Recipe:
 FREE_FIELDS = frozenset(
     (
         "name", "data", "out", "init", "resume", "max_steps", "val_split", "device", "compile",
-        "compile_cache", "warm_up", "evaluate_every", "save_every", "save_steps", "keep_last",
+        "compile_cache", "compile_backend", "deterministic", "model.roi_kernel",
+        "model.rpn.nms_kernel", "model.inference.nms_kernel", "warm_up", "evaluate_every", "save_every", "save_steps", "keep_last",
         "keep_best", "log_every", "watchdog_minutes", "tensorboard", "profile", "optim.max_skips",
     )
 )  # fmt: skip

@@ -1,16 +1,25 @@
 """The gradient of one step from several smaller batches, one after the other."""
 
+import torch
 from torch import Tensor
 
 from casc.data.batch import Batch
 from casc.train.distributed import Exchange, Ranks, mean
 from casc.train.guard import scaled_loss
+from casc.train.normalise import Shared, counts_in
 from casc.train.state import State
 from casc.train.step import LossStep
 
 
 def backward(
-    loss_step: LossStep, state: State, batch: Batch, exchange: Exchange, ranks: Ranks, parts: int
+    loss_step: LossStep,
+    state: State,
+    batch: Batch,
+    exchange: Exchange,
+    ranks: Ranks,
+    parts: int,
+    *,
+    together: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Leave the gradients of a step's mean loss in the parameters; ranks talk at the end only.
 
@@ -21,13 +30,18 @@ def backward(
         exchange: of the state's parameters that train.
         ranks: this process's place.
         parts: how many batches to make of this one.
+        together: divide losses by the samples of all parts and ranks, which takes a forward
+            pass more for each part: the gradient is then the whole batch's.
 
     Returns:
         The mean loss over parts and ranks, and this rank's measures, means over parts.
     """
     losses, measures = [], []
-    for i, part in enumerate(split_batch(batch, parts)):
-        loss, found = loss_step(state.params, state.buffers, part)
+    batches = split_batch(batch, parts)
+    shared = _count(loss_step, state, batches, ranks) if together and parts > 1 else None
+    told = {} if shared is None else {"shared": shared}
+    for i, part in enumerate(batches):
+        loss, found = loss_step(state.params, state.buffers, part, **told)
         exchange.backward(scaled_loss(state.guard, loss, parts), last=i == parts - 1)
         losses.append(loss.detach())
         measures.append(found)
@@ -35,6 +49,20 @@ def backward(
         return mean(losses[0], ranks), measures[0]
     means = {name: sum(m[name] for m in measures) / parts for name in measures[0]}
     return mean(sum(losses) / parts, ranks), means  # type: ignore[arg-type,return-value]
+
+
+def _count(loss_step: LossStep, state: State, batches: list[Batch], ranks: Ranks) -> Shared:
+    """Count the samples of all batches and ranks.
+
+    With gradients on, although none is wanted: the passes are then those that are compiled
+    anyway, and have the memory of one part.
+    """
+    unscaled = Shared(torch.ones((), device=batches[0].image.device), 1)
+    counts = []
+    for part in batches:
+        _, found = loss_step(state.params, state.buffers, part, shared=unscaled)
+        counts.append(counts_in(found, part.image.shape[0]))
+    return Shared(mean(torch.stack(counts).mean(0), ranks), len(batches) * ranks.world)
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:

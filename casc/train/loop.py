@@ -110,7 +110,7 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
     canvases = derived.canvases[recipe.train_split]
     optimizer = make_optimizer(recipe.optim, state)
     exchange = Exchange([state.params[name] for name in state.momentum], ranks)
-    together = ranks if recipe.normalise == "world" else None
+    together = ranks if recipe.normalise != "rank" else None
     shown = {**state.params, **state.ema} if recipe.ema.evaluate else state.params
     detector = new_detector(
         shown, state.buffers, recipe.model, recipe.image, run.compute, run.device
@@ -184,8 +184,9 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
                 if recipe.compile:
                     log.say(f"compiling for canvas {canvases[bucket][0]} x {canvases[bucket][1]}")
             loss, measures = backward(
-                loss_step(bucket), state, on_device, exchange, ranks, recipe.accumulate
-            )
+                loss_step(bucket), state, on_device, exchange, ranks, recipe.accumulate,
+                together=recipe.normalise == "step",
+            )  # fmt: skip
             rate = _rate(run, state.step)
             norm = update(optimizer, rate, recipe.optim.clip_norm, state.guard, loss)
             if recipe.ema.decay is not None:

@@ -6,8 +6,9 @@ read in between: the number of positives decides how many RoIs the mask heads ru
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,10 @@ from casc.mask_head import MaskRois, pack, stage_params
 from casc.ops.pyramid import Pyramid
 from casc.targets import Targets
 from casc.train.distributed import Ranks
-from casc.train.normalise import over_ranks
+from casc.train.normalise import Shared, over_ranks, over_shared
 
-LossStep = Callable[[Params, Params, Batch], tuple[Tensor, dict[str, Tensor]]]
+LossStep = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""See `make_loss_step`."""
 DetectStep = Callable[[Params, Params, Batch], Detections]
 
 # A counted step runs its mask heads on the next multiple of this many RoIs, and on this many
@@ -49,7 +51,12 @@ class Compute(NamedTuple):
     """How "counted" mask heads are compiled: once for any number of RoIs, or, where dynamic
     shapes are dear, once for each of a few capacities."""
     programs: Path | None = None
-    """Folder, from `casc.compiling.use_cache`, in which what is compiled outlasts the process."""
+    """Folder, from `casc.compiling.use_cache`, in which what is compiled by inductor outlasts
+    the process."""
+    backend: str = "inductor"
+    """torch.compile's, from `casc.devices.choose_compiler`."""
+    roi_kernel: Literal["aten", "native"] = "aten"
+    """What the config's "auto" stands for, from `casc.kernels`."""
 
 
 def make_loss_step(
@@ -67,12 +74,16 @@ def make_loss_step(
         canvas: (H, W) in pixels.
         compute: dtype, memory format, compiled or not.
         together: ranks whose number of samples losses are divided by; None takes this
-            batch's own. All of them then have to call the step at once.
+            batch's own. All of them then have to call the step at once, unless it is told
+            what to divide by.
 
     Returns:
         f(params, buffers, batch) -> (total, measures): the scalar to differentiate, and
-        detached float32 scalars on the device by name.
+        detached float32 scalars on the device by name. With `together`, it also takes as
+        `shared` what to divide by.
     """
+
+    config = _settled(config, compute)
 
     def boxes(
         params: Params, buffers: Params, batch: Batch
@@ -91,8 +102,12 @@ def make_loss_step(
             losses[f"s{i}.loss_mask"] = stage.loss_weight * loss
         return losses
 
-    def finished(losses: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if together is not None:
+    def finished(
+        losses: dict[str, Tensor], batch: Batch, shared: Shared | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if shared is not None:
+            losses = over_shared(losses, batch.image.shape[0], shared)
+        elif together is not None:
             losses = over_ranks(losses, batch.image.shape[0], together)
         return detector.total(losses), {k: v.detach() for k, v in losses.items()}
 
@@ -103,7 +118,9 @@ def make_loss_step(
         return _maybe_compile(full, compute, config, image, canvas)
     if config.mask_head.capacity == "full":
         step = _maybe_compile(apart, compute, config, image, canvas)
-        return lambda params, buffers, batch: finished(step(params, buffers, batch), batch)
+        return lambda params, buffers, batch, shared=None: finished(
+            step(params, buffers, batch), batch, shared
+        )
 
     def masks(head: Params, pyramid: Pyramid, rois: MaskRois, targets: Targets) -> Tensor:
         return detector.mask_branch(head, config, 0, pyramid, rois, targets)
@@ -111,7 +128,9 @@ def make_loss_step(
     box_step = _maybe_compile(boxes, compute, config, image, canvas)
     mask_step = _compile_for_any_count(masks, compute, config)
 
-    def counted(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def counted(
+        params: Params, buffers: Params, batch: Batch, shared: Shared | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         losses, pyramid, rois, targets = box_step(params, buffers, batch)
         # The step's only read: everything after it has a shape that depends on it.
         counts = torch.stack([r.valid.sum() for r in rois]).tolist()
@@ -123,7 +142,7 @@ def make_loss_step(
                     torch._dynamo.mark_dynamic(value, 0)
             loss = mask_step(stage_params(params, i), pyramid, packed, targets)
             losses[f"s{i}.loss_mask"] = stage.loss_weight * loss
-        return finished(losses, batch)
+        return finished(losses, batch, shared)
 
     return counted
 
@@ -136,6 +155,8 @@ def make_detect_step(
     Returns:
         f(params, buffers, batch) -> Detections in pixels of the stored images.
     """
+
+    config = _settled(config, compute)
 
     def run(params: Params, buffers: Params, batch: Batch) -> Detections:
         inputs = prepare(batch, None, image, canvas, compute.dtype, compute.memory_format)
@@ -183,14 +204,22 @@ def to_format(params: Params, memory_format: torch.memory_format) -> Params:
     }
 
 
+def _settled(config: DetectorConfig, compute: Compute) -> DetectorConfig:
+    return replace(config, roi_kernel=compute.roi_kernel) if config.roi_kernel == "auto" else config
+
+
 def _maybe_compile(function: Callable, compute: Compute, *closed_over: Any) -> Callable:
     if not compute.compile:
         return function
-    if compute.programs:
+    if _keeps(compute):
         return keep(function, compute.programs, *closed_over, compute._replace(programs=None))
     # torch counts the graphs of all canvases together and gives up after 8, unless told.
     return torch.compile(  # type: ignore[call-overload]  # its stubs lack the last one
-        function, fullgraph=True, dynamic=False, isolate_recompiles=True
+        function,
+        backend=compute.backend,
+        fullgraph=True,
+        dynamic=False,
+        isolate_recompiles=True,
     )
 
 
@@ -199,12 +228,13 @@ def _compile_for_any_count(function: Callable, compute: Compute, *closed_over: A
     if not compute.compile:
         return function
     graphs = 1 if compute.dynamic_rois else len(CAPACITY_SHARES)
-    if compute.programs:
+    if _keeps(compute):
         settings = *closed_over, compute._replace(programs=None)
         rows = (lambda head, pyramid, rois, targets: rois) if compute.dynamic_rois else None
         return keep(function, compute.programs, *settings, rows=rows, recompile_limit=graphs)
     return torch.compile(  # type: ignore[call-overload]
         function,
+        backend=compute.backend,
         fullgraph=True,
         dynamic=None if compute.dynamic_rois else False,
         isolate_recompiles=True,
@@ -214,4 +244,9 @@ def _compile_for_any_count(function: Callable, compute: Compute, *closed_over: A
 
 def _marks(compute: Compute) -> bool:
     """Whether the caller marks what is dynamic; `keep` does so itself."""
-    return compute.compile and compute.dynamic_rois and not compute.programs
+    return compute.compile and compute.dynamic_rois and not _keeps(compute)
+
+
+def _keeps(compute: Compute) -> bool:
+    """Whether what is compiled can be kept: programs of other compilers can't."""
+    return compute.programs is not None and compute.backend == "inductor"

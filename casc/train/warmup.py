@@ -39,7 +39,7 @@ def warm_up(
     split = run.index.splits[recipe.train_split]
     trained = [state.params[name] for name in state.momentum]
     began = time.perf_counter()
-    with _one_rank_first(run.ranks, run.device, log, together=recipe.normalise == "world"):
+    with _one_rank_first(run.ranks, run.device, log, together=recipe.normalise != "rank"):
         for done, bucket in enumerate(buckets):
             height, width = run.facts.canvases[recipe.train_split][bucket]
             log.say(

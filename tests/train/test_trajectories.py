@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 EAGER = Compute(compile=False)
 
 
-def course(model, batches, ranks, *, together=True, parts=1, rate=0.001):
+def course(model, batches, ranks, *, together=True, parts=1, whole=False, rate=0.001):
     """Losses [steps] and all parameters after each step [steps, n]; batches are the world's."""
     config, image, canvas = model
     params, buffers = detector.init(config, torch.Generator().manual_seed(1))
@@ -35,7 +35,7 @@ def course(model, batches, ranks, *, together=True, parts=1, rate=0.001):
     losses, course = [], []
     for batch in batches:
         mine = split_batch(batch, ranks.world)[ranks.rank]
-        loss, _ = backward(step, state, mine, exchange, ranks, parts)
+        loss, _ = backward(step, state, mine, exchange, ranks, parts, together=whole)
         update(optimizer, rate, None, state.guard, loss)
         losses.append(loss)
         course.append(torch.cat([p.detach().flatten() for p in state.params.values()]))
@@ -46,16 +46,17 @@ def course(model, batches, ranks, *, together=True, parts=1, rate=0.001):
 def in_each_world(model, batches, folder, ports):
     """One start of 4 processes serves worlds of 4, 2 and 1."""
     rank = int(os.environ["RANK"])
-    for (world, together), port in ports.items():
+    for (world, together, parts), port in ports.items():
         if rank >= world:
             continue
         os.environ |= {"WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
         ranks = Ranks(world, rank)
         with process_group(ranks, CPU):
             # Alone, losses are divided by the batch's own counts anyway.
-            losses, params = course(model, batches, ranks, together=together and world > 1)
+            how = {"together": together and world > 1, "parts": parts, "whole": parts > 1}
+            losses, params = course(model, batches, ranks, **how)
         if rank == 0:
-            save_file({"losses": losses, "params": params}, f"{folder}/{world}-{together}")
+            save_file({"losses": losses, "params": params}, f"{folder}/{world}-{together}-{parts}")
 
 
 def free_port() -> int:
@@ -101,11 +102,11 @@ def full_batch(tiny_batch):
 def test_one_two_and_four_ranks_take_the_same_course(small, full_batch, tmp_path):
     # Crowded, sparse and empty images, so that the ranks' counts differ.
     batches = [full_batch([5, 1, 0, 2 + step % 3], seed=step) for step in range(20)]
-    runs = [(1, True), (2, True), (4, True), (2, False)]
+    runs = [(1, True, 1), (2, True, 1), (4, True, 1), (2, False, 1), (2, True, 2)]
     ports = {run: free_port() for run in runs}
     launch(in_each_world, small, batches, str(tmp_path), ports, world=4)
-    found = {run: load_file(tmp_path / f"{run[0]}-{run[1]}") for run in runs}
-    alone = found[1, True]
+    found = {run: load_file(tmp_path / "-".join(map(str, run))) for run in runs}
+    alone = found[1, True, 1]
     assert len(alone["losses"]) == 20
     assert alone["losses"][-5:].sum() < 0.95 * alone["losses"][:5].sum()
 
@@ -114,10 +115,11 @@ def test_one_two_and_four_ranks_take_the_same_course(small, full_batch, tmp_path
         gap = (found[run]["params"] - alone["params"]).norm(dim=1)
         return max(loss.item(), (gap / alone["params"].norm(dim=1)).max().item())
 
-    assert apart((2, True)) < 1e-5
-    assert apart((4, True)) < 1e-5
+    assert apart((2, True, 1)) < 1e-5
+    assert apart((4, True, 1)) < 1e-5
+    assert apart((2, True, 2)) < 1e-5  # accumulated passes on several ranks
     # Which is due to the shared counts: by each rank's own it is another course.
-    assert apart((2, False)) > 1e-3
+    assert apart((2, False, 1)) > 1e-3
 
 
 def test_accumulating_is_one_larger_batch_up_to_the_counts(small, tiny_batch):
@@ -147,6 +149,20 @@ def test_accumulating_equals_the_larger_batch_where_the_counts_do(small, full_ba
     whole = course(small, batches, ALONE)
     parts = course(small, batches, ALONE, parts=2)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_accumulating_with_shared_counts_is_the_larger_batch(small, full_batch):
+    """Crowded, sparse and empty passes; by their own counts it is another course."""
+    batches = [full_batch([5, 1, 0, 2 + step], seed=step) for step in range(3)]
+    whole = course(small, batches, ALONE)
+
+    def apart(**how) -> float:
+        found = course(small, batches, ALONE, **how)
+        return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, whole, strict=True))
+
+    assert apart(parts=4, whole=True) < 1e-5
+    assert apart(parts=2, whole=True) < 1e-5
+    assert apart(parts=4) > 1e-4
 
 
 def test_counts_of_nothing():
