@@ -1,0 +1,107 @@
+"""The parts of the page that are about the run itself: settings, machine, what went wrong."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from casc.config import differences, to_json
+from casc.recipe import Recipe
+from casc.report.history import History
+from casc.report.html import escape, table
+from casc.report.sections import note, when
+
+_MESSAGES = 200
+
+
+def recipe(history: History) -> str:
+    """All settings, those that aren't the default first."""
+    if not history.recipe:
+        return note("The folder has no recipe.")
+    changed = differences(to_json(Recipe(name="")), history.recipe)
+    changed.pop("name", None)
+    rows = [
+        [(_flag(name), name), (_shown(new), _shown(new)), (_shown(old), _shown(old))]
+        for name, (old, new) in changed.items()
+        if new is not None or old is not None
+    ]
+    every = [
+        [(_flag(name), name), (_shown(value), _shown(value))]
+        for name, value in _leaves(history.recipe)
+    ]
+    several = [part.step for part in history.parts if part.facts.get("recipe") != history.recipe]
+    other = ""
+    if several:
+        other = note(
+            "Parts of the run had other settings, as the log says; this is the last one's."
+        )
+    return (
+        other
+        + table("What differs from the defaults", ["setting", "value", "default"], rows)
+        + f"<details><summary>All {len(every)} settings</summary>"
+        + table("All settings", ["setting", "value"], every, filtered="Find a setting")
+        + "</details>"
+    )
+
+
+def environment(history: History) -> str:
+    """Versions and machines, a column for each part of the run that had others."""
+    described: list[tuple[list[int], dict[str, Any]]] = []
+    for part in history.parts:
+        facts = part.facts
+        about = {
+            "casc": facts.get("casc"),
+            "torch": facts.get("torch"),
+            **(facts.get("environment") or {}),
+            "kind of device": facts.get("device"),
+            "processes": facts.get("world"),
+        }
+        if described and described[-1][1] == about:
+            described[-1][0].append(part.step)
+        else:
+            described.append(([part.step], about))
+    if not described:
+        return note("The log doesn't say where it ran.")
+    names = list(dict.fromkeys(name for _, about in described for name in about))
+    rows = [
+        [(name, name), *((_shown(about.get(name)), str(about.get(name))) for _, about in described)]
+        for name in names
+    ]
+    heads = ["", *(f"from step {steps[0]:,}" for steps, _ in described)]
+    return table("Versions and machine, as the log has them", heads, rows)
+
+
+def messages(history: History) -> str:
+    """Warnings, errors and stops."""
+    if not history.told:
+        return "<p>The log has no warnings and no errors.</p>"
+    latest = history.told[-_MESSAGES:]
+    cut = len(history.told) - len(latest)
+    head = f"<p>The last {len(latest)} of {len(history.told)}.</p>" if cut else ""
+    items = "".join(
+        f"<li><time>{escape(when(r['time']))}</time> {escape(r.get('text', r['kind']))}</li>"
+        for r in latest
+    )
+    return f'{head}<ul class="messages">{items}</ul>'
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(entry)}" for key, entry in value.items())
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            yield from _leaves(entry, f"{prefix}{key}.")
+        else:
+            yield prefix + key, entry

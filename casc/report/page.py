@@ -1,0 +1,69 @@
+"""The report of a run: everything that is known of it, on one page."""
+
+from typing import Any
+
+from casc.evaluate import Evaluation
+from casc.report import about, sections
+from casc.report.charts import accuracy_chart, precision_charts, training_charts
+from casc.report.history import History
+from casc.report.html import document, escape
+from casc.report.looking import Look
+from casc.train.loop import PICTURE
+
+_CHOICE = "pr-class"
+
+
+def report_page(
+    history: History,
+    evaluated: tuple[int, Evaluation] | None,
+    look: tuple[int, Look] | None,
+    *,
+    threshold: float = 0.5,
+    without: str = "",
+) -> str:
+    """The page's HTML.
+
+    Args:
+        history: of the run.
+        evaluated: the newest evaluation, and its step.
+        look: a checkpoint's step and what it did; without it, precision and images are left out.
+        threshold: the score that `look` drew from.
+        without: why there is no `look`.
+    """
+    training = training_charts(history)
+    data: dict[str, Any] = {name: chart for name, _, chart in training}
+    accuracy = accuracy_chart(history)
+    if accuracy:
+        data["ap"] = accuracy
+    if look and look[1].images == look[1].whole and (not evaluated or evaluated[0] < look[0]):
+        evaluated = look[0], look[1].evaluation
+    first_batch = history.folder / PICTURE
+    parts = [
+        ("summary", "Summary", sections.summary(history, evaluated)),
+        (
+            "training",
+            "Training",
+            sections.training(history, [(name, title) for name, title, _ in training], first_batch),
+        ),
+        ("accuracy", "Accuracy", sections.accuracy(history, evaluated, accuracy is not None)),
+    ]
+    if look:
+        step, seen = look
+        data |= {f"pr-{k}": chart for k, chart in precision_charts(seen, _CHOICE).items()}
+        parts += [
+            ("precision", "Precision and recall", sections.curves(seen, step, _CHOICE)),
+            ("images", "Worst and best images", sections.images(seen, step, threshold)),
+        ]
+    else:
+        text = f"Left out: {without}"
+        parts.append(("images", "Precision, worst and best images", f"<p>{escape(text)}</p>"))
+    parts += [
+        ("recipe", "Recipe", about.recipe(history)),
+        ("environment", "Environment", about.environment(history)),
+        ("messages", "Warnings and errors", about.messages(history)),
+    ]
+    name = history.recipe.get("name") or history.folder.resolve().name
+    head = ""
+    if history.parts:
+        head = f"<p>casc run, started {sections.when(history.parts[0].began)}</p>"
+    return document(f"{name}: report", parts, head=head, data=data)

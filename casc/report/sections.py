@@ -1,0 +1,207 @@
+"""The parts of the page, each from what it shows to HTML."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from casc.evaluate import FIGURES, Evaluation
+from casc.report.charts import group_size, typical_speed
+from casc.report.history import History, number
+from casc.report.html import chart, escape, picture, table
+from casc.report.looking import Look, Shown
+
+_MESSAGES = 200
+_WIDEST = 1200
+_TITLES = {"bbox": "box", "segm": "mask"}
+_ENDS = {
+    "results": "finished",
+    "stopped": "stopped",
+    "error": "failed",
+    "crash": "failed",
+    "": "going on, or killed",
+}
+
+
+def when(seconds: float) -> str:
+    """A time of the log, in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def summary(history: History, evaluated: tuple[int, Evaluation] | None) -> str:
+    """How the run stands, in a few figures."""
+    unfinished = history.steps is not None and history.step < history.steps
+    status = "stopped" if history.ended == "results" and unfinished else _ENDS[history.ended]
+    tiles = [("Status", status, f"log ends {when(history.last)}" if history.last else "empty log")]
+    total = "" if history.steps is None else f" of {history.steps:,}"
+    epochs = history.epoch_of(history.step)
+    tiles.append(
+        ("Steps", f"{history.step:,}{total}", f"{epochs:.4g} epochs" if history.parts else "")
+    )
+    for title, name in (("Box AP", "box_ap"), ("Mask AP", "mask_ap")):
+        figures = [
+            (value, r["step"])
+            for r in history.evaluations
+            if (value := number(r.get("figures") or {}, name)) is not None
+        ]
+        if not figures:
+            last = (
+                evaluated[1].figures.get("bbox" if name == "box_ap" else "segm", {})
+                if evaluated
+                else {}
+            )
+            value = last.get("AP")
+            tiles.append((title, _percent(value), "" if evaluated else "not evaluated yet"))
+            continue
+        value, step = figures[-1]
+        best, at = max(figures)
+        more = f", best {_percent(best)} at step {at:,}" if at != step else ""
+        tiles.append((title, _percent(value), f"at step {step:,}{more}"))
+    speed = typical_speed(history)
+    tiles.append(
+        ("Throughput", "n/a" if speed is None else f"{speed:.4g} img/s", "median of the log")
+    )
+    if history.skipped:
+        tiles.append(("Updates skipped", f"{history.skipped:,}", "loss or gradient not finite"))
+    if len(history.parts) > 1:
+        tiles.append(("Continued", f"{len(history.parts) - 1:,} times", "after a stop"))
+    cells = "".join(
+        f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>"
+        for a, b, c in tiles
+    )
+    notes = ""
+    if history.damaged:
+        notes = note(f"{history.damaged} lines of the log can't be read and are left out.", True)
+    return f'<dl class="tiles">{cells}</dl>{notes}'
+
+
+def training(history: History, names: list[tuple[str, str]], first_batch: Path) -> str:
+    """Charts of the log, and the first batch."""
+    if not names:
+        body = note("The log has no figures of training yet.")
+    else:
+        size = group_size(history)
+        text = "Each point is the mean over one interval of the log."
+        if size > 1:
+            text = f"Each point is the mean of {size} intervals of the log."
+        text += " Move over a chart, or focus it and use the arrow keys, to read its values."
+        if len(history.parts) > 1:
+            text += " Dotted lines show where the run was continued."
+        if history.skipped:
+            text += " Triangles show where updates were skipped."
+        charts = "".join(chart(name, title) for name, title in names)
+        body = f'<p>{escape(text)}</p><div class="charts">{charts}</div>'
+    if first_batch.exists():
+        with Image.open(first_batch) as image:
+            image.thumbnail((_WIDEST, 4 * _WIDEST))
+            shown = picture(np.asarray(image.convert("RGB")), "Images of the first batch, drawn")
+        body += f'<h3>The first batch, as the model sees it</h3><div class="single">{shown}</div>'
+    return body
+
+
+def accuracy(history: History, evaluated: tuple[int, Evaluation] | None, charted: bool) -> str:
+    """AP over epochs, COCO's twelve figures and each class's AP."""
+    body = ""
+    if charted:
+        body += f'<div class="charts">{chart("ap", "AP on the validation split")}</div>'
+    if evaluated is None:
+        why = (
+            "evaluations are off (--evaluate-every 0)"
+            if history.recipe.get("evaluate_every") == 0
+            else "the run hasn't been evaluated yet"
+        )
+        return body + note(f"There are no figures of accuracy: {why}.")
+    step, evaluation = evaluated
+    types = list(evaluation.figures)
+    where = f"at step {step:,}, {evaluation.images:,} images, {evaluation.instances:,} objects"
+    rows = [
+        [(text, text), *(_figure(evaluation.figures[t].get(key)) for t in types)]
+        for key, text in FIGURES.items()
+    ]
+    body += table(f"COCO's figures in %, {where}", ["", *(_TITLES[t] for t in types)], rows)
+    for count, what in (
+        (evaluation.skipped, "annotations left out: no usable box or unknown category"),
+        (evaluation.unmasked, "objects have no usable mask: mask AP ignores them"),
+    ):
+        if count:
+            body += note(f"{count:,} {what}.")
+    rows = [
+        [
+            (c.name, c.name),
+            (f"{c.instances:,}", c.instances),
+            *(_figure(c.ap.get(t)) for t in types),
+        ]
+        for c in evaluation.classes
+    ]
+    heads = ["class", "objects", *(f"{_TITLES[t]} AP" for t in types)]
+    title = f"AP by class in %, IoU .50 to .95, at step {step:,}"
+    return body + table(title, heads, rows, sortable=True, filtered="Find a class")
+
+
+def curves(look: Look, step: int, choice: str) -> str:
+    """Precision by recall, with the element that chooses a class."""
+    options = "".join(
+        f'<option value="{i}">{escape(name)}</option>'
+        for i, name in enumerate(["all classes (mean)", *(c.name for c in look.categories)])
+    )
+    charts = "".join(
+        chart(f"pr-{kind}", "Boxes" if kind == "bbox" else "Masks") for kind in look.curves
+    )
+    return (
+        f"<p>{escape(_extent(look, step))} Precision is COCO's: the best at this recall or above."
+        f'</p><label class="choice" for="{escape(choice)}">Class'
+        f' <select id="{escape(choice)}">{options}</select></label>'
+        f'<div class="charts">{charts}</div>'
+    )
+
+
+def images(look: Look, step: int, threshold: float) -> str:
+    """The worst and the best images, predictions beside ground truth."""
+    head = (
+        f"{_extent(look, step)} Detections with a score of at least {threshold:g} are drawn and"
+        " counted. An image's quality is the summed mask IoU of the objects that were found (at an"
+        " IoU of .50 or more), over the mean number of objects and detections (panoptic quality)."
+        " 100 % means that all was found, exactly and nothing else."
+    )
+    if not look.worst:
+        return note("There are too few images with objects to call some best and some worst.")
+    blocks = "".join(
+        f'<h3>{title}</h3><div class="cards">{"".join(map(_card, shown))}</div>'
+        for title, shown in (("Worst", look.worst), ("Best", look.best))
+    )
+    return f"<p>{escape(head)}</p>{blocks}"
+
+
+def _card(shown: Shown) -> str:
+    quality = shown.quality
+    text = f"{quality.found} found, {quality.missed} missed, {quality.wrong} wrong"
+    title = f"{shown.file_name}: quality {_percent(quality.value)}"
+    truth = picture(shown.truth, f"{shown.file_name} with its objects as annotated")
+    predicted = picture(shown.predicted, f"{shown.file_name} with what was detected: {text}")
+    return (
+        f'<figure class="card"><figcaption>{escape(title)}<br>{escape(text)}</figcaption>'
+        f'<div class="pair"><div>{truth}ground truth</div><div>{predicted}detections</div></div>'
+        "</figure>"
+    )
+
+
+def _extent(look: Look, step: int) -> str:
+    if look.images == look.whole:
+        return f"The checkpoint of step {step:,} on all {look.whole:,} images of the split."
+    return (
+        f"The checkpoint of step {step:,} on {look.images:,} of the split's {look.whole:,} images."
+    )
+
+
+def note(text: str, alarm: bool = False) -> str:
+    """A paragraph that stands out."""
+    return f'<p class="note{" alarm" if alarm else ""}">{escape(text)}</p>'
+
+
+def _figure(value: float | None) -> tuple[str, float | None]:
+    return ("n/a" if value is None else f"{100 * value:.1f}", value)
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.1f} %"
