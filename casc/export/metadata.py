@@ -1,0 +1,73 @@
+"""What a program's user has to know of it, as JSON that travels with the file."""
+
+from typing import Any
+
+import torch
+
+import casc
+from casc.config import to_json
+from casc.export.program import Shape
+from casc.weights.model import Trained, class_names
+
+INPUTS = ("pixels", "size")
+OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
+KEY = "casc"
+"""Under which ONNX and AOTInductor keep it; in torch.export's file it is `casc.json`."""
+
+
+def describe(trained: Trained, shape: Shape, form: str) -> dict[str, Any]:
+    """Inputs, outputs, classes, sizes, thresholds, versions and recipe of a program.
+
+    Args:
+        trained: the checkpoint; its model and image settings are those of the program.
+        shape: the program's sizes.
+        form: onnx, pt2 or aoti.
+    """
+    model, image = trained.model, trained.image
+    batch, most, cells = shape.batch, model.inference.detections, 2 * model.mask_head.cells
+    inputs = (
+        ([batch, *shape.pixels, 3], "uint8", "RGB, each image in the top left corner, 0 beside it"),
+        ([batch, 2], "int64", "height and width of each image in pixels; 1 and 1 for none"),
+    )
+    outputs = (
+        ([batch, most, 4], "float32", "x1, y1, x2, y2 in pixels of the input, 0 where not valid"),
+        ([batch, most], "float32", "falling, 0 where not valid"),
+        ([batch, most], "int64", "into classes, 0 where not valid"),
+        ([batch, most], "bool", "which rows are detections; these come first"),
+        ([batch, most, cells, cells], "float32", "probability of each cell of the box"),
+    )
+    return {
+        "format": form,
+        "versions": {"casc": casc.__version__, "torch": torch.__version__},
+        "checkpoint": {"source": trained.weights.source, "step": trained.weights.step},
+        "classes": [{"id": c.id, "name": c.name} for c in class_names(trained)],
+        "inputs": _tensors(INPUTS, inputs),
+        "outputs": _tensors(OUTPUTS, outputs),
+        "preprocessing": {
+            "where": "inside the program",
+            "resize": "bilinear, half-pixel centres; shorter side to `short` unless the longer"
+            " one exceeds `long`, and further down where `canvas` has no room for it",
+            "short": image.short,
+            "long": image.long,
+            "canvas": list(shape.canvas),
+            "mean": list(image.mean),
+            "std": list(image.std),
+        },
+        "thresholds": {
+            "score": model.inference.score_threshold,
+            "nms_iou": model.inference.nms_iou,
+            "detections": most,
+            "mask": 0.5,
+        },
+        "masks": "a pixel is on the object where the bilinear interpolation of the cells' values"
+        " at its centre, zero outside of the box, reaches thresholds.mask",
+        "model": to_json(model),
+        "recipe": trained.weights.recipe,
+    }
+
+
+def _tensors(names: tuple[str, ...], rows: tuple[tuple[list[int], str, str], ...]) -> list[dict]:
+    return [
+        {"name": name, "shape": size, "dtype": dtype, "meaning": meaning}
+        for name, (size, dtype, meaning) in zip(names, rows, strict=True)
+    ]
