@@ -68,6 +68,8 @@ def open_image(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise ImageError(f"not an image in a known format ({', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"is too large (more than {MAX_PIXELS} pixels)") from None
     except Exception as error:
         raise ImageError(f"can't be opened: {_reason(error)}") from None
     width, height = image.size
