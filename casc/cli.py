@@ -19,6 +19,8 @@ from casc.command_line import parse_arguments
 from casc.convert import ConvertCommand
 from casc.data.loading import Reading, check_loading
 from casc.errors import UserError
+from casc.export.cli import ExportCommand
+from casc.report.command import ReportCommand
 
 Compile = Literal["auto", "on", "off"]
 
@@ -201,9 +203,11 @@ class BenchCommand:
 Command = (
     Annotated[EvalCommand, tyro.conf.subcommand("eval")]
     | Annotated[PredictCommand, tyro.conf.subcommand("predict")]
+    | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     | Annotated[VerifyCommand, tyro.conf.subcommand("verify")]
     | Annotated[BenchCommand, tyro.conf.subcommand("bench")]
     | Annotated[ConvertCommand, tyro.conf.subcommand("convert")]
+    | Annotated[ExportCommand, tyro.conf.subcommand("export")]
 )
 
 
