@@ -1,0 +1,164 @@
+"""Count what training steps ask of an NPU: `counts.py OUT.json`. Needs the emulator.
+
+casc's step and that of torchvision's Mask R-CNN, which nobody wrote with NPUs in mind, run on the
+same pictures. Widths and canvas are small, which no count depends on.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# torch has loaded it already, where it is on the path.
+from torch_npu.recording import Recording, places, recording
+
+from casc import detector
+from casc.bench.batch import Load, made_up_batch
+from casc.box_head import BoxHeadConfig
+from casc.data.augment import ImageConfig
+from casc.data.batch import Batch
+from casc.data.stream import to_device
+from casc.detector import DetectorConfig
+from casc.devices import choose_device, traits
+from casc.fpn import FPNConfig
+from casc.mask_head import MaskHeadConfig
+from casc.resnet import ResNetConfig
+from casc.rpn import RPNConfig
+from casc.train.accumulate import backward
+from casc.train.distributed import ALONE, Exchange
+from casc.train.guard import IN_A_ROW
+from casc.train.meter import Meter
+from casc.train.optim import Optim, make_optimizer, update
+from casc.train.state import new_state
+from casc.train.step import Compute, make_loss_step
+
+CANVAS = (96, 128)
+CLASSES = 4
+# Every step has another number of objects per image; there is room for the most of them.
+OBJECTS = (3, 5, 1, 4)
+MODEL = DetectorConfig(
+    classes=CLASSES,
+    backbone=ResNetConfig(width=16),
+    fpn=FPNConfig(channels=32),
+    rpn=RPNConfig(channels=32, samples=32, train_pre_nms=200, train_proposals=50),
+    box_head=BoxHeadConfig(samples=32, channels=64),
+    mask_head=MaskHeadConfig(channels=16),
+)
+
+
+def batches() -> list[Batch]:
+    loads = [Load(CANVAS, batch=2, objects=count, capacity=max(OBJECTS)) for count in OBJECTS]
+    return [made_up_batch(load, CLASSES, seed) for seed, load in enumerate(loads)]
+
+
+def pinned(batch: Batch) -> Batch:
+    return Batch(*[column.pin_memory() for column in batch if column is not None])
+
+
+def casc_step(capacity: str, *, compile: bool) -> Callable[[int], Tensor]:
+    """The loop's step: batch to the device, losses, gradients, update, figures for the log."""
+    device = choose_device("npu:0")
+    model = replace(MODEL, mask_head=replace(MODEL.mask_head, capacity=capacity))
+    params, buffers = detector.init(model, torch.Generator().manual_seed(0))
+    row = traits(device)
+    state = new_state(model, params, buffers, device, row.memory_format)
+    compute = Compute(torch.float32, row.memory_format, compile, row.dynamic_shapes)
+    loss_step = make_loss_step(model, ImageConfig(short=96, long=128), CANVAS, compute)
+    optimizer = make_optimizer(Optim(), state)
+    exchange = Exchange([state.params[name] for name in state.momentum], ALONE)
+    meter = Meter(device, ALONE)
+    given = [pinned(batch) for batch in batches()]
+
+    def step(number: int) -> Tensor:
+        batch = to_device(given[number], device)
+        loss, measures = backward(loss_step, state, batch, exchange, ALONE, 1)
+        norm = update(optimizer, 1e-4, None, state.guard, loss)
+        measures = {"loss": loss, "grad_norm": norm, **measures}
+        meter.add(number, given[number].image_id, measures, state.guard[IN_A_ROW])
+        return loss
+
+    return step
+
+
+def torchvision_step() -> Callable[[int], Tensor]:
+    """Its own model and sampling, torch's SGD, one number for the log left on the device."""
+    from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+    device = torch.device("npu:0")
+    model = maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=CLASSES + 1, min_size=CANVAS[0],
+        max_size=CANVAS[1], rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=50,
+        box_batch_size_per_image=32,
+    ).to(device)  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
+    given = []
+    for batch in batches():
+        images = [image.permute(2, 0, 1).float().div(255).pin_memory() for image in batch.image]
+        targets = []
+        for boxes, labels, valid in zip(batch.boxes, batch.labels, batch.valid, strict=True):
+            boxes = boxes[valid]
+            masks = torch.zeros(len(boxes), *CANVAS, dtype=torch.uint8)
+            for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+                mask[y1:y2, x1:x2] = 1
+            target = {"boxes": boxes, "labels": labels[valid] + 1, "masks": masks}
+            targets.append({name: value.pin_memory() for name, value in target.items()})
+        given.append((images, targets))
+
+    def move(value: Tensor) -> Tensor:
+        return value.to(device, non_blocking=True)
+
+    def step(number: int) -> Tensor:
+        images, targets = given[number]
+        losses = model(
+            [move(image) for image in images],
+            [{name: move(value) for name, value in target.items()} for target in targets],
+        )
+        loss = torch.stack(list(losses.values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def counts(step: Callable[[int], Tensor]) -> dict:
+    """Of every step after the first, which may compile; and whether later ones bring new shapes."""
+    losses = [step(0)]
+    with recording() as first:
+        losses.append(step(0))
+    seen, later = set(first.signatures), []
+    for number in range(1, len(OBJECTS)):
+        with recording() as found:
+            losses.append(step(number))
+        later.append(summary(found) | {"new_shapes": len(found.signatures - seen)})
+        seen |= found.signatures
+    assert torch.stack(losses).isfinite().all()
+    return {"shapes": len(first.signatures), "steps": later}
+
+
+def summary(found: Recording) -> dict:
+    return {
+        "launches": sum(found.launches.values()),
+        "bytes": found.bytes,
+        "doubles": found.doubles,
+        "reads": places(found.reads),
+        "copies": [[copy.name, copy.bytes, copy.where] for copy in found.copies],
+        "operators": dict(found.launches),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    batch = [column for column in batches()[0] if column is not None]
+    result = {
+        "batch": [column.nbytes for column in batch],
+        "casc, full": counts(casc_step("full", compile=False)),
+        "casc, counted": counts(casc_step("counted", compile=False)),
+        "torchvision": counts(torchvision_step()),
+    }
+    Path(sys.argv[1]).write_text(json.dumps(result, indent=1))
