@@ -125,13 +125,13 @@ def read_any(source: str, stated: Stated) -> tuple[Kind, Read]:
     Raises:
         UserError: it can't be read, is of none of them, or can't be converted.
     """
+    if "://" in source:
+        raise UserError(f"{source}: download it first, and give the file's name")
     path = Path(source).expanduser()
-    if "://" in source or path.is_dir() or path.suffix == ".safetensors":
+    if path.is_dir() or path.suffix == ".safetensors":
         weights = read_weights(source)
         if weights.kind == "casc":
             return "casc", _from_casc(weights, stated)
-        if "://" in source:
-            raise UserError(f"{source}: download it first, and give the file's name")
         data: Any = weights.tensors
     elif not path.is_file():
         raise UserError(f"{source}: no such file or folder")

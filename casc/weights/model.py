@@ -39,17 +39,17 @@ def load_trained(source: str) -> Trained:
         UserError: it can't be read, isn't a whole detector, or has no tensor for some part.
     """
     weights = read_weights(source)
-    model, image = DetectorConfig(), ImageConfig()
+    image = ImageConfig()
+    if weights.kind != "casc":
+        model = replace(model_of(weights.tensors, weights.source), roi_align="adaptive")
+    else:
+        model = DetectorConfig()
+    if weights.problem:
+        raise UserError(f"{weights.source}: {weights.problem}")
     if weights.recipe is not None:
         where = f"{weights.source}: recipe"
         model = from_json(DetectorConfig, weights.recipe.get("model"), f"{where}.model")
         image = from_json(ImageConfig, weights.recipe.get("image"), f"{where}.image")
-    else:
-        found = model_of(weights.tensors, weights.source)
-        if weights.problem:
-            raise UserError(f"{weights.source}: {weights.problem}")
-        model = weights.model or replace(found, roi_align="adaptive")
-        image = weights.image or image
     params, buffers = detector.init(model, torch.Generator().manual_seed(0))
     params, buffers, fit = fit_weights(params, buffers, weights.tensors)
     lacking = [name for name in fit.missing if not name.endswith("num_batches_tracked")]

@@ -133,6 +133,11 @@ def _scalar(kind: _Type, data: Any) -> Any:
     return _array(data, kind, (), "C").item()
 
 
+def _no_bytes() -> bytes:
+    """How old protocols spell b"" (they encode any other bytes)."""
+    return b""
+
+
 def _encode(text: str, coding: str) -> bytes:
     if coding != "latin1":
         raise ValueError(f"text in {coding}")
@@ -155,6 +160,8 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "numpy.core.numeric._frombuffer": _from_buffer,
     "numpy.dtype": _Type,
     "_codecs.encode": _encode,
+    "__builtin__.bytes": _no_bytes,
+    "builtins.bytes": _no_bytes,
 }
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from casc.config import from_json
+from casc.config import to_json
 from casc.data.augment import ImageConfig
 from casc.data.index import Category
 from casc.detector import DetectorConfig
@@ -47,12 +47,9 @@ class Weights:
     categories: tuple[Category, ...] | None = None
     """The classes in the order of labels; id -1 where the file has names only."""
     recipe: dict[str, Any] | None = None
-    """The run's recipe as JSON, from casc's own checkpoints."""
+    """The run's recipe as JSON, from casc's own checkpoints; of the reference's, `model` and
+    `image` as far as the config in the file has them."""
     step: int | None = None
-    model: DetectorConfig | None = None
-    """What the config in a checkpoint of the reference says."""
-    image: ImageConfig | None = None
-    """The same, of the pixels."""
     problem: str | None = None
     """What that config asks for and casc's model doesn't have."""
     origin: dict[str, Any] | None = None
@@ -165,34 +162,6 @@ def check_classes(weights: Weights, categories: Sequence[Category], where: str) 
         )
 
 
-def check_conventions(weights: Weights, model: DetectorConfig, image: ImageConfig) -> None:
-    """Refuse weights made for other pixels, or for a backbone that is wired otherwise.
-
-    Their names and shapes are the same, so nothing else would tell.
-
-    Raises:
-        UserError: naming the flag.
-    """
-    theirs, pixels = weights.model, weights.image
-    if weights.recipe is not None:
-        where = f"{weights.source}: recipe"
-        theirs = from_json(DetectorConfig, weights.recipe.get("model", {}), f"{where}.model")
-        pixels = from_json(ImageConfig, weights.recipe.get("image", {}), f"{where}.image")
-    pairs: list[tuple[str, Any, Any]] = []
-    if theirs is not None:
-        old, new = theirs.backbone, model.backbone
-        pairs.append(("model.backbone.stride-in-1x1", old.stride_in_1x1, new.stride_in_1x1))
-    if pixels is not None:
-        pairs += [("image.mean", pixels.mean, image.mean), ("image.std", pixels.std, image.std)]
-    for flag, old, new in pairs:
-        if old != new:
-            value = " ".join(f"{v:g}" for v in old) if isinstance(old, tuple) else str(old)
-            raise UserError(
-                f"--{flag}: {weights.source} was trained with {old}, the recipe has {new}; use"
-                f" --{flag} {value}"
-            )
-
-
 def _named(category: Category, like: Sequence[Category]) -> str:
     """Id and name, or the name alone where the file knows no ids."""
     return category.name if like[0].id < 0 else f"{category.name!r} (id {category.id})"
@@ -250,19 +219,15 @@ def _from_torch(source: str, data: Any) -> Weights:
     try:
         model = replace(model_of(tensors, source), roi_align="adaptive")
     except UserError:  # of another detector: `fit_weights` takes what fits
-        model = None
-    said = settings_of(data, model or DetectorConfig(), ImageConfig(), source)
-    if said and said.channels and STEM in tensors:
-        tensors = to_rgb(tensors, said.channels)
-    return Weights(
-        source,
-        "reference",
-        tensors,
-        categories_of(data),
-        model=said.model if said else model,
-        image=said.image if said else None,
-        problem=said.problem if said else None,
-    )
+        model = DetectorConfig()
+    said = settings_of(data, model, ImageConfig(), source)
+    recipe = None
+    if said:
+        if said.channels and STEM in tensors:
+            tensors = to_rgb(tensors, said.channels)
+        recipe = {"model": to_json(said.model), "image": to_json(said.image)}
+    problem = said.problem if said else None
+    return Weights(source, "reference", tensors, categories_of(data), recipe, problem=problem)
 
 
 def _download(url: str) -> Any:

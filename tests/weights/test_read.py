@@ -77,9 +77,6 @@ def test_reference_checkpoints_import_by_name(tmp_path, model18):
     torch.save(data, tmp_path / "epoch_12.pth")
     weights = read_weights(str(tmp_path / "epoch_12.pth"))
     assert weights.kind == "reference"
-    assert weights.model is not None
-    assert weights.model.backbone.depth == 18
-    assert weights.model.classes == 2
     trained = load_trained(str(tmp_path / "epoch_12.pth"))
     assert trained.model == replace(config, roi_align="adaptive")
     for found, expected in ((trained.params, params), (trained.buffers, buffers)):
