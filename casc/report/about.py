@@ -27,12 +27,11 @@ def recipe(history: History) -> str:
         [(_flag(name), name), (_shown(value), _shown(value))]
         for name, value in _leaves(history.recipe)
     ]
-    several = [part.step for part in history.parts if part.facts.get("recipe") != history.recipe]
-    other = ""
-    if several:
-        other = note(
-            "Parts of the run had other settings, as the log says; this is the last one's."
-        )
+    other = "".join(
+        note(f"From step {part.step:,} on, until it was continued, the run had {text}.")
+        for part in history.parts
+        if (text := _others(part.facts.get("recipe") or {}, history.recipe))
+    )
     return (
         other
         + table("What differs from the defaults", ["setting", "value", "default"], rows)
@@ -62,7 +61,7 @@ def environment(history: History) -> str:
         return note("The log doesn't say where it ran.")
     names = list(dict.fromkeys(name for _, about in described for name in about))
     rows = [
-        [(name, name), *((_shown(about.get(name)), str(about.get(name))) for _, about in described)]
+        [(name, name), *((_known(about.get(name)),) * 2 for _, about in described)]
         for name in names
     ]
     heads = ["", *(f"from step {steps[0]:,}" for steps, _ in described)]
@@ -81,6 +80,20 @@ def messages(history: History) -> str:
         for r in latest
     )
     return f'{head}<ul class="messages">{items}</ul>'
+
+
+def _others(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Settings of another part of the run; those that its casc didn't know yet are left out."""
+    known = dict(_leaves(before))
+    return ", ".join(
+        f"{_flag(name)} {_shown(known[name])}"
+        for name, value in _leaves(now)
+        if name in known and known[name] != value
+    )
+
+
+def _known(value: object) -> str:
+    return "not recorded" if value is None else _shown(value)
 
 
 def _flag(name: str) -> str:

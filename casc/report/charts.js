@@ -12,12 +12,12 @@ function element(name, attributes, parent, text) {
 }
 
 // Round steps of 1, 2 or 5 times a power of ten: about `count` of them.
-function ticks(low, high, count) {
-  const rough = (high - low) / count || 1;
+function ticks(low, high, count, whole = false) {
+  const rough = Math.max((high - low) / count || 1, whole ? 1 : 0);
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999);
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step || 0);
   return found;
 }
 
@@ -59,10 +59,15 @@ function drawChart(figure, spec) {
   if (!known.length) { plot.textContent = "There is no finite value to draw."; return; }
   let [y0, y1] = range(known, spec.y);
   const rows = ticks(y0, y1, 4);
-  if (spec.y.max === undefined) y1 = Math.max(y1, rows.at(-1));
+  const step = rows.length > 1 ? rows[1] - rows[0] : 0;
+  // The top line is labelled, so that the highest value can be read off.
+  if (spec.y.max === undefined && step && y1 > rows.at(-1) + step * 1e-6) {
+    rows.push(rows.at(-1) + step);
+    y1 = rows.at(-1);
+  }
   const labels = rows.map((value) => format(value, spec.y));
   const left = 26 + 7 * Math.max(...labels.map((label) => label.length));
-  const [right, top, bottom] = [14, 10, 42];
+  const [right, top, bottom] = [24, 10, 42];
   const toX = (value) => left + ((value - x0) / (x1 - x0)) * (width - left - right);
   const toY = (value) => height - bottom - ((value - y0) / (y1 - y0)) * (height - top - bottom);
 
@@ -72,7 +77,7 @@ function drawChart(figure, spec) {
     element("line", { class: "grid", x1: left, x2: width - right, y1: toY(value), y2: toY(value) }, svg);
     element("text", { x: left - 6, y: toY(value) + 4, "text-anchor": "end" }, svg, labels[i]);
   });
-  for (const value of ticks(x0, x1, Math.max(2, Math.floor(width / 90)))) {
+  for (const value of ticks(x0, x1, Math.max(2, Math.floor(width / 90)), spec.x.whole)) {
     element("line", { class: "axis", x1: toX(value), x2: toX(value), y1: height - bottom, y2: height - bottom + 4 }, svg);
     element("text", { x: toX(value), y: height - bottom + 17, "text-anchor": "middle" }, svg, format(value, spec.x));
   }

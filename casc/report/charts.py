@@ -99,7 +99,7 @@ def precision_charts(look: Look, choice: str) -> dict[str, Chart]:
         mean = [curves[:, :, known].mean(axis=2)] if known.any() else [None]
         each = [curves[:, :, k] if known[k] else None for k in range(len(known))]
         chart = _chart("recall", "precision", [], min=0, max=1, percent=True)
-        chart["x"] |= {"min": 0, "max": 1, "percent": True}
+        chart["x"] = {"label": "recall", "min": 0, "max": 1, "percent": True}
         chart["series"] = ["IoU .50", "IoU .75", "mean of .50 to .95"]
         chart["choices"] = [
             [] if c is None else np.rint(1000 * c).astype(int).tolist() for c in (*mean, *each)
@@ -122,7 +122,8 @@ def group_size(history: History) -> int:
 
 
 def _chart(x: str, y: str, series: Sequence[dict[str, Any]], **axis: Any) -> Chart:
-    return {"x": {"label": x}, "y": {"label": y, **axis}, "series": list(series)}
+    whole = {"min": 0, "whole": True}
+    return {"x": {"label": x, **whole}, "y": {"label": y, **axis}, "series": list(series)}
 
 
 def _points(
@@ -148,6 +149,7 @@ def _marks(history: History) -> list[dict[str, Any]]:
     if len(skips) > _MOST_MARKS:
         return marks  # the page says how many in words
     for record in skips:
-        label = f"{int(record['skipped'])} updates skipped"
+        count = int(record["skipped"])
+        label = f"{count} update{'s' if count > 1 else ''} skipped"
         marks.append({"x": record["step"], "label": label, "alert": True})
     return marks

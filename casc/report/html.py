@@ -148,7 +148,7 @@ def picture(pixels: np.ndarray, description: str) -> str:
     height, width = pixels.shape[:2]
     return (
         f'<img src="data:image/webp;base64,{text}" width="{width}" height="{height}" '
-        f'loading="lazy" alt="{escape(description)}">'
+        f'alt="{escape(description)}">'
     )
 
 

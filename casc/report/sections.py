@@ -65,7 +65,8 @@ def summary(history: History, evaluated: tuple[int, Evaluation] | None) -> str:
     if history.skipped:
         tiles.append(("Updates skipped", f"{history.skipped:,}", "loss or gradient not finite"))
     if len(history.parts) > 1:
-        tiles.append(("Continued", f"{len(history.parts) - 1:,} times", "after a stop"))
+        times = len(history.parts) - 1
+        tiles.append(("Continued", "once" if times == 1 else f"{times:,} times", "after a stop"))
     cells = "".join(
         f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>"
         for a, b, c in tiles
@@ -104,7 +105,7 @@ def accuracy(history: History, evaluated: tuple[int, Evaluation] | None, charted
     """AP over epochs, COCO's twelve figures and each class's AP."""
     body = ""
     if charted:
-        body += f'<div class="charts">{chart("ap", "AP on the validation split")}</div>'
+        body += chart("ap", "AP on the validation split")
     if evaluated is None:
         why = (
             "evaluations are off (--evaluate-every 0)"
@@ -116,10 +117,11 @@ def accuracy(history: History, evaluated: tuple[int, Evaluation] | None, charted
     types = list(evaluation.figures)
     where = f"at step {step:,}, {evaluation.images:,} images, {evaluation.instances:,} objects"
     rows = [
-        [(text, text), *(_figure(evaluation.figures[t].get(key)) for t in types)]
+        [(text.replace("^2", "²"), text), *(_figure(evaluation.figures[t].get(key)) for t in types)]
         for key, text in FIGURES.items()
     ]
     body += table(f"COCO's figures in %, {where}", ["", *(_TITLES[t] for t in types)], rows)
+    body = f'<div class="charts">{body}</div>'
     for count, what in (
         (evaluation.skipped, "annotations left out: no usable box or unknown category"),
         (evaluation.unmasked, "objects have no usable mask: mask AP ignores them"),
@@ -150,8 +152,8 @@ def curves(look: Look, step: int, choice: str) -> str:
     )
     return (
         f"<p>{escape(_extent(look, step))} Precision is COCO's: the best at this recall or above."
-        f'</p><label class="choice" for="{escape(choice)}">Class'
-        f' <select id="{escape(choice)}">{options}</select></label>'
+        f'</p><div class="choice"><label for="{escape(choice)}">Class</label>'
+        f'<select id="{escape(choice)}">{options}</select></div>'
         f'<div class="charts">{charts}</div>'
     )
 
