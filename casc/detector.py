@@ -38,9 +38,13 @@ from casc.mask_head import (
     mask_targets,
 )
 from casc.matching import take
-from casc.ops.nms import batched_nms
+from casc.ops.nms import NmsKernel, batched_nms
 from casc.ops.pyramid import Pyramid, flatten_pyramid
-from casc.ops.roi_align import roi_align
+<<<<<<<
+from casc.ops.roi_align import RoiKernel, roi_align
+=======
+from casc.ops.roi_align import read_rois, roi_align
+>>>>>>>
 from casc.resnet import ResNetConfig, init_resnet, is_frozen, out_channels, resnet
 from casc.rpn import (
     Proposals,
@@ -74,6 +78,8 @@ class InferenceConfig:
     """Class-wise suppression above this overlap."""
     detections: int = 100
     """The most detections per image."""
+    nms_kernel: NmsKernel = "auto"
+    """As of the RPN: greedy, matrix, or auto, which chooses by the device."""
     average: Literal["logits", "probabilities"] = "logits"
     """What of the stages' scores is averaged. logits: turned into probabilities once, as the
     reference does. probabilities: of each stage by itself, as Detectron2 does."""
@@ -95,6 +101,9 @@ class DetectorConfig:
     mask_head: MaskHeadConfig = field(default_factory=MaskHeadConfig)
     roi_align: Literal["fixed", "adaptive"] = "fixed"
     """Samples per RoIAlign cell. fixed: 2x2. adaptive: the reference's ceil(side / cells)."""
+    roi_kernel: RoiKernel = "auto"
+    """How the fixed grid is computed. aten: by an embedding bag. native: by the device's own
+    RoIAlign. auto: native on an NPU, if it proves right before the first step; else aten."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
 
@@ -226,9 +235,9 @@ def losses(
         Scalar float32 losses and measures, named like the reference's log.
     """
     features = extract(params, buffers, config, inputs.image)
-    result, rois = box_branch(params, config, features, inputs, noise)
+    result, pyramid, rois = box_branch(params, config, features, inputs, noise)
     for i in range(len(config.stages)):
-        loss = mask_branch(params, config, i, features.pyramid, rois[i], inputs.targets)
+        loss = mask_branch(params, config, i, pyramid, rois[i], inputs.targets)
         result[f"s{i}.loss_mask"] = config.stages[i].loss_weight * loss
     return result
 
@@ -240,18 +249,22 @@ def total(losses: dict[str, Tensor]) -> Tensor:
 
 def box_branch(
     params: Params, config: DetectorConfig, features: Features, inputs: Inputs, noise: Noise
-) -> tuple[dict[str, Tensor], list[MaskRois]]:
-    """All losses but the masks', and the positive RoIs that these need, per stage."""
+) -> tuple[dict[str, Tensor], Pyramid, list[MaskRois]]:
+    """All losses but the masks', and what these need: features, and each stage's positive RoIs.
+
+    The pyramid goes from reader to reader, which bounds the gradients held at once.
+    """
     anchors = grid_anchors(config.anchors, level_sizes(features.levels), inputs.size.device)
-    result = rpn_branch(params, config, features, torch.cat(anchors), inputs, noise.rpn)
+    result, pyramid = rpn_branch(params, config, features, torch.cat(anchors), inputs, noise.rpn)
     with torch.no_grad():
         output = rpn_head(params, features.levels)
     found = candidates(config.rpn, output, anchors, inputs.size, train=True)
     proposals = propose(config.rpn, found, train=True)
-    cascade, samples = cascade_losses(
-        params, config, features.pyramid, proposals, inputs, noise.stages
+    cascade, pyramid, samples = cascade_losses(
+        params, config, pyramid, proposals, inputs, noise.stages
     )
-    return result | cascade, [mask_rois(s, max_positive(config.box_head)) for s in samples]
+    rois = [mask_rois(s, max_positive(config.box_head)) for s in samples]
+    return result | cascade, pyramid, rois
 
 
 def rpn_branch(
@@ -261,15 +274,15 @@ def rpn_branch(
     anchors: Tensor,
     inputs: Inputs,
     keys: Tensor,
-) -> dict[str, Tensor]:
-    """The RPN's losses and its number of positive anchors per image."""
+) -> tuple[dict[str, Tensor], Pyramid]:
+    """The RPN's losses and number of positive anchors per image; the pyramid for what follows."""
     gt = inputs.targets
     targets = rpn_targets(config.rpn, anchors, inputs.size, gt.boxes, gt.valid, keys)
     sizes = level_sizes(features.levels)
-    sampled = rpn_head_at(params, features.pyramid, sizes, targets.sample.indices)
+    sampled, pyramid = rpn_head_at(params, features.pyramid, sizes, targets.sample.indices)
     result = rpn_losses(config.rpn, sampled, anchors, targets, gt.boxes)
     result["rpn.positives"] = _per_image(targets.sample.positive)
-    return result
+    return result, pyramid
 
 
 def cascade_losses(
@@ -279,8 +292,11 @@ def cascade_losses(
     proposals: Proposals,
     inputs: Inputs,
     keys: tuple[Tensor, ...],
-) -> tuple[dict[str, Tensor], list[RoiSample]]:
-    """Box losses of every stage, each starting from the boxes refined by the one before."""
+) -> tuple[dict[str, Tensor], Pyramid, list[RoiSample]]:
+    """Box losses of every stage, each starting from the boxes refined by the one before.
+
+    Also the pyramid for what follows, and each stage's RoIs.
+    """
     boxes, valid = proposals.boxes, proposals.valid
     result: dict[str, Tensor] = {}
     samples = []
@@ -288,7 +304,9 @@ def cascade_losses(
         rois = sample_rois(
             config.box_head, stage, config.classes, boxes, valid, inputs.targets, keys[i]
         )
-        output = box_head(params, i, _align(config, pyramid, rois.boxes, config.box_head.cells))
+        flat, image = _flat(rois.boxes)
+        read, pyramid = read_rois(pyramid, flat, image, config.box_head.cells, config.roi_align)
+        output = box_head(params, i, read)
         stage_losses = box_losses(config.box_head, stage, output, rois, inputs.targets)
         result |= {f"s{i}.{k}": v for k, v in stage_losses.items()}
         result[f"s{i}.positives"] = _per_image(rois.positive)
@@ -296,7 +314,7 @@ def cascade_losses(
         # Ground truth is added afresh by each stage; its own refinement would come twice.
         valid = rois.valid & ~rois.from_gt
         samples.append(rois)
-    return result, samples
+    return result, pyramid, samples
 
 
 def mask_branch(
@@ -309,7 +327,9 @@ def mask_branch(
 ) -> Tensor:
     """The mask loss of one stage, without its weight."""
     head = config.mask_head
-    features = roi_align(pyramid, rois.boxes, rois.image, head.cells, config.roi_align)
+    features = roi_align(
+        pyramid, rois.boxes, rois.image, head.cells, config.roi_align, config.roi_kernel
+    )
     logits = mask_head(params, head, stage, features, rois.labels)
     return mask_loss(logits, mask_targets(head, rois, targets), rois.valid)
 
@@ -378,6 +398,9 @@ def select(
         candidate.flatten(1),
         iou=config.nms_iou,
         count=config.detections,
+        groups=classes,
+        largest=scores.shape[1],
+        kernel=config.nms_kernel,
     )
     best = take(boxes, index // classes)
     return (
@@ -411,8 +434,19 @@ def detect_masks(
 
 def _align(config: DetectorConfig, pyramid: Pyramid, boxes: Tensor, cells: int) -> Tensor:
     """RoIAlign of [B, N, 4] boxes: [B * N, C, cells, cells]."""
+    return roi_align(pyramid, *_flat(boxes), cells, config.roi_align)
+
+
+def _flat(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, N, 4] boxes as [B * N, 4], and the image of each."""
     image = torch.arange(boxes.shape[0], device=boxes.device).repeat_interleave(boxes.shape[1])
-    return roi_align(pyramid, boxes.flatten(0, 1), image, cells, config.roi_align)
+<<<<<<<
+    return roi_align(
+        pyramid, boxes.flatten(0, 1), image, cells, config.roi_align, config.roi_kernel
+    )
+=======
+    return boxes.flatten(0, 1), image
+>>>>>>>
 
 
 def _per_image(mask: Tensor) -> Tensor:

@@ -1,10 +1,15 @@
 """A loaded checkpoint as a detector that can be called, on the device that a command asks for."""
 
+import logging
+
 from casc.compiling import use_cache
 from casc.detect import Detector, new_detector
-from casc.devices import choose_device, choose_dtype, traits
-from casc.train.step import Compute, to_format
+from casc.devices import choose_device
+from casc.kernels import choose_compute
+from casc.train.step import to_format
 from casc.weights.model import Trained
+
+_log = logging.getLogger(__name__)
 
 
 def ready_detector(
@@ -24,8 +29,11 @@ def ready_detector(
     place = choose_device(device)
     compiled = compile == "on" or (compile == "auto" and place.type != "cpu")
     programs = use_cache() if compiled else None
-    row = traits(place)
-    compute = Compute(choose_dtype(dtype, place), row.memory_format, compiled, programs=programs)
+    compute, notes = choose_compute(
+        trained.model, place, dtype=dtype, compile=compiled, programs=programs
+    )
+    for note in notes:
+        _log.warning("%s", note)
     params = to_format({k: v.to(place) for k, v in trained.params.items()}, compute.memory_format)
     buffers = {k: v.to(place) for k, v in trained.buffers.items()}
     return new_detector(params, buffers, trained.model, trained.image, compute, place)

@@ -134,7 +134,8 @@ FREE_FIELDS = frozenset(
     (
         "name", "data", "out", "init", "resume", "max_steps", "val_split", "device", "compile",
         "compile_cache", "compile_backend", "deterministic", "model.roi_kernel",
-        "model.rpn.nms_kernel", "model.inference.nms_kernel", "warm_up", "evaluate_every", "save_every", "save_steps", "keep_last",
+        "model.rpn.nms_kernel", "model.inference.nms_kernel", "warm_up", "evaluate_every",
+        "save_every", "save_steps", "keep_last",
         "keep_best", "log_every", "watchdog_minutes", "tensorboard", "profile", "optim.max_skips",
     )
 )  # fmt: skip

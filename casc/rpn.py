@@ -16,7 +16,7 @@ from casc.anchors import AnchorConfig, inside
 from casc.boxes import decode, encode
 from casc.layers import Params, conv, new_weight, normal_001
 from casc.matching import Matches, Sample, match_anchors, sample, take
-from casc.ops.nms import batched_nms
+from casc.ops.nms import NmsKernel, batched_nms
 from casc.ops.pyramid import Pyramid, patches
 
 PREFIX = "rpn_head"
@@ -43,6 +43,9 @@ class RPNConfig:
     """Where the smooth L1 loss turns linear."""
     nms_iou: float = 0.7
     """Proposals that overlap a better one by more go."""
+    nms_kernel: NmsKernel = "auto"
+    """greedy: fast on the CPU. matrix: a fixed number of launches, no read. auto: greedy on the
+    CPU, else matrix. The proposals are the same."""
     train_pre_nms: int = 2000
     """Best anchors per level that enter suppression when training."""
     train_proposals: int = 2000
@@ -97,7 +100,7 @@ def rpn_head(params: Params, levels: list[Tensor]) -> RPNOutput:
 
 def rpn_head_at(
     params: Params, pyramid: Pyramid, sizes: list[tuple[int, int]], anchor: Tensor
-) -> RPNOutput:
+) -> tuple[RPNOutput, Pyramid]:
     """What `rpn_head` says of chosen anchors only.
 
     The loss looks at 256 anchors of an image and its gradient is zero everywhere else. So
@@ -112,11 +115,11 @@ def rpn_head_at(
         anchor: [B, S] int64 into A.
 
     Returns:
-        Logits [B, S] and deltas [B, S, 4].
+        Logits [B, S] and deltas [B, S, 4], and the pyramid for the next reader.
     """
     weight = params[f"{PREFIX}.rpn_conv.weight"]
     ratios = params[f"{PREFIX}.rpn_cls.weight"].shape[0]
-    x = patches(pyramid, sizes, anchor // ratios, weight.shape[-1])
+    x, pyramid = patches(pyramid, sizes, anchor // ratios, weight.shape[-1])
     weight = weight.permute(0, 2, 3, 1).flatten(1).to(x.dtype)
     x = F.relu(F.linear(x, weight, params[f"{PREFIX}.rpn_conv.bias"].to(x.dtype)))
     score, delta = (
@@ -132,7 +135,7 @@ def rpn_head_at(
     # A product with ones and zeros is exact, and unlike an index's its backward has no order.
     own = (anchor[..., None] % ratios == torch.arange(ratios, device=anchor.device))[..., None]
     score, delta = ((t * own).sum(dim=-2) for t in (score, delta))
-    return RPNOutput(score[..., 0], delta)
+    return RPNOutput(score[..., 0], delta), pyramid
 
 
 def rpn_targets(
@@ -220,6 +223,8 @@ class Candidates(NamedTuple):
     """[N] int64."""
     valid: Tensor
     """[B, N] bool; a box without width or height is not."""
+    levels: int
+    """How many levels there are."""
 
 
 def candidates(
@@ -250,7 +255,7 @@ def candidates(
     all_boxes = torch.cat(boxes, dim=1)
     sides = all_boxes[..., 2:] - all_boxes[..., :2]
     valid = (sides > 0).all(dim=-1)
-    return Candidates(all_boxes, torch.cat(scores, dim=1), torch.cat(levels), valid)
+    return Candidates(all_boxes, torch.cat(scores, dim=1), torch.cat(levels), valid, len(levels))
 
 
 def propose(config: RPNConfig, found: Candidates, *, train: bool) -> Proposals:
@@ -266,6 +271,9 @@ def propose(config: RPNConfig, found: Candidates, *, train: bool) -> Proposals:
         found.valid,
         iou=config.nms_iou,
         count=config.train_proposals if train else config.test_proposals,
+        groups=found.levels,
+        largest=config.train_pre_nms if train else config.test_pre_nms,
+        kernel=config.nms_kernel,
     )
     return Proposals(
         torch.where(kept[..., None], take(found.boxes, index), 0.0),

@@ -15,7 +15,8 @@ from casc.compiling import use_cache
 from casc.data.augment import ImageConfig
 from casc.data.stream import to_device
 from casc.detector import DetectorConfig, init, trainable
-from casc.devices import synchronize, traits
+from casc.devices import choose_device, synchronize
+from casc.kernels import choose_compute
 from casc.train.optim import Optim, make_optimizer, update
 from casc.train.state import new_state
 from casc.train.step import Compute, make_loss_step, to_format
@@ -92,10 +93,12 @@ class Training:
 
 def compute_of(job: Job) -> Compute:
     """How the device computes, with the job's dtype."""
-    row = traits(torch.device(job.device))
-    dtype = getattr(torch, job.dtype)
     programs = use_cache(job.cache) if job.compile else None
-    return Compute(dtype, row.memory_format, job.compile, row.dynamic_shapes, programs)
+    config = DetectorConfig(classes=CLASSES)
+    compute, _ = choose_compute(
+        config, choose_device(job.device), dtype=job.dtype, compile=job.compile, programs=programs
+    )
+    return compute
 
 
 def image_config(load: Load) -> ImageConfig:

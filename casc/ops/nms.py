@@ -64,7 +64,7 @@ def batched_nms(
     else:
         # Groups are apart already: all as one is right too where their sizes aren't known.
         ids = torch.zeros_like(group) if largest is None else group
-        sizes = (1, boxes.shape[1]) if largest is None else (groups, largest)
+        sizes = (1, boxes.shape[1]) if largest is None else (groups, min(largest, boxes.shape[1]))
         index, survivors = matrix_nms(shifted, scores, ids, valid, iou, count, *sizes)
     slot = torch.arange(count, device=boxes.device)
     return index, slot < survivors[:, None]

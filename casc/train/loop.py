@@ -14,8 +14,9 @@ from casc.data.index import read_index
 from casc.data.stream import ahead, training_batches
 from casc.data.workers import BatchStream
 from casc.detect import Detector, evaluate_split, new_detector
-from casc.devices import choose_device, choose_dtype, peak_memory, traits
+from casc.devices import choose_device, make_deterministic, peak_memory, traits
 from casc.evaluate import Evaluation, format_table, write_evaluation
+from casc.kernels import choose_compute
 from casc.recipe import Recipe, check, facts, resolved
 from casc.train import checkpoint
 from casc.train.accumulate import backward
@@ -38,7 +39,7 @@ from casc.train.schedule import learning_rate
 from casc.train.sinks import Sink
 from casc.train.start import fresh_state, resumed_state
 from casc.train.state import State
-from casc.train.step import Compute, LossStep, make_loss_step
+from casc.train.step import LossStep, make_loss_step
 from casc.train.stopping import StoppedError, Stopping
 from casc.train.warmup import buckets_ahead, warm_up
 from casc.train.watching import Doing, watching
@@ -75,15 +76,18 @@ def train(recipe: Recipe, *, sinks: Sequence[Sink] = ()) -> Summary:
     ranks = ranks_from_environment()
     check(recipe, index, ranks.world)
     device = choose_device(recipe.device)
-    compute = Compute(
-        choose_dtype(recipe.dtype, device),
-        traits(device).memory_format,
-        recipe.compile,
-        traits(device).dynamic_shapes,
-        programs=use_cache(recipe.compile_cache) if recipe.compile else None,
-    )
+    if recipe.deterministic:
+        make_deterministic(device)
     derived = facts(recipe, index, ranks.world)
     with process_group(ranks, device) as device:
+        compute, told = choose_compute(
+            recipe.model,
+            device,
+            dtype=recipe.dtype,
+            compile=recipe.compile,
+            backend=recipe.compile_backend,
+            programs=use_cache(recipe.compile_cache) if recipe.compile else None,
+        )
         state, past, notes = resumed_state(
             recipe, index, derived, ranks, device, compute.memory_format
         )
@@ -95,7 +99,7 @@ def train(recipe: Recipe, *, sinks: Sequence[Sink] = ()) -> Summary:
             run = Run(recipe, index, derived, compute, device, ranks, log, past)
             if from_main(concluded(run, state.step) if ranks.main else None, ranks):
                 return Summary(recipe, state, 0.0, None)
-            announce(run, state, notes)
+            announce(run, state, [*notes, *told])
             with (
                 watching(run, state.step) as doing,
                 Stopping(ranks) as stopping,

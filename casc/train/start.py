@@ -12,6 +12,7 @@ from casc import detector
 from casc.config import differences, from_json, to_json
 from casc.data.index import Index
 from casc.data.plan import NOTHING_PAST, Past, Phase
+from casc.devices import choose_dtype
 from casc.errors import UserError
 from casc.recipe import FREE_FIELDS, IMAGENET, RANDOM, Facts, Recipe
 from casc.resnet import PREFIX
@@ -47,7 +48,7 @@ def fresh_state(
     elif recipe.init != RANDOM:
         weights = read_weights(recipe.init)
         params, buffers, notes = transfer(recipe, weights, params, buffers, index.categories)
-    scaled = recipe.dtype == "float16"
+    scaled = choose_dtype(recipe.dtype, device) == torch.float16
     averaged = recipe.ema.decay is not None
     state = new_state(
         recipe.model, params, buffers, device, memory_format, scaled=scaled, averaged=averaged
@@ -84,7 +85,7 @@ def resumed_state(
     _check_recipe(recipe, found)
     past, more = _past(recipe, index, derived, loaded.position)
     params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
-    scaled = recipe.dtype == "float16"
+    scaled = choose_dtype(recipe.dtype, device) == torch.float16
     averaged = recipe.ema.decay is not None
     state = new_state(
         recipe.model, params, buffers, device, memory_format, scaled=scaled, averaged=averaged

@@ -51,8 +51,8 @@ class Compute(NamedTuple):
     """How "counted" mask heads are compiled: once for any number of RoIs, or, where dynamic
     shapes are dear, once for each of a few capacities."""
     programs: Path | None = None
-    """Folder, from `casc.compiling.use_cache`, in which what is compiled by inductor outlasts
-    the process."""
+    """Folder, from `casc.compiling.use_cache`, in which what is compiled outlasts the process;
+    with inductor only."""
     backend: str = "inductor"
     """torch.compile's, from `casc.devices.choose_compiler`."""
     roi_kernel: Literal["aten", "native"] = "aten"
@@ -82,7 +82,6 @@ def make_loss_step(
         detached float32 scalars on the device by name. With `together`, it also takes as
         `shared` what to divide by.
     """
-
     config = _settled(config, compute)
 
     def boxes(
@@ -92,8 +91,8 @@ def make_loss_step(
         anchors = anchor_count(config.anchors, canvas)
         noise = detector.draw_noise(config, batch.seed, anchors, batch.valid.shape[1])
         features = detector.extract(params, buffers, config, inputs.image)
-        losses, rois = detector.box_branch(params, config, features, inputs, noise)
-        return losses, features.pyramid, rois, inputs.targets
+        losses, pyramid, rois = detector.box_branch(params, config, features, inputs, noise)
+        return losses, pyramid, rois, inputs.targets
 
     def apart(params: Params, buffers: Params, batch: Batch) -> dict[str, Tensor]:
         losses, pyramid, rois, targets = boxes(params, buffers, batch)
@@ -155,7 +154,6 @@ def make_detect_step(
     Returns:
         f(params, buffers, batch) -> Detections in pixels of the stored images.
     """
-
     config = _settled(config, compute)
 
     def run(params: Params, buffers: Params, batch: Batch) -> Detections:
@@ -211,7 +209,7 @@ def _settled(config: DetectorConfig, compute: Compute) -> DetectorConfig:
 def _maybe_compile(function: Callable, compute: Compute, *closed_over: Any) -> Callable:
     if not compute.compile:
         return function
-    if _keeps(compute):
+    if compute.programs:
         return keep(function, compute.programs, *closed_over, compute._replace(programs=None))
     # torch counts the graphs of all canvases together and gives up after 8, unless told.
     return torch.compile(  # type: ignore[call-overload]  # its stubs lack the last one
@@ -228,7 +226,7 @@ def _compile_for_any_count(function: Callable, compute: Compute, *closed_over: A
     if not compute.compile:
         return function
     graphs = 1 if compute.dynamic_rois else len(CAPACITY_SHARES)
-    if _keeps(compute):
+    if compute.programs:
         settings = *closed_over, compute._replace(programs=None)
         rows = (lambda head, pyramid, rois, targets: rois) if compute.dynamic_rois else None
         return keep(function, compute.programs, *settings, rows=rows, recompile_limit=graphs)
@@ -244,9 +242,4 @@ def _compile_for_any_count(function: Callable, compute: Compute, *closed_over: A
 
 def _marks(compute: Compute) -> bool:
     """Whether the caller marks what is dynamic; `keep` does so itself."""
-    return compute.compile and compute.dynamic_rois and not _keeps(compute)
-
-
-def _keeps(compute: Compute) -> bool:
-    """Whether what is compiled can be kept: programs of other compilers can't."""
-    return compute.programs is not None and compute.backend == "inductor"
+    return compute.compile and compute.dynamic_rois and not compute.programs
