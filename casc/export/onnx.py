@@ -127,7 +127,12 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _roi_align(
-    levels: Sequence[Any], rois: Any, level: Any, scales: Sequence[float], cells: int
+    levels: Sequence[Any],
+    rois: Any,
+    level: Any,
+    scales: Sequence[float],
+    cells: int,
+    grid: int = 0,
 ) -> Any:
     """`casc::roi_align_adaptive`: each level aligns the RoIs that are its own."""
     op = _opset()
@@ -149,7 +154,7 @@ def _roi_align(
             mode="avg",
             output_height=cells,
             output_width=cells,
-            sampling_ratio=0,
+            sampling_ratio=grid,
             spatial_scale=scale,
         )
         result = op.ScatterND(result, own, aligned)
