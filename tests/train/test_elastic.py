@@ -39,13 +39,14 @@ def test_torchrun_starts_again_what_was_killed(tiny_recipe, tmp_path):
             command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
     try:
-        until = time.monotonic() + 120
-        while chaos.last_step(recipe) < 5 and time.monotonic() < until:
+        until = time.monotonic() + 300  # a busy machine takes long to import torch three times
+        while chaos.last_step(recipe) < 5:
             assert agent.poll() is None, (tmp_path / "output.txt").read_text()
+            assert time.monotonic() < until, (tmp_path / "output.txt").read_text()
             time.sleep(0.02)
         started = (recipe.folder / "logs/rank-1.jsonl").read_text().splitlines()
         os.kill(json.loads(started[0])["pid"], signal.SIGKILL)
-        assert agent.wait(180) == 0, (tmp_path / "output.txt").read_text()
+        assert agent.wait(300) == 0, (tmp_path / "output.txt").read_text()
     finally:
         agent.kill()
         agent.wait()
@@ -53,7 +54,7 @@ def test_torchrun_starts_again_what_was_killed(tiny_recipe, tmp_path):
     assert "continuing from" in output_text
     straight = replace(recipe, out=tmp_path / "straight")
     ranks = chaos.start(straight, tmp_path / "straight.txt")
-    assert chaos.finish(ranks, 120) == [0, 0]
+    assert chaos.finish(ranks, 300) == [0, 0]
     assert not chaos.compare(recipe, straight)
     starts = [
         record["step"]
