@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from math import isqrt
 from typing import Any
 
@@ -66,7 +67,8 @@ def model_of(tensors: Mapping[str, Tensor], source: str) -> DetectorConfig:
     return config
 
 
-def expected(config: DetectorConfig) -> dict[str, torch.Size]:
+@cache
+def expected(config: DetectorConfig) -> Mapping[str, torch.Size]:
     """The shape of every tensor of a model, parameters and buffers, by name."""
     with torch.device("meta"):
         params, buffers = detector.init(config, None)  # type: ignore[arg-type]
