@@ -48,8 +48,12 @@ def test_torchrun_starts_again_what_was_killed(tiny_recipe, tmp_path):
         os.kill(json.loads(started[0])["pid"], signal.SIGKILL)
         assert agent.wait(300) == 0, (tmp_path / "output.txt").read_text()
     finally:
-        agent.kill()
-        agent.wait()
+        agent.terminate()  # so that it ends its workers
+        try:
+            agent.wait(60)
+        except subprocess.TimeoutExpired:
+            agent.kill()
+            agent.wait()
     output_text = (tmp_path / "output.txt").read_text()
     assert "continuing from" in output_text
     straight = replace(recipe, out=tmp_path / "straight")
