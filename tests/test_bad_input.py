@@ -9,7 +9,7 @@ import tarfile
 import typing
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +81,8 @@ def refused(done: Done, *words: object) -> None:
         assert str(word) in done.err
 
 
-class Files(NamedTuple):
+@dataclass(frozen=True)
+class Files:
     """Input that is as it should be."""
 
     shards: Path
