@@ -5,6 +5,7 @@ batch took a third of their time (the system clears it page by page), and sendin
 the training process longer than copying it does.
 """
 
+import gc
 import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -271,5 +272,9 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
+    # Collecting would write to every object that is shared with the parent, which copies
+    # their pages; what is frozen is left alone. The parent may have turned collection off.
+    gc.freeze()
+    gc.enable()
     torch.set_num_threads(1)
     leave_to_parent()
