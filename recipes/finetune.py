@@ -24,9 +24,8 @@ What to expect: no published counterpart. docs/finetuning.md has an example with
 from dataclasses import replace
 
 from casc.data.index import read_index
-from casc.recipe import Recipe, parse
-from casc.train.launch import errors_in_one_line, launch
-from casc.train.loop import Summary
+from casc.recipe import Recipe
+from casc.train.launch import launch
 from casc.weights.model import load_trained
 
 from .coco_1x import coco_1x
@@ -52,14 +51,5 @@ def fitted(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(trained.model, classes=classes), image=trained.image)
 
 
-def main(args: list[str] | None = None) -> Summary | None:
-    """Fine-tune."""
-    asked, _ = parse(finetune(), __doc__, args)
-    with errors_in_one_line():
-        found = fitted(asked)
-    # Again, so that what was asked for goes before what the weights say.
-    return launch(replace(finetune(), model=found.model, image=found.image), __doc__, args)
-
-
 if __name__ == "__main__":
-    main()
+    launch(finetune(), __doc__, fitted=fitted)

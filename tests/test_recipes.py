@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from casc.errors import UserError
 from casc.recipe import Recipe, advice, check, describe, facts, parse
 from casc.train.launch import launch
 from casc.train.schedule import learning_rate
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def coco_1x() -> Recipe:
@@ -48,6 +51,103 @@ def test_coco_20e_differs_in_its_schedule_only():
         "epochs": (12, 20),
         "schedule.drops": ([8, 11], [16, 19]),
     }
+
+
+# Each with the recipe that it derives from, and all in which it differs from that one.
+DERIVED = {
+    "coco_r101_1x": ("coco_1x", {"model.backbone.depth": (50, 101)}),
+    "coco_r101_20e": ("coco_20e", {"model.backbone.depth": (50, 101)}),
+    "coco_3x": (
+        "coco_1x",
+        {"epochs": (12, 36), "schedule.drops": ([8, 11], [27, 33]),
+         "image.train_short": (None, [640, 800])},
+    ),
+    "coco_lsj": (
+        "coco_1x",
+        {"epochs": (12, 100), "evaluate_every": (1, 4), "optim.lr": (0.02, 0.1),
+         "optim.reference_batch": (16, 64), "optim.weight_decay": (1e-4, 4e-5),
+         "schedule.drops": ([8, 11], [88, 96]), "schedule.warmup_ratio": (0.001, 0.067),
+         "image.jitter": (None, [0.1, 2.0])},
+    ),
+    "coco_gn_scratch": (
+        "coco_1x",
+        {"init": ("imagenet", "random"), "epochs": (12, 73), "evaluate_every": (1, 4),
+         "optim.clip_norm": (None, 10.0), "schedule.drops": ([8, 11], [65, 71]),
+         "schedule.warmup_ratio": (0.001, 0.1), "model.backbone.norm": ("frozen_bn", "gn"),
+         "model.backbone.frozen_stages": (1, -1), "model.fpn.norm": ("none", "gn"),
+         "model.mask_head.norm": ("none", "gn")},
+    ),
+    "coco_ema": ("coco_1x", {"ema.decay": (None, 0.9998)}),
+    "coco_accumulate": ("coco_1x", {"accumulate": (1, 8)}),
+    "finetune": (
+        "coco_1x",
+        {"init": ("imagenet", "runs/coco_1x"), "epochs": (12, 8), "optim.lr": (0.02, 0.01),
+         "schedule.drops": ([8, 11], [7]), "schedule.warmup_steps": (500, 100)},
+    ),
+}  # fmt: skip
+
+
+def recipe_of(name: str) -> Recipe:
+    return getattr(importlib.import_module(f"casc.recipes.{name}"), name)()
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_derived_recipe_differs_where_it_says(name):
+    parent, changes = DERIVED[name]
+    old, recipe = recipe_of(parent), recipe_of(name)
+    expected = {"name": (parent, name), **changes}
+    assert differences(to_json(old), to_json(recipe)) == expected
+    check(recipe, coco_index())
+    assert advice(recipe) == []
+    for drop in recipe.schedule.drops:
+        assert drop < recipe.epochs
+
+
+def test_every_recipe_is_in_the_table_and_says_what_to_expect():
+    names = {path.stem for path in (ROOT / "recipes").glob("*.py")} - {"__init__"}
+    assert names == {"coco_1x", "coco_20e", "coco_mini", "demo", *DERIVED}
+    page = (ROOT / "docs/recipes.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == names
+    for name in names:
+        said = importlib.import_module(f"casc.recipes.{name}").__doc__ or ""
+        said = " ".join(said.split())
+        assert f"-m casc.recipes.{name}" in said
+        assert "What to expect: " in said
+        # What was published is the same in both places.
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        for figures in re.findall(r"box AP ([\d.]+), mask AP ([\d.]+)", said):
+            assert ", ".join(figures) in row
+        measured = "ot yet measured" in said
+        assert measured == ("not yet measured" in row)
+
+
+@pytest.mark.parametrize("name", ["coco_3x", "coco_lsj", "finetune"])
+def test_help_of_derived_recipes(name, capsys):
+    """The rest of what `--help` says is checked of coco_1x."""
+    module = importlib.import_module(f"casc.recipes.{name}")
+    with pytest.raises(SystemExit) as stop:
+        launch(recipe_of(name), module.__doc__, ["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert (module.__doc__ or "").splitlines()[0][:40] in shown
+    assert "--image.train-short" in shown
+
+
+def test_canvases_in_training_and_evaluation():
+    index = coco_index()
+    usual = facts(coco_1x(), index).canvases
+    scales = facts(recipe_of("coco_3x"), index).canvases
+    assert scales == usual
+    jitter = facts(recipe_of("coco_lsj"), index).canvases
+    assert jitter["train2017"] == [(1024, 1024)] * 2
+    assert jitter["val2017"] == usual["val2017"]
+    # The sum of what recipes say that they cost.
+    for name, steps in (("coco_3x", 263_880), ("coco_lsj", 183_200), ("coco_gn_scratch", 535_090)):
+        derived = facts(recipe_of(name), index, world=32 if name == "coco_lsj" else 8)
+        assert derived.steps == pytest.approx(steps, rel=2e-3)
+        assert derived.rate == recipe_of(name).optim.lr
+    alone = facts(recipe_of("coco_accumulate"), index)
+    assert (alone.images_per_step, alone.rate) == (16, 0.02)
 
 
 def coco_index(samples=117_266) -> Index:

@@ -20,6 +20,7 @@ def launch(
     *,
     prepare: Callable[[Recipe], object] = lambda recipe: None,
     sinks: Sequence[Sink] = (),
+    fitted: Callable[[Recipe], Recipe] | None = None,
 ) -> Summary | None:
     """Change the recipe by the command line and train, or say what would be done.
 
@@ -31,10 +32,16 @@ def launch(
         args: of the command line; by default sys.argv.
         prepare: is called with the resolved recipe before a run, to make what it needs.
         sinks: functions that get each record of the log as well, on the main rank.
+        fitted: gives, of the recipe as changed, one with other defaults, such as those that belong
+            to its starting weights; what the command line says goes before them.
 
     Returns:
         How the run ended; None after `--dry-run`.
     """
+    if fitted is not None:
+        asked, _ = parse(recipe, description, args)
+        with errors_in_one_line():
+            recipe = fitted(asked)
     recipe, dry_run = parse(recipe, description, args)
     with errors_in_one_line():
         if not dry_run:
