@@ -40,11 +40,7 @@ from casc.mask_head import (
 from casc.matching import take
 from casc.ops.nms import NmsKernel, batched_nms
 from casc.ops.pyramid import Pyramid, flatten_pyramid
-<<<<<<<
-from casc.ops.roi_align import RoiKernel, roi_align
-=======
-from casc.ops.roi_align import read_rois, roi_align
->>>>>>>
+from casc.ops.roi_align import RoiKernel, read_rois, roi_align
 from casc.resnet import ResNetConfig, init_resnet, is_frozen, out_channels, resnet
 from casc.rpn import (
     Proposals,
@@ -305,7 +301,9 @@ def cascade_losses(
             config.box_head, stage, config.classes, boxes, valid, inputs.targets, keys[i]
         )
         flat, image = _flat(rois.boxes)
-        read, pyramid = read_rois(pyramid, flat, image, config.box_head.cells, config.roi_align)
+        read, pyramid = read_rois(
+            pyramid, flat, image, config.box_head.cells, config.roi_align, config.roi_kernel
+        )
         output = box_head(params, i, read)
         stage_losses = box_losses(config.box_head, stage, output, rois, inputs.targets)
         result |= {f"s{i}.{k}": v for k, v in stage_losses.items()}
@@ -434,19 +432,13 @@ def detect_masks(
 
 def _align(config: DetectorConfig, pyramid: Pyramid, boxes: Tensor, cells: int) -> Tensor:
     """RoIAlign of [B, N, 4] boxes: [B * N, C, cells, cells]."""
-    return roi_align(pyramid, *_flat(boxes), cells, config.roi_align)
+    return roi_align(pyramid, *_flat(boxes), cells, config.roi_align, config.roi_kernel)
 
 
 def _flat(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """[B, N, 4] boxes as [B * N, 4], and the image of each."""
     image = torch.arange(boxes.shape[0], device=boxes.device).repeat_interleave(boxes.shape[1])
-<<<<<<<
-    return roi_align(
-        pyramid, boxes.flatten(0, 1), image, cells, config.roi_align, config.roi_kernel
-    )
-=======
     return boxes.flatten(0, 1), image
->>>>>>>
 
 
 def _per_image(mask: Tensor) -> Tensor:

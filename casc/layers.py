@@ -26,14 +26,14 @@ GN_GROUPS = 32
 def conv(params: Params, name: str, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
     """Convolution with an optional bias: [B, C, H, W] to [B, C', H', W']."""
     bias = params.get(f"{name}.bias")
-    weight = params[f"{name}.weight"].to(x.dtype)
+    weight = cast(params[f"{name}.weight"], x.dtype)
     return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
 
 
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
     """Affine map: [N, C] to [N, C']."""
-    weight, bias = params[f"{name}.weight"].to(x.dtype), params[f"{name}.bias"].to(x.dtype)
-    return linear_product(x, weight, bias)
+    weight = cast(params[f"{name}.weight"], x.dtype)
+    return linear_product(x, weight, params[f"{name}.bias"].to(x.dtype))
 
 
 def conv_frozen_bn(
@@ -51,9 +51,26 @@ def conv_frozen_bn(
     beta still train), without a pass over the activations.
     """
     scale = params[f"{bn}.weight"] * torch.rsqrt(buffers[f"{bn}.running_var"] + BN_EPS)
-    weight = params[f"{name}.weight"] * scale[:, None, None, None]
+    weight = _made_twice(_scaled, params[f"{name}.weight"], scale, x.dtype)
     bias = params[f"{bn}.bias"] - buffers[f"{bn}.running_mean"] * scale
-    return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, padding)
+    return F.conv2d(x, weight, bias.to(x.dtype), stride, padding)
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter in the activations' dtype."""
+    return weight if weight.dtype == dtype else _made_twice(Tensor.to, weight, dtype)
+
+
+def _scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight * scale[:, None, None, None]).to(dtype)
+
+
+def _made_twice(function: Callable[..., Tensor], *args: object) -> Tensor:
+    """A weight made of parameters: quicker to make again for the backward pass than dear to keep.
+
+    That is up to a compiler; eager, the layer that uses it keeps it.
+    """
+    return recomputed(function, *args) if torch.is_grad_enabled() else function(*args)
 
 
 def recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:

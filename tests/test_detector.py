@@ -350,7 +350,7 @@ def test_each_stage_moves_the_boxes_of_the_one_before(world, tiny_batch):
     # stage afresh; a stage's refinement of an object isn't handed on.
     none = Proposals(boxes, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.bool))
     keys = tuple(torch.rand(2, 5 + n, generator=torch.manual_seed(0)) for n in (1, 32, 32))
-    measures, samples = detector.cascade_losses(
+    measures, _, samples = detector.cascade_losses(
         params, world.config, features.pyramid, none, inputs, keys
     )
     for i, sample in enumerate(samples):
@@ -359,7 +359,7 @@ def test_each_stage_moves_the_boxes_of_the_one_before(world, tiny_batch):
         assert measures[f"s{i}.positives"] == 1.5
 
     # With proposals, the next stage's candidates are where this one moved them.
-    measures, samples = detector.cascade_losses(
+    measures, _, samples = detector.cascade_losses(
         params, world.config, features.pyramid, proposals, inputs, keys
     )
     for sample, x in zip(samples, (20, 22, 22), strict=True):

@@ -103,7 +103,7 @@ def test_the_head_at_chosen_anchors_is_the_head_everywhere(mode):
     order = torch.cat([order, order[:, :7]], dim=1)
 
     def at(params, stored, index):
-        return rpn_head_at(params, flatten_pyramid(stored, (8, 16)), sizes, index)
+        return rpn_head_at(params, flatten_pyramid(stored, (8, 16)), sizes, index)[0]
 
     def everywhere(params, stored, index):
         coarsest = F.max_pool2d(stored[-1], kernel_size=1, stride=2)

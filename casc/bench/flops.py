@@ -63,14 +63,14 @@ def own_step(config: DetectorConfig, load: Load, positives: Sequence[int]) -> in
         count = anchor_count(config.anchors, canvas)
         noise = detector.draw_noise(config, batch.seed, count, batch.valid.shape[1])
         features = detector.extract(params, buffers, config, inputs.image)
-        losses, rois = detector.box_branch(params, config, features, inputs, noise)
+        losses, pyramid, rois = detector.box_branch(params, config, features, inputs, noise)
         for i, positive in enumerate(positives):
             slots = rois[i].valid.shape[0]
             if config.mask_head.capacity == "counted":
                 slots = mask_capacity(positive, slots, COMPUTE.dynamic_rois)
             packed = MaskRois(*(t[:slots] for t in rois[i]))
             losses[f"s{i}.loss_mask"] = detector.mask_branch(
-                params, config, i, features.pyramid, packed, inputs.targets
+                params, config, i, pyramid, packed, inputs.targets
             )
         return detector.total(losses)
 

@@ -72,3 +72,37 @@ def _bag_grad(ctx, grad: Tensor):
 
 
 weighted_bags.register_autograd(_bag_grad, setup_context=_bag_setup)
+
+
+def chained_bags(pixels: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weighted_bags`, and the pixels again for the next reader.
+
+    Each reader of a pyramid gives a gradient as large as the pyramid, and a compiler that sums
+    them in one pass holds all of them at once. When each reader takes the pixels from the
+    reader before it, the sum goes back through them in turn, and there are never more than two.
+    """
+    return _Chained.apply(pixels, index, weight)
+
+
+class _Chained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pixels, index, weight):
+        ctx.save_for_backward(index, weight)
+        return weighted_bags(pixels, index, weight), pixels.view_as(pixels)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad, later = grads
+        index, weight = ctx.saved_tensors
+        return bag_backward_onto(later, grad.contiguous(), index, weight), None, None
+
+
+@torch.library.custom_op("casc::bag_backward_onto", mutates_args=())
+def bag_backward_onto(total: Tensor, grad: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """`bag_backward` plus the gradient [P, C] of the readers that come later."""
+    return bag_backward(grad, index, weight, total.shape[0]).add_(total)
+
+
+@bag_backward_onto.register_fake
+def _(total: Tensor, grad: Tensor, index: Tensor, weight: Tensor):
+    return total.new_empty(total.shape)

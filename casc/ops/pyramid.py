@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from casc.ops.bags import weighted_bags
+from casc.ops.bags import chained_bags
 
 
 class Pyramid(NamedTuple):
@@ -29,7 +29,9 @@ def flatten_pyramid(levels: list[Tensor], strides: tuple[int, ...]) -> Pyramid:
     return Pyramid(levels, torch.cat(rows, dim=1).reshape(-1, channels), strides)
 
 
-def patches(pyramid: Pyramid, sizes: list[tuple[int, int]], cell: Tensor, side: int) -> Tensor:
+def patches(
+    pyramid: Pyramid, sizes: list[tuple[int, int]], cell: Tensor, side: int
+) -> tuple[Tensor, Pyramid]:
     """The square neighbourhood of chosen cells, as a convolution with zero padding sees it.
 
     Args:
@@ -40,7 +42,8 @@ def patches(pyramid: Pyramid, sizes: list[tuple[int, int]], cell: Tensor, side: 
         side: of the neighbourhood in cells, odd.
 
     Returns:
-        [B * S, side * side * C] of the features' dtype, in the order (y, x, channel).
+        [B * S, side * side * C] of the features' dtype, in the order (y, x, channel), and the
+        pyramid for the next reader (see `chained_bags`).
     """
     stored = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
     last = len(stored) - 1
@@ -62,7 +65,8 @@ def patches(pyramid: Pyramid, sizes: list[tuple[int, int]], cell: Tensor, side: 
     rows = (y * skip)[..., :, None] * row_length[..., None, None] + (x * skip)[..., None, :]
     rows = torch.where(within, rows + start[..., None, None], 0).reshape(-1, 1)
     weight = within.reshape(-1, 1).to(pyramid.pixels.dtype)
-    return weighted_bags(pyramid.pixels, rows, weight).reshape(cell.numel(), -1)
+    read, pixels = chained_bags(pyramid.pixels, rows, weight)
+    return read.reshape(cell.numel(), -1), pyramid._replace(pixels=pixels)
 
 
 def by_level(level: Tensor, values: list[int]) -> Tensor:

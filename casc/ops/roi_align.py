@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from casc.devices import roi_kernels, traits
-from casc.ops.bags import weighted_bags
+from casc.ops.bags import chained_bags, weighted_bags
 from casc.ops.pyramid import Pyramid, by_level
 
 Sampling = Literal["fixed", "adaptive"]
@@ -66,17 +66,49 @@ def roi_align(
     Returns:
         [R, C, O, O] of the features' dtype; channels_last in memory for the bag's.
     """
-    boxes = boxes.detach()
-    level = roi_levels(boxes, len(pyramid.levels))
     if sampling == "adaptive" or kernel == "native":
-        rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
-        scales = [1 / stride for stride in pyramid.strides]
-        if sampling == "adaptive":
-            return _native(pyramid.levels, rois, level, scales, cells)
-        return _native(pyramid.levels, rois, level, scales, cells, GRID)
+        return _natively(pyramid, boxes.detach(), image, cells, sampling)
+    index, weight = _fixed_taps(pyramid, boxes.detach(), image, cells)
+    return _as_maps(weighted_bags(pyramid.pixels, index, weight), boxes, cells)
+
+
+def read_rois(
+    pyramid: Pyramid,
+    boxes: Tensor,
+    image: Tensor,
+    cells: int,
+    sampling: Sampling,
+    kernel: RoiKernel = "auto",
+) -> tuple[Tensor, Pyramid]:
+    """`roi_align`, and the pyramid for the next reader (see `chained_bags`)."""
+    if sampling == "adaptive" or kernel == "native":
+        return roi_align(pyramid, boxes, image, cells, sampling, kernel), pyramid
+    index, weight = _fixed_taps(pyramid, boxes.detach(), image, cells)
+    rows, pixels = chained_bags(pyramid.pixels, index, weight)
+    return _as_maps(rows, boxes, cells), pyramid._replace(pixels=pixels)
+
+
+def _natively(
+    pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int, sampling: Sampling
+) -> Tensor:
+    level = roi_levels(boxes, len(pyramid.levels))
+    rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
+    scales = [1 / stride for stride in pyramid.strides]
+    if sampling == "adaptive":
+        return _native(pyramid.levels, rois, level, scales, cells)
+    return _native(pyramid.levels, rois, level, scales, cells, GRID)
+
+
+def _fixed_taps(
+    pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int
+) -> tuple[Tensor, Tensor]:
+    level = roi_levels(boxes, len(pyramid.levels))
     sizes = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
     index, weight = _taps(boxes, image, level, sizes, pyramid.strides, cells)
-    rows = weighted_bags(pyramid.pixels, index, weight.to(pyramid.pixels.dtype))
+    return index, weight.to(pyramid.pixels.dtype)
+
+
+def _as_maps(rows: Tensor, boxes: Tensor, cells: int) -> Tensor:
     return rows.reshape(boxes.shape[0], cells, cells, -1).permute(0, 3, 1, 2)
 
 

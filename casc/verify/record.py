@@ -145,7 +145,7 @@ def _rpn_record(
     found = candidates(config.rpn, output, per_level, inputs.size, train=True)
     proposals = propose(config.rpn, found, train=True)
     index = targets.sample.indices
-    sampled = rpn_head_at(params, features.pyramid, level_sizes(levels), index)
+    sampled, _ = rpn_head_at(params, features.pyramid, level_sizes(levels), index)
     losses = rpn_losses(config.rpn, sampled, anchors, targets, gt.boxes)
     return losses, {
         "rpn.logits": output.logits,
