@@ -158,7 +158,7 @@ def _recipe(name: str, arguments: list[str]) -> None:
         patch.setattr(launching, "launch", launch)
         patch.setattr(sys, "argv", [name, *arguments])
         try:
-            exec(compile(source, spec.origin, "exec"), {"__name__": "__main__", "__doc__": ""})
+            exec(compile(source, spec.origin, "exec"), {"__name__": "__main__", "__doc__": "", "__package__": "casc.recipes"})
         except SystemExit as stop:
             if stop.code:
                 raise
