@@ -55,6 +55,9 @@ class Recipe:
     accumulate: int = 1
     """Forward and backward passes per update; ranks exchange gradients after the last. A step is
     batch x accumulate x devices images."""
+    bucket_mb: int = 25
+    """MiB of gradients that ranks send at a time, as the backward pass makes them. Larger ones
+    where each message costs much: many devices, a slow network."""
     normalise: Literal["rank", "world", "step"] = "rank"
     """What losses are divided by. rank: the number of samples in the device's own batch, as the
     reference does. world: the mean number over all devices, so that the update doesn't depend on
@@ -134,9 +137,9 @@ FREE_FIELDS = frozenset(
     (
         "name", "data", "out", "init", "resume", "max_steps", "val_split", "device", "compile",
         "compile_cache", "compile_backend", "deterministic", "model.roi_kernel",
-        "model.rpn.nms_kernel", "model.inference.nms_kernel", "warm_up", "evaluate_every",
-        "save_every", "save_steps", "keep_last",
-        "keep_best", "log_every", "watchdog_minutes", "tensorboard", "profile", "optim.max_skips",
+        "model.rpn.nms_kernel", "model.inference.nms_kernel", "warm_up", "bucket_mb",
+        "evaluate_every", "save_every", "save_steps", "keep_last", "keep_best",
+        "log_every", "watchdog_minutes", "tensorboard", "profile", "optim.max_skips",
     )
 )  # fmt: skip
 
@@ -179,6 +182,7 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
         ("epochs", recipe.epochs, 1),
         ("batch", recipe.batch, 1),
         ("accumulate", recipe.accumulate, 1),
+        ("bucket-mb", recipe.bucket_mb, 1),
         ("max-steps", recipe.max_steps, 1),
         ("save-steps", recipe.save_steps, 1),
         ("log-every", recipe.log_every, 1),

@@ -77,14 +77,21 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[torch.device]:
 class Exchange:
     """Backward passes whose gradients are the mean over the ranks."""
 
-    def __init__(self, params: Iterable[Tensor], ranks: Ranks):
-        """Take the parameters that train; each must get a gradient from every loss."""
+    def __init__(self, params: Iterable[Tensor], ranks: Ranks, bucket_mb: int = 25):
+        """Prepare.
+
+        Args:
+            params: what trains; each must get a gradient from every loss.
+            ranks: this process's place.
+            bucket_mb: how much is sent at a time, in MiB.
+        """
         self.parallel = None
         if ranks.world > 1:
             self.parallel = DistributedDataParallel(
                 _Holder(params),
                 # Gradients then lie in the buckets that are sent: no copy, no second memory.
                 gradient_as_bucket_view=True,
+                bucket_cap_mb=bucket_mb,
             )
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:

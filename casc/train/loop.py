@@ -113,7 +113,7 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
     split = run.index.splits[recipe.train_split]
     canvases = derived.canvases[recipe.train_split]
     optimizer = make_optimizer(recipe.optim, state)
-    exchange = Exchange([state.params[name] for name in state.momentum], ranks)
+    exchange = Exchange([state.params[name] for name in state.momentum], ranks, recipe.bucket_mb)
     together = ranks if recipe.normalise != "rank" else None
     shown = {**state.params, **state.ema} if recipe.ema.evaluate else state.params
     detector = new_detector(
