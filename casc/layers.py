@@ -66,11 +66,13 @@ def _scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _made_twice(function: Callable[..., Tensor], *args: object) -> Tensor:
-    """A weight made of parameters: quicker to make again for the backward pass than dear to keep.
+    """A weight made of parameters, which a compiler makes again for the backward pass.
 
-    That is up to a compiler; eager, the layer that uses it keeps it.
+    That is quicker than keeping it is dear. Eager, the layer that uses it keeps it anyway.
     """
-    return recomputed(function, *args) if torch.is_grad_enabled() else function(*args)
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return recomputed(function, *args)
+    return function(*args)
 
 
 def recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
