@@ -20,9 +20,9 @@ default:
 demo *args: setup
     {{ bin }}/python -m casc.recipes.demo {{ args }}
 
-# All tests
+# All tests, two files at a time; longest files first
 test *args: setup
-    {{ bin }}/python -m pytest {{ args }}
+    {{ bin }}/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder {{ args }}
 
 # Make or refresh .venv
 setup:

@@ -49,6 +49,27 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("casc")
 
 
+# In seconds, roughly, on two busy cores; what isn't listed takes less.
+LONGEST = {
+    "test_verify_compiled.py": 400,
+    "test_step.py": 250,
+    "test_verify.py": 150,
+    "test_distributed.py": 150,
+    "test_resnet.py": 110,
+    "test_elastic.py": 100,
+    "test_step_bench.py": 90,
+    "test_trajectories.py": 80,
+    "test_compiling.py": 70,
+    "test_chaos.py": 65,
+    "test_npu_training.py": 150,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: -LONGEST.get(item.path.name, 0))
+
+
 @pytest.fixture
 def compiled() -> Callable[[Callable], Callable]:
     """Compiles a function as the step does; an empty cache keeps tests independent."""
