@@ -47,6 +47,8 @@ class StepCommand:
     """Also time a first step without any cache; --no-cold saves those minutes."""
     threads: int | None = None
     """CPU threads; by default torch's choice."""
+    profile: Path | None = None
+    """Afterwards trace three more steps into this file (.json.gz), for Perfetto."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,9 @@ def _measure(what: "What", command: StepCommand, positives: int | None) -> dict[
         # What comes from the cache isn't compiled: the first process knows what there was.
         made = made or workers[0].compilations()
         facts, *their_facts = [worker.facts() for worker in workers]
+        if command.profile:
+            workers[0].trace(command.profile)
+            _say(f"a trace is in {command.profile}; open it in https://ui.perfetto.dev")
     report = _report(job, ours, facts | made)
     if job.compile:
         report |= {"compile_cold_s": cold, "compile_warm_s": ours.first["step_s"]}
@@ -132,11 +137,13 @@ def _job(what: "What", command: StepCommand, positives: int | None) -> "Job":
     from casc.bench.batch import Load
     from casc.bench.worker import Job
     from casc.devices import choose_device, choose_dtype
+    from casc.train.profile import check_profile
 
     if min(command.batch, command.steps) < 1 or command.objects < 0:
         raise UserError("--batch and --steps must be at least 1, --objects at least 0")
     if min(command.canvas) < 32 or any(side % 32 for side in command.canvas):
         raise UserError(f"--canvas {command.canvas}: both sides must be multiples of 32")
+    check_profile(command.profile)
     device = choose_device(command.device)
     dtype = choose_dtype(PRECISIONS.get(command.dtype, command.dtype), device)
     load = Load(command.canvas, command.batch, command.objects, positives, command.capacity)

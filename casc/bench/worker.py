@@ -77,6 +77,10 @@ class Worker:
         """Graphs, graph breaks and recompilations so far."""
         return self._ask("compilations")
 
+    def trace(self, file: Path) -> None:
+        """Write a trace of a few more steps."""
+        self._ask(file)
+
     def close(self) -> None:
         """End the process."""
         self.pipe.close()
@@ -89,7 +93,7 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, what: str) -> Any:
+    def _ask(self, what: str | Path) -> Any:
         job = self.job
         try:
             self.pipe.send(what)
@@ -118,6 +122,8 @@ def _serve(pipe: Connection, job: Job) -> None:
             answer: Any
             if question == "step":
                 answer = _timed(subject.step)
+            elif isinstance(question, Path):
+                answer = trace(subject, question)
             elif question == "compilations":
                 answer = compilations()
             else:
@@ -143,6 +149,16 @@ def _timed(step: Callable[[], dict[str, float]]) -> dict[str, float]:
     start = time.perf_counter()
     parts = step()
     return {"step_s": time.perf_counter() - start} | parts
+
+
+def trace(subject: Subject, file: Path) -> None:
+    """Write a trace of a few steps; see `casc.train.profile`."""
+    from casc.train.profile import NEEDED, profiling
+
+    with profiling(file) as traced:
+        for _ in range(NEEDED):
+            subject.step()
+            traced()
 
 
 def _facts(subject: Subject, job: Job) -> dict[str, Any]:

@@ -17,7 +17,7 @@ STEPS = 3
 NEEDED = SKIPPED + WARM_UP + STEPS
 
 
-def check_profile(file: Path | None, steps: int) -> None:
+def check_profile(file: Path | None, steps: int = NEEDED) -> None:
     """Refuse a trace that can't be made.
 
     Args:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from casc.bench import flops
+from casc.bench import flops, worker
 from casc.bench.against import Timed, ratio, run_command
 from casc.bench.batch import Load, made_up_batch
 from casc.bench.cli import as_table, with_default
@@ -81,6 +81,7 @@ def test_the_report_reads_well(report):
         (["--batch", "0"], "--batch"),
         (["--objects", "3", "--capacity", "2", "--no-compile"], "capacity 2"),
         (["--device", "cuda:99"], "--device cuda:99"),
+        (["--profile", "trace.txt"], "--profile trace.txt"),
         (["--against", "no-such-program"], "no-such-program"),
     ],
 )
@@ -89,6 +90,19 @@ def test_what_cant_be_measured_is_said_in_a_line(arguments, message, capsys):
         main(["bench", "train", *arguments])
     assert end.value.code == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_worker_traces_its_own_steps(tmp_path):
+    class Product:
+        def step(self):
+            return {"step_s": float(torch.ones(3, 4).mm(torch.ones(4, 5)).sum())}
+
+        def facts(self):
+            return {}
+
+    worker.trace(Product(), tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [event["name"] for event in events].count("aten::mm") == 3
 
 
 @pytest.mark.parametrize(
