@@ -172,14 +172,15 @@ def _check_conventions(recipe: Recipe, weights: Weights) -> list[str]:
     Raises:
         UserError: in something that makes them useless here.
     """
+    notes = [f"warning: {weights.source}: {weights.problem}"] if weights.problem else []
     if weights.recipe is None:
-        return []
+        return notes
     before, now = weights.recipe, to_json(recipe)
     found = {
         f"{room}.{name}": pair
         for room in ("image", "model")
-        for name, pair in differences(before.get(room, {}), now[room]).items()
-        if name and name.partition(".")[0] in before.get(room, {})
+        for name, pair in differences(before.get(room) or {}, now[room]).items()
+        if name.partition(".")[0] in (before.get(room) or {})
     }
     for name in ("image.mean", "image.std", "model.backbone.stride_in_1x1"):
         if name in found and found[name][0] is not None:
@@ -188,7 +189,7 @@ def _check_conventions(recipe: Recipe, weights: Weights) -> list[str]:
                 f"--{name.replace('_', '-')}: the weights of {weights.source} were trained with"
                 f" {old}, now it is {new}; use what they were trained with"
             )
-    return [
+    return notes + [
         f"warning: the weights were trained with {name} {old}, this run has {new}"
         for name, (old, new) in found.items()
         if name.startswith(("model.anchors.", "model.stages"))

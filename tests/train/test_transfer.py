@@ -149,6 +149,8 @@ def test_other_anchors_are_pointed_out(tiny_recipe, weights):
     )
     _, _, notes = moved(tiny_recipe, weights, FIVE)
     assert not [note for note in notes if note.startswith("warning")]
+    _, _, notes = moved(tiny_recipe, replace(weights, problem="asks for more"), FIVE)
+    assert notes[-1] == "warning: five: asks for more"
 
 
 def test_a_run_says_what_it_took(tiny_recipe, weights, tmp_path, capsys):
