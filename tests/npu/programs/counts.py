@@ -1,7 +1,10 @@
-"""Count what training steps ask of an NPU: `counts.py OUT.json`. Needs the emulator.
+"""Count what steps ask of an NPU: `counts.py OUT.json [--inductor]`. Needs the emulator.
 
 casc's step and that of torchvision's Mask R-CNN, which nobody wrote with NPUs in mind, run on the
-same pictures. Widths and canvas are small, which no count depends on.
+same pictures. Widths and canvas are small; but for bytes no count depends on them. casc may use
+no operator that falls back to the CPU, except those listed.
+
+With --inductor its C++ stands in for triton-ascend; compiling takes minutes.
 """
 
 import json
@@ -14,17 +17,19 @@ import torch
 from torch import Tensor
 
 # torch has loaded it already, where it is on the path.
-from torch_npu.recording import Recording, places, recording
+from torch_npu.compiling import register_inductor
+from torch_npu.recording import Recording, places, recording, without_fallbacks
 
-from casc import detector
+from casc import detector, devices
 from casc.bench.batch import Load, made_up_batch
 from casc.box_head import BoxHeadConfig
 from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
 from casc.data.stream import to_device
 from casc.detector import DetectorConfig
-from casc.devices import choose_device, traits
+from casc.devices import choose_device
 from casc.fpn import FPNConfig
+from casc.kernels import choose_compute
 from casc.mask_head import MaskHeadConfig
 from casc.resnet import ResNetConfig
 from casc.rpn import RPNConfig
@@ -34,7 +39,10 @@ from casc.train.guard import IN_A_ROW
 from casc.train.meter import Meter
 from casc.train.optim import Optim, make_optimizer, update
 from casc.train.state import new_state
-from casc.train.step import Compute, make_loss_step
+from casc.train.step import make_detect_step, make_loss_step
+
+# Operators that torch_npu has no kernel for: why casc uses them all the same, and what happens.
+MISSING: dict[str, str] = {}
 
 CANVAS = (96, 128)
 CLASSES = 4
@@ -44,10 +52,14 @@ MODEL = DetectorConfig(
     classes=CLASSES,
     backbone=ResNetConfig(width=16),
     fpn=FPNConfig(channels=32),
-    rpn=RPNConfig(channels=32, samples=32, train_pre_nms=200, train_proposals=50),
+    rpn=RPNConfig(
+        channels=32, samples=32, train_pre_nms=200, train_proposals=50, test_pre_nms=100,
+        test_proposals=50,
+    ),
     box_head=BoxHeadConfig(samples=32, channels=64),
     mask_head=MaskHeadConfig(channels=16),
-)
+)  # fmt: skip
+IMAGE = ImageConfig(short=CANVAS[0], long=CANVAS[1])
 
 
 def batches() -> list[Batch]:
@@ -59,15 +71,15 @@ def pinned(batch: Batch) -> Batch:
     return Batch(*[column.pin_memory() for column in batch if column is not None])
 
 
-def casc_step(capacity: str, *, compile: bool) -> Callable[[int], Tensor]:
+def casc_step(capacity: str, *, compile: bool = False) -> Callable[[int], Tensor]:
     """The loop's step: batch to the device, losses, gradients, update, figures for the log."""
     device = choose_device("npu:0")
-    model = replace(MODEL, mask_head=replace(MODEL.mask_head, capacity=capacity))
+    mask_head = replace(MODEL.mask_head, capacity=capacity)
+    model = replace(MODEL, mask_head=mask_head)
+    compute, _ = choose_compute(model, device, dtype="float32", compile=compile)
     params, buffers = detector.init(model, torch.Generator().manual_seed(0))
-    row = traits(device)
-    state = new_state(model, params, buffers, device, row.memory_format)
-    compute = Compute(torch.float32, row.memory_format, compile, row.dynamic_shapes)
-    loss_step = make_loss_step(model, ImageConfig(short=96, long=128), CANVAS, compute)
+    state = new_state(model, params, buffers, device, compute.memory_format)
+    loss_step = make_loss_step(model, IMAGE, CANVAS, compute)
     optimizer = make_optimizer(Optim(), state)
     exchange = Exchange([state.params[name] for name in state.momentum], ALONE)
     meter = Meter(device, ALONE)
@@ -80,6 +92,22 @@ def casc_step(capacity: str, *, compile: bool) -> Callable[[int], Tensor]:
         measures = {"loss": loss, "grad_norm": norm, **measures}
         meter.add(number, given[number].image_id, measures, state.guard[IN_A_ROW])
         return loss
+
+    return step
+
+
+def casc_inference() -> Callable[[int], Tensor]:
+    """Batch to the device, detections left there."""
+    device = choose_device("npu:0")
+    compute, _ = choose_compute(MODEL, device, dtype="float32", compile=False)
+    params, buffers = detector.init(MODEL, torch.Generator().manual_seed(0))
+    state = new_state(MODEL, params, buffers, device, compute.memory_format)
+    detect = make_detect_step(MODEL, IMAGE, CANVAS, compute)
+    given = [pinned(batch) for batch in batches()]
+
+    def step(number: int) -> Tensor:
+        found = detect(state.params, state.buffers, to_device(given[number], device))
+        return found.scores.sum() + found.masks.sum()
 
     return step
 
@@ -127,7 +155,10 @@ def torchvision_step() -> Callable[[int], Tensor]:
 
 
 def counts(step: Callable[[int], Tensor]) -> dict:
-    """Of every step after the first, which may compile; and whether later ones bring new shapes."""
+    """Of every step after the first, which may compile; how many shapes each is the first to have.
+
+    A shape here is a launch's: operator, dtypes and sizes of all operands.
+    """
     losses = [step(0)]
     with recording() as first:
         losses.append(step(0))
@@ -147,6 +178,7 @@ def summary(found: Recording) -> dict:
         "bytes": found.bytes,
         "doubles": found.doubles,
         "reads": places(found.reads),
+        "fallbacks": places(found.fallbacks),
         "copies": [[copy.name, copy.bytes, copy.where] for copy in found.copies],
         "operators": dict(found.launches),
     }
@@ -155,10 +187,16 @@ def summary(found: Recording) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     batch = [column for column in batches()[0] if column is not None]
-    result = {
-        "batch": [column.nbytes for column in batch],
-        "casc, full": counts(casc_step("full", compile=False)),
-        "casc, counted": counts(casc_step("counted", compile=False)),
-        "torchvision": counts(torchvision_step()),
-    }
+    result: dict = {"batch": [column.nbytes for column in batch]}
+    with without_fallbacks(MISSING):
+        if "--inductor" in sys.argv:
+            register_inductor()
+            devices.TRAITS["npu"] = replace(devices.TRAITS["npu"], triton=())
+            result["casc, compiled"] = counts(casc_step("full", compile=True))
+            result["kernels"] = torch._inductor.metrics.generated_kernel_count
+        else:
+            result["casc"] = counts(casc_step("full"))
+            result["casc, counted"] = counts(casc_step("counted"))
+            result["casc, inference"] = counts(casc_inference())
+    result["torchvision"] = counts(torchvision_step())
     Path(sys.argv[1]).write_text(json.dumps(result, indent=1))

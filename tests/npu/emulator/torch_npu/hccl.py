@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 from torch import Tensor

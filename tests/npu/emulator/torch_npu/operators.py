@@ -55,7 +55,9 @@ def aliased(names: list[str]) -> list[str]:
         if space != "aten" or rest.partition(".")[0] in _NOT_ALIASED:
             continue
         # What torch takes apart itself, gradients included, never reaches a backend.
-        if torch._C._dispatch_has_kernel(name) and not has_kernel(name, "CompositeImplicitAutograd"):
+        if torch._C._dispatch_has_kernel(name) and not has_kernel(
+            name, "CompositeImplicitAutograd"
+        ):
             chosen.append(rest)
     return chosen
 

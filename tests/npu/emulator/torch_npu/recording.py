@@ -5,6 +5,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from torch_npu import _C
@@ -91,5 +92,5 @@ def places(events: Iterable[Event]) -> list[tuple[str, int]]:
 def _caller() -> str:
     for frame in reversed(traceback.extract_stack()[:-2]):
         if not any(part in frame.filename for part in _NOT_THE_CALLER):
-            return f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.line}"
+            return f"{Path(frame.filename).name}:{frame.lineno} {frame.line}"
     return "a thread of torch's"
