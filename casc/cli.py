@@ -18,6 +18,7 @@ from casc.bench.operators import OperatorsCommand
 from casc.command_line import parse_arguments
 from casc.convert import ConvertCommand
 from casc.data.loading import Reading, check_loading
+from casc.doctor import DoctorCommand
 from casc.errors import UserError
 from casc.export.cli import ExportCommand
 from casc.report.command import ReportCommand
@@ -206,6 +207,7 @@ Command = (
     | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     | Annotated[VerifyCommand, tyro.conf.subcommand("verify")]
     | Annotated[BenchCommand, tyro.conf.subcommand("bench")]
+    | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
     | Annotated[ConvertCommand, tyro.conf.subcommand("convert")]
     | Annotated[ExportCommand, tyro.conf.subcommand("export")]
 )
