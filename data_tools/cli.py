@@ -153,33 +153,40 @@ class SynthCommand:
 
 @dataclass(frozen=True)
 class ShowCommand:
-    """Write a contact sheet of samples: boxes, masks and names. Crowds are striped."""
+    """Draw samples with boxes, masks and names: a contact sheet, or a page. Crowds are striped."""
 
     shards: tyro.conf.Positional[Path]
     """Folder with index.json, or its URL."""
     out: Path = Path("contact.png")
-    """The PNG to write."""
+    """The PNG to write; or, ending in .html, one self-contained page, with annotations listed."""
     split: str | None = None
     """Which split, by default the first."""
     n: int = 16
     """How many samples."""
     seed: int = 0
     """Chooses the samples."""
+    classes: tuple[str, ...] = ()
+    """Only samples with an object of one of these classes, given by name."""
+    ids: tuple[int, ...] = ()
+    """These images, however many they are."""
+    problems: tuple[str, ...] = ()
+    """Only samples in which sharding found one of these, named as in index.json's report, such
+    as rle_mask or degenerate_box; all: any of them."""
     cell: int = 480
-    """Longer side of a picture on the sheet, in pixels."""
+    """Longer side of a picture, in pixels."""
     loading: Fetching = field(default_factory=Fetching)
 
     def run(self) -> int:
-        """Draw the sheet."""
+        """Draw them."""
+        from data_tools.choose import Choice
         from data_tools.show import show_shards
 
         check_loading(self.loading)
         captions = show_shards(
             self.shards,
             self.out,
+            Choice(self.n, self.seed, self.classes, self.ids, self.problems),
             split=self.split,
-            count=self.n,
-            seed=self.seed,
             cell=self.cell,
             loading=self.loading,
         )

@@ -1,85 +1,113 @@
-"""`data_tools show`: samples of shards on a contact sheet."""
+"""`data_tools show`: samples of shards on a contact sheet, or on a page with their annotations."""
 
-import bisect
-import itertools
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from casc.data.index import Index, read_index
 from casc.data.loading import DEFAULT_LOADING, Fetching
-from casc.data.reader import read_shard
 from casc.data.remote import location
 from casc.draw import contact_sheet, draw_sample
 from casc.errors import UserError
+from casc.report.html import document, escape, picture, table
+from data_tools.choose import Choice, choose_samples, problems_of
+
+PAGE = (".html", ".htm")
+_SEEN_AT = 420
+"""Pixels of a picture's longest side on the page."""
 
 
 def show_shards(
     folder: str | os.PathLike[str],
     out: Path,
+    choice: Choice | None = None,
     *,
     split: str | None = None,
-    count: int = 16,
-    seed: int = 0,
     cell: int = 480,
     loading: Fetching = DEFAULT_LOADING,
 ) -> list[str]:
-    """Draw samples chosen at random on a contact sheet, and write it as PNG.
+    """Draw samples with their annotations on a contact sheet (PNG) or on an HTML page.
 
     Args:
         folder: of the shards, or their URL.
-        out: the PNG to write.
+        out: what to write; a page if its name ends in .html, else a PNG.
+        choice: which samples; by default 16 at random.
         split: of which split; the index's first by default.
-        count: how many samples.
-        seed: chooses them.
-        cell: the longest side of a picture on the sheet, in pixels.
+        cell: the longest side of a picture, in pixels.
         loading: how shards are fetched that lie elsewhere.
 
     Returns:
         A caption for each picture.
 
     Raises:
-        UserError: when there is no such split, or a shard can't be read.
+        UserError: when there is no such split or nothing to show, or a shard can't be read.
     """
     index, folder = read_index(folder, loading), location(folder)
-    if count < 1:
-        raise UserError(f"--n: expected 1 or more, got {count}")
+    if cell < 1:
+        raise UserError(f"--cell: expected 1 or more, got {cell}")
     if split is None:
         split = next(iter(index.splits), "")
     if split not in index.splits:
         raise UserError(f"{folder}: has no split {split!r}, only {', '.join(index.splits)}")
-    samples = _choose(folder, index, split, count, seed, loading)
+    samples = choose_samples(folder, index, split, choice or Choice(), loading)
     captions = [_caption(record) for _, record in samples]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix.lower() in PAGE:
+        page = _page(folder, index, split, samples, captions, cell)
+        out.write_text(page, encoding="utf-8")
+        return captions
     pictures = [draw_sample(image, record, index.categories, cell) for image, record in samples]
     sheet = contact_sheet(pictures, cell=cell, captions=captions)
-    out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).save(out, "PNG")
     return captions
 
 
-def _choose(
-    folder: str, index: Index, split: str, count: int, seed: int, loading: Fetching
-) -> list[tuple[bytes, dict[str, Any]]]:
-    shards = index.splits[split].shards
-    ends = list(itertools.accumulate(shard.samples for shard in shards))
-    total = ends[-1] if ends else 0
-    if not total:
-        raise UserError(f"{folder}: split {split!r} has no samples")
-    chosen = np.random.default_rng(seed).choice(total, min(count, total), replace=False)
-    wanted: dict[int, set[int]] = {}
-    for number in chosen.tolist():
-        shard = bisect.bisect_right(ends, number)
-        wanted.setdefault(shard, set()).add(number - (ends[shard] - shards[shard].samples))
-    samples: list[tuple[bytes, dict[str, Any]]] = []
-    for shard in sorted(wanted):
-        for i, (_, image, record) in enumerate(read_shard(folder, shards[shard], loading)):
-            if i in wanted[shard]:
-                samples.append((image, json.loads(record)))
-    return samples
+def _page(
+    folder: str,
+    index: Index,
+    split: str,
+    samples: list[tuple[bytes, dict[str, Any]]],
+    captions: list[str],
+    cell: int,
+) -> str:
+    cards = "".join(
+        _card(image, record, index, split, caption, cell)
+        for (image, record), caption in zip(samples, captions, strict=True)
+    )
+    whole = index.splits[split].samples
+    head = f"<p>{len(samples):,} of {whole:,} samples of {escape(split)} in {escape(folder)}</p>"
+    body = f'<div class="cards">{cards}</div>'
+    return document(f"{split}: samples", [("samples", "Samples", body)], head=head)
+
+
+def _card(
+    image: bytes, record: dict[str, Any], index: Index, split: str, caption: str, cell: int
+) -> str:
+    names = {category.id: category.name for category in index.categories}
+    drawn = picture(
+        draw_sample(image, record, index.categories, cell, _SEEN_AT),
+        f"{record['file_name']} with its {len(record['annotations'])} annotations drawn",
+    )
+    rows = []
+    for entry in record["annotations"]:
+        name = names.get(entry["category_id"], f"category {entry['category_id']}")
+        use = "crowd" if entry["iscrowd"] else "trained on" if entry["train"] else "evaluation only"
+        area = f"{entry['area']:,.0f}" if isinstance(entry.get("area"), (int, float)) else "n/a"
+        box = ", ".join(f"{value:g}" for value in entry["box"])
+        cells = (name, str(entry["id"]), area, box, use)
+        rows.append([(text, text) for text in cells])
+    listed = table(
+        "Annotations, in pixels", ["class", "id", "area", "box x0, y0, x1, y1", "use"], rows
+    )
+    problems = "".join(f"<li>{escape(text)}</li>" for text in problems_of(index, split, record))
+    found = f'<ul class="messages">{problems}</ul>' if problems else ""
+    return (
+        f'<figure class="card"><figcaption>{escape(record["file_name"])}<br>{escape(caption)}'
+        f"</figcaption>{drawn}{found}<details><summary>{len(rows)} annotations</summary>{listed}"
+        "</details></figure>"
+    )
 
 
 def _caption(record: dict[str, Any]) -> str:

@@ -333,3 +333,16 @@ def test_pictures_can_be_saved(tmp_path):
     Image.fromarray(picture).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert np.asarray(image).shape == picture.shape
+
+
+def test_names_can_be_read_where_the_picture_is_reduced():
+    box = np.array([[300, 400, 1200, 1300]])
+    full = draw_instances(grey(1600, 1600), box, ["cat"], labels=[1], seen_at=1600)
+    plain = draw_instances(grey(1600, 1600), box, ["cat"], labels=[1])
+    reduced = draw_instances(grey(1600, 1600), box, ["cat"], labels=[1], seen_at=320)
+    heights = []
+    for picture in (plain, full, reduced):
+        _, top, _, bottom = names_box(picture[:410], 1)
+        heights.append(bottom - top)
+    assert heights[0] == heights[1]
+    assert heights[2] / (1600 / 320) >= 12

@@ -27,6 +27,7 @@ def draw_instances(
     scores: Sequence[float] | np.ndarray | None = None,
     crowds: Sequence[bool] | np.ndarray | None = None,
     long_side: int | None = None,
+    seen_at: int | None = None,
 ) -> np.ndarray:
     """Draw instances on an image, legible whatever the image's size.
 
@@ -45,6 +46,8 @@ def draw_instances(
         crowds: n flags; a crowd gets a striped mask, a dashed box and the word "crowd".
         long_side: the picture's longest side in pixels; the image is resized to it before
             anything is drawn. By default only small images are resized.
+        seen_at: how long that side will be on the screen, if it is going to be reduced: lines
+            and letters are drawn so that they can still be read there.
 
     Returns:
         `[H, W, 3]` uint8 RGB.
@@ -59,7 +62,7 @@ def draw_instances(
     picture = resize(image, long_side)
     scale = np.array([picture.shape[1] / image.shape[1], picture.shape[0] / image.shape[0]])
     canvas = _extend(picture)
-    pen = pen_for(canvas)
+    pen = pen_for(canvas, seen_at)
     colours = [class_colour(names[i] if labels is None else int(labels[i])) for i in range(count)]
     is_crowd = [crowds is not None and bool(crowds[i]) for i in range(count)]
     limit = np.array([picture.shape[1], picture.shape[0]] * 2)

@@ -71,17 +71,18 @@ def class_colour(label: int | str) -> Colour:
     return red, green, blue
 
 
-def pen_for(canvas: np.ndarray) -> Pen:
-    """The pen that suits a picture `[H, W, 3]`."""
+def pen_for(canvas: np.ndarray, seen_at: int | None = None) -> Pen:
+    """The pen that suits a picture `[H, W, 3]` whose long side is shown `seen_at` pixels long."""
+    shrunk = 1.0 if seen_at is None else max(1.0, max(canvas.shape[:2]) / seen_at)
     size = math.sqrt(canvas.shape[0] * canvas.shape[1])
-    line = max(2, round(size / 280))
-    font = font_of(max(12, round(size / 42)))
+    line = max(round(2 * shrunk), round(size / 280))
+    font = font_of(max(round(12 * shrunk), round(size / 42)))
     return Pen(
         line=line,
         outline=max(1, line // 2),
         rim=max(1, line // 3),
         font=font,
-        small_font=font_of(max(11, round(size / 52))),
+        small_font=font_of(max(round(11 * shrunk), round(size / 52))),
     )
 
 

@@ -16,6 +16,7 @@ def draw_sample(
     record: Mapping[str, Any],
     categories: Sequence[Category],
     long_side: int | None = None,
+    seen_at: int | None = None,
 ) -> np.ndarray:
     """Draw all annotations of a sample, those that aren't trained on included.
 
@@ -24,6 +25,7 @@ def draw_sample(
         record: its JSON, parsed.
         categories: of the index.
         long_side: the picture's longest side in pixels; see `draw_instances`.
+        seen_at: see `draw_instances`.
 
     Returns:
         `[H, W, 3]` uint8 RGB.
@@ -43,6 +45,7 @@ def draw_sample(
         polygons=[[] if isinstance(s, dict) else s for s in segmentations],
         crowds=[bool(entry["iscrowd"]) for entry in entries],
         long_side=long_side,
+        seen_at=seen_at,
     )
 
 

@@ -23,7 +23,7 @@ function ticks(low, high, count, whole = false) {
 
 function format(value, axis) {
   if (value === null) return "no value";
-  if (axis.percent) return `${+(100 * value).toFixed(1)} %`;
+  if (axis.percent) return `${+(100 * value).toFixed(1)}\u00a0%`;
   const size = Math.abs(value);
   if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return value.toLocaleString("en", { maximumSignificantDigits: size >= 1000 ? 7 : 4 });

@@ -29,8 +29,8 @@ from casc.tally import IouType, join, match, precision_at_recall
 from casc.tally_pool import Truth, by_image
 
 _CHUNK = 16
-PICTURE = 480
-"""Longest side of a picture, in pixels."""
+PICTURE, SEEN_AT = 480, 280
+"""Longest side of a picture in pixels, and on a page where two lie side by side."""
 
 
 class Shown(NamedTuple):
@@ -211,8 +211,9 @@ def _draw(
                 masks=[r["segmentation"] for r in results],
                 scores=[r["score"] for r in results],
                 long_side=PICTURE,
+                seen_at=SEEN_AT,
             )
-            truth = draw_sample(image, record, index.categories, PICTURE)
+            truth = draw_sample(image, record, index.categories, PICTURE, SEEN_AT)
             shown[key] = Shown(key, record["file_name"], wanted[key], truth, predicted)
     return shown
 

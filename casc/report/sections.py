@@ -60,7 +60,7 @@ def summary(history: History, evaluated: tuple[int, Evaluation] | None) -> str:
         tiles.append((title, _percent(value), f"at step {step:,}{more}"))
     speed = typical_speed(history)
     tiles.append(
-        ("Throughput", "n/a" if speed is None else f"{speed:.4g} img/s", "median of the log")
+        ("Throughput", "n/a" if speed is None else f"{speed:.3g} img/s", "median of the log")
     )
     if history.skipped:
         tiles.append(("Updates skipped", f"{history.skipped:,}", "loss or gradient not finite"))
@@ -97,7 +97,10 @@ def training(history: History, names: list[tuple[str, str]], first_batch: Path) 
         with Image.open(first_batch) as image:
             image.thumbnail((_WIDEST, 4 * _WIDEST))
             shown = picture(np.asarray(image.convert("RGB")), "Images of the first batch, drawn")
-        body += f'<h3>The first batch, as the model sees it</h3><div class="single">{shown}</div>'
+        body += (
+            '<h3>The first batch, as the model sees it</h3><div class="scroll single" tabindex="0"'
+            f' role="region" aria-label="The first batch">{shown}</div>'
+        )
     return body
 
 
@@ -164,7 +167,7 @@ def images(look: Look, step: int, threshold: float) -> str:
         f"{_extent(look, step)} Detections with a score of at least {threshold:g} are drawn and"
         " counted. An image's quality is the summed mask IoU of the objects that were found (at an"
         " IoU of .50 or more), over the mean number of objects and detections (panoptic quality)."
-        " 100 % means that all was found, exactly and nothing else."
+        " 100\u00a0% means that all was found, exactly, and nothing else."
     )
     if not look.worst:
         return note("There are too few images with objects to call some best and some worst.")
@@ -206,4 +209,4 @@ def _figure(value: float | None) -> tuple[str, float | None]:
 
 
 def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:.1f} %"
+    return "n/a" if value is None else f"{100 * value:.1f}\u00a0%"

@@ -85,10 +85,10 @@ def test_a_finished_run(new_log):
     log.add("results", text="a row")
     texts = Reader(page_of(log.folder, (100, a_look()))).texts
     assert "finished" in texts["summary"]
-    assert re.search(r"Box AP40\.0 %at step 100, best 60\.0 % at step 50", texts["summary"])
+    assert re.search(r"Box AP40\.0\s%at step 100, best 60\.0\s% at step 50", texts["summary"])
     assert "n/a" in texts["accuracy"]  # the class without objects
     assert "3.99.1" in texts["environment"]
-    assert "quality 25.0 %1 found, 2 missed, 3 wrong" in texts["images"]
+    assert "quality 25.0\u00a0%1 found, 2 missed, 3 wrong" in texts["images"]
 
 
 def test_trouble_is_told(new_log):
