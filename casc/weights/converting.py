@@ -172,7 +172,8 @@ def _kind(data: Any, source: str) -> Kind:
     names: Any = ()
     if isinstance(data, Mapping):
         inner = data.get("state_dict", data.get("model", data))
-        names = [str(name).removeprefix("module.") for name in inner or ()]
+        if isinstance(inner, Mapping):
+            names = [str(name).removeprefix("module.") for name in inner]
         if "blobs" in data or any(name.startswith("res2_0_branch") for name in names):
             return "detectron2"  # its reader says which
     if any(n.startswith(("roi_heads.", "backbone.bottom_up.")) for n in names):

@@ -196,7 +196,7 @@ def stated_image(
         source: the file.
 
     Raises:
-        UserError: file and user differ.
+        UserError: file and user differ, or a deviation isn't positive.
     """
     lines = []
     for name, given in (("mean", stated.pixel_mean), ("std", stated.pixel_std)):
@@ -209,6 +209,8 @@ def stated_image(
                     f" {_list(now)}; leave the flag out"
                 )
             image, how = replace(image, **{name: now}), how if how == "file" else "given"
+        if name == "std" and not min(image.std) > 0:
+            raise UserError(f"{source}: pixels would be divided by {_list(image.std)}")
         value = f"{_list(getattr(image, name))} for red, green, blue (0 to 255)"
         lines.append(Convention(f"pixel {name}", value, how, f"--pixel-{name}"))
     return image, lines

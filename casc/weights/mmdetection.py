@@ -50,9 +50,10 @@ def categories_of(data: Mapping[str, Any]) -> tuple[Category, ...] | None:
     about = meta.get("dataset_meta")
     about = about if isinstance(about, Mapping) else {}
     names = about.get("classes") or about.get("CLASSES") or meta.get("CLASSES")
-    if not names:
+    names = [names] if isinstance(names, str) else names
+    if not names or not isinstance(names, (list, tuple)):
         return None
-    return tuple(Category(-1, str(n)) for n in ([names] if isinstance(names, str) else names))
+    return tuple(Category(-1, str(name)) for name in names)
 
 
 def settings_of(
@@ -107,7 +108,12 @@ def read_mmdetection(data: Mapping[str, Any], source: str, stated: Stated) -> Re
     tensors, created = complete(tensors, model, source, whole=True)
     rows = [_row(name, value, channels, widened) for name, value in found.items()]
     conventions = [channel_line(channels, known), *image_lines, *lines]
-    checkpoint = Checkpoint(tensors, model, image, categories_of(data), channels, whole=True)
+    categories = categories_of(data)
+    if categories and len(categories) != model.classes:
+        raise UserError(
+            f"{source}: names {len(categories)} classes, but its heads know {model.classes}"
+        )
+    checkpoint = Checkpoint(tensors, model, image, categories, channels, whole=True)
     return Read(checkpoint, rows + created, conventions)
 
 

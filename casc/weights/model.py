@@ -56,6 +56,11 @@ def load_trained(source: str) -> Trained:
     lacking += [name for name, _, _ in fit.reshaped]
     if lacking:
         raise UserError(f"{weights.source}: {lacking[0]!r} is missing or of another shape")
+    known = weights.categories
+    if known is not None and len(known) != model.classes:
+        raise UserError(
+            f"{weights.source}: names {len(known)} classes, but its heads know {model.classes}"
+        )
     return Trained(weights, model, image, params, buffers)
 
 

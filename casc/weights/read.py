@@ -223,7 +223,7 @@ def _from_torch(source: str, data: Any) -> Weights:
     said = settings_of(data, model, ImageConfig(), source)
     recipe = None
     if said:
-        if said.channels and STEM in tensors:
+        if said.channels and STEM in tensors and tensors[STEM].dim() == 4:
             tensors = to_rgb(tensors, said.channels)
         recipe = {"model": to_json(said.model), "image": to_json(said.image)}
     problem = said.problem if said else None

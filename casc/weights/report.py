@@ -104,7 +104,8 @@ def _grouped(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         groups.setdefault((_part(row), row.note), []).append(row)
     return [
-        part + (f" x{len(found)}" if len(found) > 1 else "") + (f" ({note})" if note else "")
+        (f"{part}.* x{len(found)}" if len(found) > 1 else _whole(found[0]))
+        + (f" ({note})" if note else "")
         for (part, note), found in groups.items()
     ]
 
@@ -112,9 +113,15 @@ def _grouped(rows: Sequence[Row]) -> list[str]:
 def _part(row: Row) -> str:
     source, target = (_begin(name) if name else "" for name in (row.source, row.target))
     if not source or not target or source == target:
-        return (source or target) + ".*"
-    return f"{source}.* -> {target}.*"
+        return source or target
+    return f"{source}.* -> {target}"
+
+
+def _whole(row: Row) -> str:
+    names = dict.fromkeys(name for name in (row.source, row.target) if name)
+    return " -> ".join(names)
 
 
 def _begin(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split(".")[:2])
+    parts = name.split(".")[: 3 if ".bottom_up." in name else 2]
+    return ".".join("*" if part.isdigit() else part for part in parts)

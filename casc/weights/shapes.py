@@ -35,7 +35,7 @@ def backbone_of(tensors: Mapping[str, Tensor], source: str) -> ResNetConfig:
     bottleneck = f"{PREFIX}.layer1.0.conv3.weight" in tensors
     depths = [d for d, b in BLOCKS.items() if b == blocks and (d >= 50) == bottleneck]
     stem = tensors.get(f"{PREFIX}.conv1.weight")
-    if not depths or stem is None:
+    if not depths or stem is None or stem.dim() != 4:
         raise UserError(f"{source}: not the weights of a Cascade Mask R-CNN with a ResNet")
     depth: Any = depths[0]
     norm = "gn" if f"{PREFIX}.gn1.weight" in tensors else "frozen_bn"
@@ -48,6 +48,9 @@ def model_of(tensors: Mapping[str, Tensor], source: str) -> DetectorConfig:
     Raises:
         UserError: it isn't a Cascade Mask R-CNN that casc has.
     """
+    for name, value in tensors.items():
+        if not value.numel() or value.layout != torch.strided:
+            raise UserError(f"{source}: {name!r} is empty or sparse, which no weight is")
     backbone = backbone_of(tensors, source)
     try:
         config = _heads(tensors, backbone)
@@ -80,11 +83,12 @@ def _heads(tensors: Mapping[str, Tensor], backbone: ResNetConfig) -> DetectorCon
     channels = tensors[f"{NECK}.fpn_convs.0.conv.weight"].shape[0]
     fc = tensors[f"{BOX}.0.shared_fcs.0.weight"]
     anchors = tensors[f"{RPN}.rpn_cls.weight"].shape[0]
-    if anchors != len(reference.anchors.ratios):
-        raise ValueError(f"{anchors} anchors in each cell")
+    classes = tensors[f"{BOX}.0.fc_cls.weight"].shape[0] - 1
+    if anchors != len(reference.anchors.ratios) or classes < 1:
+        raise ValueError(f"{anchors} anchors in each cell, {classes} classes")
     return replace(
         reference,
-        classes=tensors[f"{BOX}.0.fc_cls.weight"].shape[0] - 1,
+        classes=classes,
         backbone=backbone,
         fpn=FPNConfig(channels, _norm(tensors, f"{NECK}.fpn_convs.0")),
         rpn=replace(reference.rpn, channels=tensors[f"{RPN}.rpn_conv.weight"].shape[0]),

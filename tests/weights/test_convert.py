@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +18,14 @@ from casc.box_head import BoxHeadConfig
 from casc.data.augment import ImageConfig
 from casc.data.index import Category, read_index
 from casc.detector import DetectorConfig
+from casc.errors import UserError
 from casc.fpn import FPNConfig
 from casc.mask_head import MaskHeadConfig
 from casc.resnet import ResNetConfig
 from casc.rpn import RPNConfig
+from casc.weights.detectron2 import read_detectron2
+from casc.weights.foreign import Stated
+from casc.weights.mmdetection import read_mmdetection
 from casc.weights.model import class_names, load_trained
 
 SMALL = DetectorConfig(
@@ -432,3 +439,56 @@ def test_bad_input_is_one_line(tmp_path, capsys, state):
     assert not new.exists()
     assert out.read_bytes() == written
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_report_names_every_tensor_once(tmp_path, capsys, state):
+    """From one foreign program to another, in one go."""
+    file = detectron2_file(tmp_path, state)
+    args = ("--to", "mmdetection", "--accept-differences", "--report", tmp_path / "r.json")
+    run(capsys, file, tmp_path / "b.pth", *args)
+    theirs = torch.load(file, weights_only=True)["model"]
+    ours = torch.load(tmp_path / "b.pth", weights_only=True)["state_dict"]
+    rows = json.loads((tmp_path / "r.json").read_text())["tensors"]
+    targets = [row["target"] for row in rows if row["target"]]
+    assert sorted(targets) == sorted(ours)
+    assert {row["source"] for row in rows if row["source"]} == theirs.keys()
+    for row in rows:
+        how, source, target = row["how"], row["source"], row["target"]
+        if how == "left over":
+            assert source in ("pixel_mean", "pixel_std")
+            continue
+        assert row["shape"] == list(ours[target].shape)
+        if how == "created":
+            assert target.endswith("num_batches_tracked")
+            continue
+        assert detectron2_name(target.replace("mask_head.1", "mask_head.0").replace(
+            "mask_head.2", "mask_head.0")) == source  # fmt: skip
+        assert (how == "copied") == ("mask_head" in target)
+        # Both programs take the colours in the order in which the model once had them.
+        assert torch.equal(ours[target], theirs[source])
+        assert how in ("renamed", "copied", "reordered")
+
+
+def test_the_documented_report_is_what_the_command_says(tmp_path, capsys, monkeypatch):
+    page = Path(__file__).resolve().parents[2] / "docs/converting.md"
+    (block,) = re.findall(r"```\n(model_final\.pkl .*?)\n```", page.read_text(), re.DOTALL)
+    config = replace(SMALL, classes=80, mask_head=MaskHeadConfig(channels=8))
+    params, buffers = detector.init(config, torch.Generator().manual_seed(0))
+    arrays = {k: v.numpy() for k, v in detectron2_model(params | buffers).items()}
+    zoo = {"model": arrays, "__author__": "Detectron2 Model Zoo"}
+    (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(zoo))
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "model_final.pkl", "d2.safetensors").strip() == block
+
+
+@pytest.mark.parametrize("theirs", [False, True], ids=["mmdetection", "detectron2"])
+def test_damaged_models_are_refused_and_never_crash(state, theirs):
+    whole = detectron2_model(state) if theirs else state
+    key, read = ("model", read_detectron2) if theirs else ("state_dict", read_mmdetection)
+    rng = random.Random(0)
+    for name in rng.sample(sorted(whole), 40):
+        for shape in ((), (0,), (3,), (5, 1), (2, 2, 2, 2)):
+            if shape != whole[name].shape and (name, shape) != ("pixel_mean", (3,)):
+                damaged = {**whole, name: torch.zeros(shape)}
+                with pytest.raises(UserError, match=r"^x: "):
+                    read({key: damaged}, "x", Stated())
