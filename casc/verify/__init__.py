@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from casc.detector import DetectorConfig, Inputs, Noise, reference_settings, trainable
+from casc.devices import choose_compiler
 from casc.errors import UserError
+from casc.kernels import choose_roi_kernel
 from casc.layers import Params
 from casc.paste import paste_masks
 from casc.rpn import Proposals
@@ -56,6 +58,10 @@ def verify(
         UserError: if the folder holds no golden set, or one can't be read.
     """
     passed = True
+    reference = reference_settings(DetectorConfig())
+    _, notes = choose_roi_kernel(reference.roi_kernel, reference.roi_align, device)
+    for note in notes:
+        log(note)
     for golden in read_sets(folder, log):
         mode = "compiled" if compile else "eager"
         log(f"{golden.name}: reference settings, float32, {mode}, {device}")
@@ -142,7 +148,7 @@ def run_training(
     def run(inputs: Inputs, noise: Noise, proposals: Proposals) -> tuple[Tensor, Record]:
         return training_record(params, buffers, config, inputs, noise, proposals)
 
-    step = torch.compile(run, fullgraph=True, dynamic=False) if compile else run
+    step = _compiled(run, device) if compile else run
     loss, record = step(*_to((inputs, noise, proposals), device))
     loss.backward()
     return record, {k: v.grad for k, v in params.items()}
@@ -163,7 +169,7 @@ def run_detections(
         with torch.no_grad():
             return detection_record(params, buffers, config, inputs, proposals)
 
-    step = torch.compile(run, fullgraph=True, dynamic=False) if compile else run
+    step = _compiled(run, device) if compile else run
     image = 0
     while f"test{image}.img" in golden.tensors:
         stored = golden.tensors[f"test{image}.proposals"]
@@ -173,6 +179,11 @@ def run_detections(
         boxes = record["det_bboxes"][0, :, :4].cpu()
         yield record, paste_masks(record["mask_prob"][0].cpu(), boxes, height, width)
         image += 1
+
+
+def _compiled(function: Callable, device: torch.device) -> Callable:
+    backend = choose_compiler("auto", device)
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
 
 
 def _proposals(stored: list[Tensor], count: int) -> Proposals:
