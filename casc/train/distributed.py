@@ -23,10 +23,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from casc.devices import traits
-from casc.errors import UserError
+from casc.errors import PassingError, UserError
 
 # Ranks wait for one of their machine to compile every canvas, which may take long on a CPU.
 _TIMEOUT = datetime.timedelta(hours=2)
+# Joining needs no such patience: torchrun starts all ranks at once.
+_JOINING = datetime.timedelta(minutes=10)
 
 
 class Ranks(NamedTuple):
@@ -60,14 +62,30 @@ def ranks_from_environment() -> Ranks:
 
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device) -> Iterator[torch.device]:
-    """Join the other ranks; gives this rank's own device."""
+    """Join the other ranks; gives this rank's own device.
+
+    Raises:
+        PassingError: they can't be reached.
+    """
     if ranks.world == 1:
         yield device
         return
     if device.type != "cpu":
         device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.accelerator.set_device_index(device.index)
-    dist.init_process_group(traits(device).backend, timeout=_TIMEOUT)
+    backend = traits(device).backend
+    # gloo connects all ranks here and now, the others when they first exchange something.
+    joining = _JOINING if backend == "gloo" else _TIMEOUT
+    try:
+        dist.init_process_group(backend, timeout=joining)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise PassingError(
+            f"rank {ranks.rank} of {ranks.world}: can't join the other ranks ({reason}); see to it"
+            " that torchrun has started all of them, and that they can reach each other"
+        ) from error
+    if joining != _TIMEOUT:
+        dist.set_timeout(_TIMEOUT)
     try:
         yield device
     finally:

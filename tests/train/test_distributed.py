@@ -1,5 +1,7 @@
+import datetime
 import os
 import socket
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from casc.errors import UserError
+from casc.errors import PassingError, UserError
+from casc.train import distributed
 from casc.train.distributed import (
     ALONE,
     Exchange,
@@ -45,6 +48,10 @@ def _entry(rank, world, port, function, args):
 def collectives():
     ranks = ranks_from_environment()
     with process_group(ranks, torch.device("cpu")):
+        # Once all have come, a step may take long.
+        assert dist.group.WORLD is not None
+        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+        assert backend.options._timeout == datetime.timedelta(hours=2)
         shapes = [(4, 3, 3, 3), (8, 4, 1, 1), (1, 8, 2, 2), (7,), ()]
         params = []
         for i, shape in enumerate(shapes):
@@ -100,6 +107,24 @@ def test_environment(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert ranks_from_environment() == Ranks(2, 1)
     assert not ranks_from_environment().main
+
+
+def test_ranks_that_do_not_come_are_not_waited_for_long(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_JOINING", datetime.timedelta(seconds=1))
+    began = time.monotonic()
+    with (
+        pytest.raises(PassingError, match=r"^rank 0 of 2: can't join the other ranks \(.*torchrun"),
+        process_group(ranks_from_environment(), torch.device("cpu")),
+    ):
+        pass
+    assert time.monotonic() - began < 300
+    assert not dist.is_initialized()
 
 
 def train_and_save(recipe, path):
