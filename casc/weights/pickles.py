@@ -42,8 +42,15 @@ def load_torch(path: Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # the reader raises all sorts of things on damaged files
+        # Files of old releases of torch can't be searched beforehand; and what the reader says
+        # of them begins with advice to read them unsafely.
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise _refusal(path, asked[1]) from None
+        why = first_line(error)
+        if isinstance(error, pickle.UnpicklingError):
+            why = "it isn't made of tensors and plain values alone, or is damaged"
         raise UserError(
-            f"{path}: not a file of tensors that torch.load reads safely ({first_line(error)})"
+            f"{path}: not a file of tensors that torch.load reads safely ({why})"
         ) from None
 
 

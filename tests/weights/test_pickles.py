@@ -98,9 +98,8 @@ def test_nothing_in_a_torch_file_runs(tmp_path, name, zipped):
         data = load_torch(tmp_path / "bomb.pth")
         assert type(data["x"]).__name__ == "_Nothing"
     else:
-        with pytest.raises(UserError, match=r"bomb.pth: ") as error:
+        with pytest.raises(UserError, match=r"bomb.pth: its pickle asks for .*nothing of it was"):
             load_torch(tmp_path / "bomb.pth")
-        assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("made*"))
 
 
