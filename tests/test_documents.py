@@ -36,7 +36,6 @@ JUST = Path(sys.executable).with_name("just")
 _BEGINS = re.compile(
     r"(?:^|(?<=[\s(`]))(?:torchrun|(?:[\w./]*/)?python3?|casc|data_tools|just)(?= )"
 )
-_ENDS = re.compile(r"\s(?:&&|\|\||[|;]|#|>>?|2>)\s|\s#.*")
 
 
 class Found(NamedTuple):
@@ -90,6 +89,7 @@ def commands(page: Path) -> Iterator[Found]:
             if listed := re.search(r"(?:command|args): \[(.*)\]", text):
                 text = listed[1].replace(",", " ")
             for part in re.split(r"&&|\|\||;| \| ", re.sub(r"(?:^|\s)#.*", "", text)):
+                part = re.sub(r"\s\d?>.*", "", part)  # where its output goes
                 if begin := _BEGINS.search(part):
                     yield Found(name, first + start, part[begin.start() :].strip())
 
@@ -158,7 +158,10 @@ def _recipe(name: str, arguments: list[str]) -> None:
         patch.setattr(launching, "launch", launch)
         patch.setattr(sys, "argv", [name, *arguments])
         try:
-            exec(compile(source, spec.origin, "exec"), {"__name__": "__main__", "__doc__": "", "__package__": "casc.recipes"})
+            exec(
+                compile(source, spec.origin, "exec"),
+                {"__name__": "__main__", "__doc__": "", "__package__": "casc.recipes"},
+            )
         except SystemExit as stop:
             if stop.code:
                 raise
@@ -227,7 +230,7 @@ def test_commands_are_found_wherever_they_stand(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text(
         "Text with `casc eval` in it.\n\n"
-        "    A=1 casc eval a b   # a comment\n"
+        "    A=1 casc eval a b >file 2>&1  # a comment\n"
         "    casc eval a \\\n        b && data_tools check s\n\n"
         "```sh\n$ srun torchrun -m casc.recipes.coco_1x\n```\n"
         "```python\ncasc = 1\n```\n"
