@@ -30,11 +30,11 @@ _OVERLAP = 1e-3
 class Tolerances:
     """The largest differences that rounding explains, between two float32 programs."""
 
-    boxes: float = 0.1
+    boxes: float = 0.05
     """Pixels of the input, of each coordinate."""
-    scores: float = 1e-3
+    scores: float = 5e-4
     """Of a score."""
-    masks: float = 1e-2
+    masks: float = 2e-3
     """Of a mask's probability."""
 
 

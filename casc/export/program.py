@@ -5,7 +5,7 @@ Resize, normalisation and padding are inside: whoever runs it hands over decoded
 Legend: B images, Hi x Wi input canvas, H x W canvas that the network sees, D detections.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,14 @@ def capture(
 
     casc's own operators are still in it; see `casc.export.operators`.
     """
-    holder = _Holder(params, buffers, model, image, shape.canvas).eval()
+    # The kernels that have a plain form, whatever the training device preferred.
+    portable = replace(
+        model,
+        roi_kernel="aten",
+        rpn=replace(model.rpn, nms_kernel="greedy"),
+        inference=replace(model.inference, nms_kernel="greedy"),
+    )
+    holder = _Holder(params, buffers, portable, image, shape.canvas).eval()
     pixels = torch.zeros((shape.batch, *shape.pixels, 3), dtype=torch.uint8)
     size = torch.tensor([shape.pixels]).repeat(shape.batch, 1)
     with torch.no_grad():

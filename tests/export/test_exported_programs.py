@@ -1,0 +1,310 @@
+"""Exported programs of a small detector against eager, each run where casc can't be imported."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from casc import cli, detector
+from casc.config import to_json
+from casc.data.augment import ImageConfig, resized
+from casc.data.batch import Batch
+from casc.detector import STAGES, Detections, DetectorConfig
+from casc.export import files
+from casc.export.files import write
+from casc.export.metadata import describe
+from casc.export.operators import plain
+from casc.export.pictures import generated_pictures
+from casc.export.program import Shape, capture, fitting_view, infer
+from casc.paste import paste_masks
+from casc.train.step import Compute, make_detect_step
+from casc.weights.model import Trained, load_trained
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "exporting.md"
+PIXELS = (80, 100)
+SHAPE = Shape(batch=2, pixels=PIXELS, canvas=(96, 128))
+COMPILER = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler"
+)
+
+
+class World(NamedTuple):
+    """A checkpoint, ten images, and what eager finds in them."""
+
+    checkpoint: Path
+    trained: Trained
+    pixels: Tensor
+    """[10, Hi, Wi, 3] uint8."""
+    size: Tensor
+    """[10, 2] int64."""
+    eager: Detections
+    """Fields [10, D, ...]."""
+
+
+@pytest.fixture(scope="module")
+def world(tiny, tmp_path_factory) -> World:
+    """Random weights whose scores are spread, and a threshold that one image doesn't reach."""
+    config, image, canvas = tiny
+    image = replace(image, long=160)  # for which the canvas has no room
+    config = replace(config, stages=STAGES[:2])
+    params, buffers = detector.init(config, torch.Generator().manual_seed(1))
+    pictures = generated_pictures(PIXELS)
+    pixels, size = torch.stack([p for p, _ in pictures]), torch.tensor([s for _, s in pictures])
+
+    def found(config: DetectorConfig) -> Detections:
+        with torch.no_grad():
+            return infer(params, buffers, config, image, canvas, pixels, size)
+
+    best = found(config).scores.amax(dim=1).sort().values
+    threshold = float(best[0] + best[1]) / 2
+    config = replace(config, inference=replace(config.inference, score_threshold=threshold))
+    eager = found(config)
+    assert sorted(eager.valid.any(dim=1).tolist()) == [False] + [True] * 9
+    assert eager.valid.sum() > 20
+    path = tmp_path_factory.mktemp("export") / "weights.safetensors"
+    recipe = {"model": to_json(config), "image": to_json(image)}
+    classes = [{"id": i, "name": name} for i, name in enumerate(("red", "green", "blue"), start=1)]
+    metadata = {"recipe": json.dumps(recipe), "classes": json.dumps(classes), "step": "7"}
+    save_file(params | buffers, path, metadata)
+    return World(path, load_trained(str(path)), pixels, size, eager)
+
+
+def export(*args: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", *(str(arg) for arg in args)])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+ARGUMENTS = ("--batch", 2, "--canvas", 96, 128, "--pixels", *PIXELS)
+
+
+def snippet(number: int) -> str:
+    """One of the page's programs."""
+    return re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)[number]
+
+
+def run_alone(world: World, folder: Path, code: str) -> Detections:
+    """Run the page's `detect` on the images two at a time, in a process that has no casc."""
+    np.savez(folder / "images.npz", pixels=world.pixels.numpy(), size=world.size.numpy())
+    script = f"""
+import sys
+sys.modules["casc"] = None
+{code}
+import numpy as np
+images = np.load("images.npz")
+parts = [
+    detect(images["pixels"][i : i + 2], images["size"][i : i + 2])
+    for i in range(0, len(images["size"]), 2)
+]
+names = ("boxes", "scores", "labels", "valid", "masks")
+np.savez("found.npz", **{{n: np.concatenate([np.asarray(p[n]) for p in parts]) for n in names}})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "found.npz") as found:
+        return Detections(*(torch.from_numpy(found[name]) for name in Detections._fields))
+
+
+def assert_agrees(found: Detections, eager: Detections) -> None:
+    """Row by row: scores of these images are all apart, so that order is settled."""
+    assert torch.equal(found.valid, eager.valid)
+    gaps = eager.scores[:, :-1] - eager.scores[:, 1:]
+    assert gaps[eager.valid[:, 1:]].min() > 1e-5
+    assert torch.equal(found.labels, eager.labels)
+    torch.testing.assert_close(found.boxes, eager.boxes, rtol=0, atol=1e-2)
+    torch.testing.assert_close(found.scores, eager.scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.masks, eager.masks, rtol=0, atol=1e-4)
+    assert not found.scores[~found.valid].any()
+
+
+def test_onnx_agrees_with_eager_and_needs_no_casc(world, tmp_path, capsys):
+    import onnx
+
+    path = tmp_path / "detector.onnx"
+    assert export(world.checkpoint, path, *ARGUMENTS) == 0
+    assert "10 images, 1 without detections" in capsys.readouterr().out
+    assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not model.functions
+    found = run_alone(world, tmp_path, snippet(0))
+    assert_agrees(found, world.eager)
+    # What travels with the file, and what lies beside it.
+    (entry,) = model.metadata_props
+    inside, beside = (
+        json.loads(entry.value),
+        json.loads((tmp_path / "detector.onnx.json").read_text()),
+    )
+    assert beside["check"]["found"]["images"] == 10
+    assert {k: v for k, v in beside.items() if k != "check"} == inside
+    assert [c["name"] for c in inside["classes"]] == ["red", "green", "blue"]
+    assert inside["checkpoint"]["step"] == 7
+    image = world.trained.image
+    assert inside["preprocessing"]["mean"] == list(image.mean)
+    assert inside["preprocessing"]["canvas"] == [96, 128]
+    threshold = world.trained.model.inference.score_threshold
+    assert inside["thresholds"]["score"] == threshold
+    for said, is_there in (
+        (inside["inputs"], model.graph.input),
+        (inside["outputs"], model.graph.output),
+    ):
+        shapes = [[d.dim_value for d in t.type.tensor_type.shape.dim] for t in is_there]
+        assert [t["shape"] for t in said] == shapes
+        assert [t["name"] for t in said] == [t.name for t in is_there]
+
+
+@pytest.fixture(scope="module")
+def program(world) -> ExportedProgram:
+    """Of plain ATen, so that the two forms of it share the work."""
+    one = world.trained
+    return plain(capture(one.params, one.buffers, one.model, one.image, SHAPE))
+
+
+def test_torch_export_agrees_with_eager_and_needs_no_casc(world, program, tmp_path):
+    metadata = describe(world.trained, SHAPE, "pt2")
+    write(program, tmp_path / "detector.pt2", "pt2", metadata)
+    assert_agrees(run_alone(world, tmp_path, snippet(1)), world.eager)
+    extra = {"casc.json": ""}
+    torch.export.load(tmp_path / "detector.pt2", extra_files=extra)
+    assert json.loads(extra["casc.json"]) == metadata
+
+
+@COMPILER
+def test_aot_inductor_agrees_with_eager_and_needs_no_casc(world, program, tmp_path):
+    metadata = describe(world.trained, SHAPE, "aoti")
+    write(program, tmp_path / "detector.pt2", "aoti", metadata)
+    assert_agrees(run_alone(world, tmp_path, snippet(2)), world.eager)
+    package = torch._inductor.aoti_load_package(str(tmp_path / "detector.pt2"))
+    assert json.loads(package.get_metadata()["casc"]) == metadata
+
+
+def test_eager_here_is_what_evaluation_and_predict_run(world):
+    """`infer` and the step of `casc eval` and `casc predict`, where the canvas has the room."""
+    trained = world.trained
+    image, canvas = ImageConfig(short=96, long=160), (160, 160)
+    batch = Batch(
+        world.pixels,
+        world.size.float(),
+        torch.zeros(10, 1, 4),
+        torch.zeros(10, 1, dtype=torch.long),
+        torch.zeros(10, 1, dtype=torch.bool),
+        torch.zeros(10, 1, 1, 4),
+        torch.zeros(10, dtype=torch.long),
+        torch.zeros(10, dtype=torch.long),
+    )
+    step = make_detect_step(trained.model, image, canvas, Compute(compile=False))
+    expected = step(trained.params, trained.buffers, batch)
+    with torch.no_grad():
+        found = infer(
+            *(trained.params, trained.buffers, trained.model, image, canvas),
+            *(world.pixels, world.size),
+        )
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_images_are_never_cut_off():
+    generator = torch.Generator().manual_seed(0)
+    size = torch.randint(1, 700, (500, 2), generator=generator)
+    image, canvas = ImageConfig(short=96, long=160), (96, 128)
+    view = fitting_view(size, image, canvas)
+    usual = resized(size, image.short, image.long)
+    fits = (usual <= torch.tensor(canvas)).all(dim=1)
+    assert 0 < fits.sum() < 500
+    assert torch.equal(view.size[fits], usual[fits])
+    small = view.size[~fits]
+    assert (small >= 1).all()
+    assert (small <= torch.tensor(canvas)).all()
+    assert ((small == torch.tensor(canvas)).any(dim=1)).all()
+    # The aspect is kept to half a pixel of the shorter side.
+    height, width = size[~fits].double().unbind(1)
+    ratio = torch.minimum(canvas[0] / height, canvas[1] / width)
+    exact = torch.stack([height * ratio, width * ratio], dim=1).clamp(min=1)
+    assert (small - exact).abs().max() <= 0.5 + 1e-9
+    assert view.corner is None
+    assert not view.flip.any()
+
+
+def test_the_pages_paste_is_cascs(world):
+    names: dict = {}
+    exec(compile(snippet(3), str(DOCS), "exec"), names)
+    image = int(world.eager.valid.sum(dim=1).argmax())
+    rows = world.eager.valid[image]
+    boxes, masks = world.eager.boxes[image, rows], world.eager.masks[image, rows]
+    height, width = world.size[image].tolist()
+    expected = paste_masks(masks, boxes, height, width)
+    assert expected.any()
+    for i in range(len(boxes)):
+        made = names["paste"](masks[i].numpy(), boxes[i].numpy(), height, width)
+        assert (made != expected[i].numpy()).mean() < 1e-3
+
+
+def test_a_program_that_differs_is_not_kept(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("casc.export.program.capture", lambda *args: None)
+    monkeypatch.setattr(files, "write", lambda program, path, form, metadata: path.write_text(""))
+
+    def wrong(path, form):
+        def run(pixels, size):
+            image, canvas = world.trained.image, SHAPE.canvas
+            one = world.trained
+            found = infer(one.params, one.buffers, one.model, image, canvas, pixels, size)
+            return found._replace(masks=found.masks + 0.1)
+
+        return run
+
+    monkeypatch.setattr(files, "load", wrong)
+    assert export(world.checkpoint, tmp_path / "d.onnx", *ARGUMENTS) == 1
+    output = capsys.readouterr().out
+    assert "masks   differ by 0.1 at most" in output
+    assert "not kept" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_are_one_line_and_leave_nothing(world, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "d.onnx"
+    (tmp_path / "there.onnx").write_text("")
+    for args, message in (
+        ((out, "--format", "pt2"), "--format pt2 is written to a .pt2 file"),
+        ((tmp_path / "there.onnx",), "is there already"),
+        ((tmp_path / "no" / "d.onnx",), "there is no folder"),
+        ((out, "--batch", 0), "--batch 0: must be at least 1"),
+        ((out, "--canvas", 100, 128), "--canvas 100 128: both must be multiples of 32"),
+        ((out, "--pixels", 0, 128), "--pixels 0 128: both must be at least 1"),
+        ((out, "--short", 200), "--long 160: must be at least --short, 200"),
+        ((out, "--images", "x.jpg", "--no-check"), "--images: nothing is compared"),
+    ):
+        assert export(world.checkpoint, *args) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("casc: ")
+        assert error.count("\n") == 1
+        assert message in error
+    find = files.importlib.util.find_spec
+    missing = lambda name, *rest: None if name == "onnxscript" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(files.importlib.util, "find_spec", missing)
+    assert export(world.checkpoint, out) == 1
+    assert "onnxscript is missing; python -m pip install 'casc[export]'" in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == ["there.onnx"]
+
+
+def test_no_compiler_is_said_before_any_work(monkeypatch):
+    import torch._inductor.config as inductor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inductor.cpp, "cxx", (None, "/no/such/compiler"))
+        with pytest.raises(files.UserError, match="install g\\+\\+"):
+            files.check_form("aoti", check=True)
