@@ -185,6 +185,7 @@ def test_torch_export_agrees_with_eager_and_needs_no_casc(world, program, tmp_pa
 
 
 @COMPILER
+@pytest.mark.slow
 def test_aot_inductor_agrees_with_eager_and_needs_no_casc(world, program, tmp_path):
     metadata = describe(world.trained, SHAPE, "aoti")
     write(program, tmp_path / "detector.pt2", "aoti", metadata)
