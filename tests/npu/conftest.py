@@ -49,6 +49,16 @@ def run_ranks() -> Callable[..., None]:
     return run
 
 
+@pytest.fixture(scope="session")
+def run_module() -> Callable[..., str]:
+    """`run_module(name, *args, environment=)` is python -m; gives its output."""
+
+    def run(name: str, *args: object, environment: dict[str, str]) -> str:
+        return run_python(["-m", name, *map(str, args)], environment)
+
+    return run
+
+
 def start_python(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *command],

@@ -8,15 +8,17 @@ torch calls its device module by many names; here are those that it or casc need
 
 import sys
 import types
+from typing import Any
 
 import torch
+from torch.utils import backend_registration
 
 from torch_npu.building import extension
 
 __version__ = "2.14.0+emulator"
 
 _C = extension()
-npu = types.ModuleType("torch_npu.npu")
+npu: Any = types.ModuleType("torch_npu.npu")
 sys.modules["torch_npu.npu"] = npu
 
 
@@ -102,10 +104,10 @@ def _autoload() -> None:
     """What torch calls on import; importing this package has done it all."""
 
 
-torch.utils.rename_privateuse1_backend("npu")
+backend_registration.rename_privateuse1_backend("npu")
 _fill_module()
 torch._register_device_module("npu", npu)
-torch.utils.generate_methods_for_privateuse1_backend(
+backend_registration.generate_methods_for_privateuse1_backend(
     for_tensor=True, for_module=True, for_storage=True, for_packed_sequence=True
 )
 

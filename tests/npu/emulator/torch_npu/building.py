@@ -34,6 +34,7 @@ def extension() -> ModuleType:
         sources = [str(file) for file in sorted(SOURCES.glob("*.cpp"))]
         # Several processes may ask at once: torch lets one do it while the others wait.
         module = load(NAME, sources, build_directory=str(folder), extra_cflags=["-O1", "-g0"])
+        assert isinstance(module, ModuleType)
         whole.touch()
         return module
     # As `load` does, but without its imports and a build that has nothing to do.

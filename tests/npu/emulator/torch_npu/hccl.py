@@ -1,5 +1,8 @@
 """A process group named hccl, by gloo: it sees the device's memory as the host's."""
 
+# torch declares other names for these parameters, and not all methods of gloo's.
+# pyright: reportIncompatibleMethodOverride=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportAssignmentType=false
 from typing import Any
 
 import torch._C._distributed_c10d as c10d
@@ -79,7 +82,7 @@ def register() -> None:
 
 def _done(tensors: list[Tensor]):
     devices = sorted({t.device for t in tensors if t.device.type != "cpu"}, key=str)
-    future = Future(devices=devices)
+    future = Future(devices=list(devices))
     future.set_result(tensors)
     return c10d._create_work_from_future(future)
 
