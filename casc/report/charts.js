@@ -58,7 +58,7 @@ function drawChart(figure, spec) {
   const known = points.map((point) => point[1]).filter((value) => value !== null);
   if (!known.length) { plot.textContent = "There is no finite value to draw."; return; }
   let [y0, y1] = range(known, spec.y);
-  const rows = ticks(y0, y1, 4);
+  const rows = ticks(y0, y1, 5);
   const step = rows.length > 1 ? rows[1] - rows[0] : 0;
   // The top line is labelled, so that the highest value can be read off.
   if (spec.y.max === undefined && step && y1 > rows.at(-1) + step * 1e-6) {
