@@ -51,5 +51,10 @@ def fitted(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(trained.model, classes=classes), image=trained.image)
 
 
+def main(args: list[str] | None = None) -> None:
+    """Fine-tune."""
+    launch(finetune(), __doc__, args, fitted=fitted)
+
+
 if __name__ == "__main__":
-    launch(finetune(), __doc__, fitted=fitted)
+    main()

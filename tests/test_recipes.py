@@ -5,16 +5,19 @@ import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from casc import detector
 from casc.config import differences, from_json, to_json
 from casc.data.index import Bucket, Category, Index, Shard, Split, read_index
 from casc.errors import UserError
 from casc.recipe import Recipe, advice, check, describe, facts, parse
 from casc.train.launch import launch
 from casc.train.schedule import learning_rate
+from casc.weights.read import fit_weights, imagenet_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,6 +122,32 @@ def test_every_recipe_is_in_the_table_and_says_what_to_expect():
             assert ", ".join(figures) in row
         measured = "ot yet measured" in said
         assert measured == ("not yet measured" in row)
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"), [("coco_1x", "0676ba61"), ("coco_r101_1x", "63fe2227")]
+)
+def test_pretrained_backbones_fit_and_are_checked(name, digest, monkeypatch):
+    """torchvision's own network of that depth fills all of ours; its file's name has its hash."""
+    import torchvision
+
+    asked = []
+    backbone = recipe_of(name).model.backbone
+    with torch.device("meta"):
+        network = torchvision.models.get_model(f"resnet{backbone.depth}", weights=None)
+        params, buffers = detector.init(recipe_of(name).model, None)  # type: ignore[arg-type]
+
+    def download(url: str, **options: Any) -> Any:
+        asked.append(url)
+        assert options["check_hash"]
+        return network.state_dict()
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    _, _, fit = fit_weights(params, buffers, imagenet_weights(backbone.depth).tensors)
+    assert asked[0].endswith(f"/resnet{backbone.depth}-{digest}.pth")
+    assert len(fit.matched) == len(network.state_dict()) - 2  # its classifier
+    assert not fit.reshaped
+    assert not [missing for missing in fit.missing if missing.startswith("backbone.")]
 
 
 @pytest.mark.parametrize("name", ["coco_3x", "coco_lsj", "finetune"])
