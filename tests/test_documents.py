@@ -32,9 +32,10 @@ PAGES = [
 ]
 JUST = Path(sys.executable).with_name("just")
 
-# Where a command of ours begins within a line: after a prompt, an environment variable, srun ...
-_BEGINS = re.compile(
-    r"(?:^|(?<=[\s(`]))(?:torchrun|(?:[\w./]*/)?python3?|casc|data_tools|just)(?= )"
+# A command of ours, perhaps after a prompt, environment variables or what starts it.
+_COMMAND = re.compile(
+    r"\s*(?:\$ |[A-Z_]+=\S+ |srun |exec |time |do |- )*"
+    r"((?:torchrun|(?:[\w./]*/)?python3?|casc|data_tools|just) .*)"
 )
 
 
@@ -90,8 +91,8 @@ def commands(page: Path) -> Iterator[Found]:
                 text = listed[1].replace(",", " ")
             for part in re.split(r"&&|\|\||;| \| ", re.sub(r"(?:^|\s)#.*", "", text)):
                 part = re.sub(r"\s\d?>.*", "", part)  # where its output goes
-                if begin := _BEGINS.search(part):
-                    yield Found(name, first + start, part[begin.start() :].strip())
+                if command := _COMMAND.fullmatch(part):
+                    yield Found(name, first + start, command[1].strip())
 
 
 FOUND = [found for page in PAGES for found in commands(page)]
