@@ -4,9 +4,19 @@ Steps run eager and on one thread, so that nothing but the work changes from poi
 """
 
 import json
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import torch
+
+from casc import detector
+from casc.bench.batch import CLASSES, Load, made_up_batch
+from casc.bench.train import image_config
+from casc.detector import DetectorConfig
+from casc.train.step import Compute, anchor_count, to_format, training_inputs
 
 SWEEPS = {
     "images per step (256 x 256)": [
@@ -22,6 +32,7 @@ SWEEPS = {
     ],
 }
 WIDTH, HEIGHT, LEFT, TOP = 300, 200, 48, 40
+BLUE, ORANGE = "#1565c0", "#b85c00"
 
 
 def measure(options: list[str]) -> dict:
@@ -32,21 +43,65 @@ def measure(options: list[str]) -> dict:
     return json.loads(done.stdout)
 
 
-def chart(title: str, points: list[tuple[float, float]], left: int) -> str:
-    """One panel: seconds over what the title names."""
+def without_masks(counts: list[int], rounds: int = 5) -> list[float]:
+    """Median seconds of a step's losses and gradients but the masks', the counts in turns."""
+    torch.set_num_threads(1)
+    canvas, config = (256, 256), DetectorConfig(classes=CLASSES)
+    compute = Compute(torch.float32, torch.channels_last, compile=False)
+    params, buffers = detector.init(config, torch.Generator().manual_seed(0))
+    params = to_format(params, compute.memory_format)
+    learning = list(detector.trainable(config, params).values())
+    for value in learning:
+        value.requires_grad_()
+
+    def step(load: Load) -> float:
+        batch = made_up_batch(load, CLASSES)
+        start = time.perf_counter()
+        inputs = training_inputs(batch, image_config(load), canvas, compute)
+        anchors = anchor_count(config.anchors, canvas)
+        noise = detector.draw_noise(config, batch.seed, anchors, batch.valid.shape[1])
+        features = detector.extract(params, buffers, config, inputs.image)
+        losses, _, _ = detector.box_branch(params, config, features, inputs, noise)
+        torch.autograd.grad(detector.total(losses), learning, allow_unused=True)
+        return time.perf_counter() - start
+
+    loads = [Load(canvas, objects=n, capacity=100) for n in counts]
+    times = [[step(load) for load in loads] for _ in range(rounds + 1)][1:]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def chart(title: str, lines: dict[str, list[tuple[float, float]]], left: int) -> str:
+    """One panel: seconds over what the title names, a line for each kind of step."""
+    points = [point for line in lines.values() for point in line]
     right, top = max(x for x, _ in points), 1.1 * max(y for _, y in points)
-    place = [(left + LEFT + x / right * WIDTH, TOP + HEIGHT - y / top * HEIGHT) for x, y in points]
     parts = [
-        f'<text x="{left + LEFT}" y="24" font-size="13">{title}</text>',
+        f'<text x="{left + LEFT}" y="20" font-size="13">{title}</text>',
         f'<path d="M{left + LEFT} {TOP}v{HEIGHT}h{WIDTH}" fill="none" stroke="gray"/>',
-        f'<polyline points="{" ".join(f"{x:.0f},{y:.0f}" for x, y in place)}"'
-        ' fill="none" stroke="#1565c0" stroke-width="2"/>',
+        f'<text x="{left + LEFT - 6}" y="{TOP + HEIGHT}" font-size="11" text-anchor="end">0</text>',
     ]
-    for (x, y), (px, py) in zip(points, place, strict=True):
-        parts.append(f'<circle cx="{px:.0f}" cy="{py:.0f}" r="3.5" fill="#1565c0"/>')
-        label = f'font-size="11" text-anchor="middle" x="{px:.0f}"'
-        parts.append(f'<text {label} y="{py - 8:.0f}">{y:.2f} s</text>')
-        parts.append(f'<text {label} y="{TOP + HEIGHT + 16}">{x:.3g}</text>')
+    for x in sorted({x for x, _ in points}):
+        at = f'x="{left + LEFT + x / right * WIDTH:.0f}" y="{TOP + HEIGHT + 16}"'
+        parts.append(f'<text font-size="11" text-anchor="middle" {at}>{x:.3g}</text>')
+    for (name, line), colour in zip(lines.items(), (BLUE, ORANGE), strict=False):
+        place = [
+            (left + LEFT + x / right * WIDTH, TOP + HEIGHT - y / top * HEIGHT) for x, y in line
+        ]
+        parts.append(
+            f'<polyline points="{" ".join(f"{x:.0f},{y:.0f}" for x, y in place)}"'
+            f' fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
+        drop, last = 18 if colour == ORANGE else -9, -40.0
+        for (_, y), (px, py) in zip(line, place, strict=True):
+            anchor = "start" if px < left + LEFT + 20 else "middle"
+            label = f'font-size="11" fill="{colour}" text-anchor="{anchor}"'
+            parts.append(f'<circle cx="{px:.0f}" cy="{py:.0f}" r="3.5" fill="{colour}"/>')
+            if px - last >= 40:  # labels would lie on each other
+                parts.append(f'<text {label} x="{px:.0f}" y="{py + drop:.0f}">{y:.2f} s</text>')
+                last = px
+        if len(lines) > 1:
+            row = TOP + 12 + 16 * list(lines).index(name)
+            at = f'x="{left + LEFT + 8}" y="{row}"'
+            parts.append(f'<text font-size="11" fill="{colour}" {at}>{name}</text>')
     return "\n".join(parts)
 
 
@@ -59,8 +114,14 @@ def main() -> None:
             report = measure(options)
             print(title, x, f"{report['step_s']:.3f} s", report["positives"], flush=True)
             points.append((x, report["step_s"]))
-        panels.append(chart(title, points, i * (WIDTH + LEFT + 20)))
-    size = f'width="{3 * (WIDTH + LEFT + 20)}" height="{HEIGHT + TOP + 30}"'
+        lines = {"whole step": points}
+        if title.startswith("objects"):
+            counts = [int(x) for x, _ in sweep]
+            seconds = without_masks(counts)
+            print("without masks", dict(zip(counts, seconds, strict=True)), flush=True)
+            lines["without the mask branch"] = list(zip(counts, seconds, strict=True))
+        panels.append(chart(title, lines, i * (WIDTH + LEFT + 30)))
+    size = f'width="{3 * (WIDTH + LEFT + 30)}" height="{HEIGHT + TOP + 30}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
     back = '<rect width="100%" height="100%" fill="white"/>'
     text = "\n".join([head, back, *panels, "</svg>"])
