@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from casc import cli, detector
 from casc.config import to_json
-from casc.data.augment import ImageConfig, resized
+from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
 from casc.detector import STAGES, Detections, DetectorConfig
 from casc.export import files
@@ -26,7 +26,7 @@ from casc.export.files import write
 from casc.export.metadata import describe
 from casc.export.operators import plain
 from casc.export.pictures import generated_pictures
-from casc.export.program import Shape, capture, fitting_view, infer
+from casc.export.program import Shape, capture, infer
 from casc.paste import paste_masks
 from casc.train.step import Compute, make_detect_step
 from casc.weights.model import Trained, load_trained
@@ -217,28 +217,6 @@ def test_eager_here_is_what_evaluation_and_predict_run(world):
         )
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
-
-
-def test_images_are_never_cut_off():
-    generator = torch.Generator().manual_seed(0)
-    size = torch.randint(1, 700, (500, 2), generator=generator)
-    image, canvas = ImageConfig(short=96, long=160), (96, 128)
-    view = fitting_view(size, image, canvas)
-    usual = resized(size, image.short, image.long)
-    fits = (usual <= torch.tensor(canvas)).all(dim=1)
-    assert 0 < fits.sum() < 500
-    assert torch.equal(view.size[fits], usual[fits])
-    small = view.size[~fits]
-    assert (small >= 1).all()
-    assert (small <= torch.tensor(canvas)).all()
-    assert ((small == torch.tensor(canvas)).any(dim=1)).all()
-    # The aspect is kept to half a pixel of the shorter side.
-    height, width = size[~fits].double().unbind(1)
-    ratio = torch.minimum(canvas[0] / height, canvas[1] / width)
-    exact = torch.stack([height * ratio, width * ratio], dim=1).clamp(min=1)
-    assert (small - exact).abs().max() <= 0.5 + 1e-9
-    assert view.corner is None
-    assert not view.flip.any()
 
 
 def test_the_pages_paste_is_cascs(world):
