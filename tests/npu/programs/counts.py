@@ -1,11 +1,9 @@
-"""Count what steps ask of an NPU: `counts.py OUT.json [--inductor]`. Needs the emulator.
+"""Count what steps ask of an NPU: `counts.py OUT.json`. Needs the emulator.
 
 casc's step and that of torchvision's Mask R-CNN, which nobody wrote with NPUs in mind, run on the
 same pictures. Widths and canvas are small. Bytes depend on them, launches only through suppression:
 of 2,000 boxes a level, as in the reference, it takes some 1,100 more than of the 200 here. casc may
 use no operator that falls back to the CPU, except those listed.
-
-With --inductor its C++ stands in for triton-ascend; compiling takes minutes.
 """
 
 import json
@@ -18,10 +16,9 @@ import torch
 from torch import Tensor
 
 # torch has loaded it already, where it is on the path.
-from torch_npu.compiling import register_inductor
 from torch_npu.recording import Recording, places, recording, without_fallbacks
 
-from casc import detector, devices
+from casc import detector
 from casc.bench.batch import Load, made_up_batch
 from casc.box_head import BoxHeadConfig
 from casc.data.augment import ImageConfig
@@ -72,12 +69,12 @@ def pinned(batch: Batch) -> Batch:
     return Batch(*[column.pin_memory() for column in batch if column is not None])
 
 
-def casc_step(capacity: str, *, compile: bool = False) -> Callable[[int], Tensor]:
+def casc_step(capacity: str) -> Callable[[int], Tensor]:
     """The loop's step: batch to the device, losses, gradients, update, figures for the log."""
     device = choose_device("npu:0")
     mask_head = replace(MODEL.mask_head, capacity=capacity)
     model = replace(MODEL, mask_head=mask_head)
-    compute, _ = choose_compute(model, device, dtype="float32", compile=compile)
+    compute, _ = choose_compute(model, device, dtype="float32", compile=False)
     params, buffers = detector.init(model, torch.Generator().manual_seed(0))
     state = new_state(model, params, buffers, device, compute.memory_format)
     loss_step = make_loss_step(model, IMAGE, CANVAS, compute)
@@ -156,7 +153,7 @@ def torchvision_step() -> Callable[[int], Tensor]:
 
 
 def counts(step: Callable[[int], Tensor]) -> dict:
-    """Of every step after the first, which may compile; how many shapes each is the first to have.
+    """Of every step; how many shapes each is the first to have.
 
     A shape here is a launch's: operator, dtypes and sizes of all operands.
     """
@@ -190,16 +187,8 @@ if __name__ == "__main__":
     batch = [column for column in batches()[0] if column is not None]
     result: dict = {"batch": [column.nbytes for column in batch]}
     with without_fallbacks(MISSING):
-        if "--inductor" in sys.argv:
-            from torch._inductor import metrics
-
-            register_inductor()
-            devices.TRAITS["npu"] = replace(devices.TRAITS["npu"], triton=())
-            result["casc, compiled"] = counts(casc_step("full", compile=True))
-            result["kernels"] = metrics.generated_kernel_count
-        else:
-            result["casc"] = counts(casc_step("full"))
-            result["casc, counted"] = counts(casc_step("counted"))
-            result["casc, inference"] = counts(casc_inference())
+        result["casc"] = counts(casc_step("full"))
+        result["casc, counted"] = counts(casc_step("counted"))
+        result["casc, inference"] = counts(casc_inference())
     result["torchvision"] = counts(torchvision_step())
     Path(sys.argv[1]).write_text(json.dumps(result, indent=1))

@@ -1,9 +1,4 @@
-"""torch.compile for the emulated device.
-
-`register` is what Dynamo asks of any device, enough for the backends that generate no code
-("eager", "aot_eager"). `register_inductor` lets Inductor emit its C++ for it, in the place of
-triton-ascend; it hangs on torch's private interfaces, so only what counts kernels uses it.
-"""
+"""What Dynamo asks of a device: enough for the backends that generate no code ("aot_eager")."""
 
 # torch names the same parameters otherwise.
 # pyright: reportIncompatibleMethodOverride=false
@@ -85,48 +80,3 @@ def register() -> None:
     register_interface_for_device("npu", _Interface)
     for i in range(_C.device_count()):
         register_interface_for_device(f"npu:{i}", _Interface)
-
-
-def register_inductor() -> None:
-    """Let Inductor generate C++ for the device, whose memory is the host's."""
-    import torch._inductor.config as config
-    from torch._inductor.codegen.common import (
-        DeviceOpOverrides,
-        register_backend_for_device,
-        register_device_op_overrides,
-    )
-    from torch._inductor.codegen.cpp import CppScheduling
-    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
-    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
-
-    class Wrapper(PythonWrapperCodegen):
-        @staticmethod
-        def create(is_subgraph, subgraph_name, parent_wrapper, partition_signatures=None):
-            if is_subgraph:
-                return PythonWrapperCodegen.create(
-                    is_subgraph, subgraph_name, parent_wrapper, partition_signatures
-                )
-            return Wrapper()
-
-        def _generate_kernel_call_helper(self, name, args, *, device=None, **rest):
-            super()._generate_kernel_call_helper(name, args, device=torch.device("cpu"), **rest)
-
-    class Overrides(DeviceOpOverrides):
-        def import_get_raw_stream_as(self, name):
-            return f"def {name}(_): return 0"
-
-        def set_device(self, index):
-            return f"torch.npu.set_device({index})"
-
-        def synchronize(self):
-            return "torch.npu.synchronize()"
-
-        def device_guard(self, index):
-            return f"torch.npu.device({index})"
-
-    # What torch answers when asked for the backend of a device that it doesn't know.
-    config.cuda_backend = "cpp"
-    # It asks whether the device is the CPU, not whether C++ is generated.
-    config.loop_reindexing_after_fusion = False
-    register_device_op_overrides("npu", Overrides())
-    register_backend_for_device("npu", CppScheduling, Wrapper, CppWrapperCpu)
