@@ -83,6 +83,7 @@ class ReportCommand:
         from tqdm import tqdm
 
         from casc.data.index import read_index
+        from casc.data.remote import location
         from casc.ready import ready_detector
         from casc.report.looking import look_at, part_of
         from casc.train.checkpoint import list_checkpoints
@@ -93,7 +94,7 @@ class ReportCommand:
         if not list_checkpoints(self.folder / CHECKPOINTS):
             return None
         trained = load_trained(str(self.folder))
-        root = self.shards or str(history.recipe.get("data", ""))
+        root = location(self.shards or str(history.recipe.get("data", "")))
         try:
             index = read_index(root, self.loading)
         except UserError as error:

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from casc.report.looking import extremes
+from casc.data.index import Shard, Split
+from casc.report.looking import extremes, part_of
 from casc.report.quality import Quality, image_quality
 
 SIZE = (40, 60)
@@ -78,3 +79,21 @@ def test_extremes_are_the_ends_and_never_the_same(values: dict, count: int):
     assert [values[key] for key in best] == known[::-1][: len(best)]
     assert not set(worst) & set(best)
     assert len(worst) == len(best) == min(count, len(known) // 2)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 120))
+def test_a_part_is_whole_shards_from_all_over(sizes: list[int], limit: int):
+    shards = tuple(Shard(str(i), 0, True, n, 1, "") for i, n in enumerate(sizes))
+    whole = Split(sum(sizes), sum(sizes), (), shards)
+    part = part_of(whole, limit)
+    assert part.samples == sum(shard.samples for shard in part.shards)
+    assert part.samples >= min(limit, whole.samples)
+    places = [int(shard.name) for shard in part.shards]
+    assert places == sorted(set(places))
+    gaps = np.diff([-1, *places, len(sizes)])
+    assert gaps.max() <= 2 * len(sizes) / len(places) + 1
+    # No more than is needed: without the last shard of each size it wouldn't do.
+    if len(places) > 1:
+        fewest = sum(sorted(sizes)[: len(places) - 1])
+        assert fewest < limit
+    assert part_of(whole, None) == whole
