@@ -64,6 +64,10 @@ lint: setup
     {{ bin }}/ruff format --check
     {{ bin }}/pyright --pythonpath {{ bin }}/python
 
+# API reference into site/
+docs *args: setup
+    {{ bin }}/pdoc --docformat google --output-directory site {{ args }} casc data_tools
+
 # Tests with coverage
 coverage: setup
     {{ bin }}/python -m coverage erase
