@@ -64,11 +64,12 @@ def examine() -> tuple[list[Finding], list[str]]:
         findings.append(explain_import(trouble))
         # Without the devices' packages torch may do for the CPU.
         os.environ[AUTOLOAD] = "0"
-        if (again := import_trouble()) is not None:
-            fix = "reinstall torch: pip install --force-reinstall torch"
-            what = "import without them"
-            findings.append(Finding("torch", what, _last(again), "missing", fix))
-            return findings, []
+    try:
+        import torch  # noqa: F401
+    except Exception as error:
+        if trouble is None:
+            findings.append(explain_import(f"{type(error).__name__}: {error}"))
+        return findings, []
     more, usable = devices()
     return findings + more, usable
 
@@ -175,18 +176,27 @@ def nvidia() -> Iterator[Finding]:
 
 
 def import_trouble() -> str | None:
-    """What importing torch says when it fails, in a process of its own; None if it works."""
+    """What importing torch with the packages of other devices says when it fails.
+
+    In a process of its own, since an import that failed can't be tried again. None if it
+    works, or if there are no such packages.
+    """
+    if not _backends():
+        return None
     done = subprocess.run(
         [sys.executable, "-c", "import torch"], capture_output=True, text=True, check=False
     )
     return None if done.returncode == 0 else done.stderr.strip() or f"status {done.returncode}"
 
 
+def _backends() -> list[str]:
+    return [entry.name for entry in entry_points(group="torch.backends")]
+
+
 def explain_import(trouble: str) -> Finding:
     """What a failed import of torch means, and its mend."""
-    backends = [entry.name for entry in entry_points(group="torch.backends")]
     loaded = re.search(r"Failed to load the backend extension: (\w+)", trouble)
-    culprit = loaded[1] if loaded else ", ".join(backends) or "torch"
+    culprit = loaded[1] if loaded else ", ".join(_backends()) or "torch"
     library = re.search(r"(lib(?:hccl|ascend\w*|acl\w*|ge_\w*)\S*\.so\S*): cannot open", trouble)
     without = f"; or, to train on the CPU, export {AUTOLOAD}=0"
     home = cann_home()
