@@ -105,6 +105,15 @@ def test_deterministic_needs_its_variables(like_npu, monkeypatch):
         devices.make_deterministic(torch.device("cpu"))
 
 
+def test_deterministic_is_switched_on():
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        devices.make_deterministic(CPU)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_every_row_can_train_and_says_how():
     for kind, row in devices.TRAITS.items():
         assert row.backend.endswith(("gloo", "nccl", "hccl"))
