@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 EAGER = Compute(compile=False)
 
 
-def course(model, batches, ranks, *, together=True, parts=1, whole=False, rate=0.001):
+def course(model, batches, ranks, *, together=True, parts=1, whole=False, rate=1e-5):
     """Losses [steps] and all parameters after each step [steps, n]; batches are the world's."""
     config, image, canvas = model
     params, buffers = detector.init(config, torch.Generator().manual_seed(1))
@@ -54,7 +54,7 @@ def in_each_world(model, batches, folder, ports):
         with process_group(ranks, CPU):
             # Alone, losses are divided by the batch's own counts anyway.
             how = {"together": together and world > 1, "parts": parts, "whole": parts > 1}
-            losses, params = course(model, batches, ranks, **how)
+            losses, params = course(model, batches[: 20 // parts**2], ranks, **how)
         if rank == 0:
             save_file({"losses": losses, "params": params}, f"{folder}/{world}-{together}-{parts}")
 
@@ -67,17 +67,18 @@ def free_port() -> int:
 
 @pytest.fixture
 def small(tiny):
-    """A detector whose trajectory isn't chaotic.
+    """A detector of which everything trains, and whose trajectory isn't chaotic.
 
     A trajectory splits up where rounding decides: at a ReLU close to 0, which in so small a
     backbone is a hundredth of its gradient, and between proposals of nearly equal score. So
-    the backbone is frozen and proposals are few; the heads and the pyramid train.
+    proposals are few, and the learning rate is small: in 20 steps the loss falls by a third all
+    the same. (At 1e-4 two runs were 4e-5 apart in the end, at 1e-3 5e-2.)
     """
     config, image, canvas = tiny
     return (
         replace(
             config,
-            backbone=ResNetConfig(depth=18, width=16, norm="gn", frozen_stages=4),
+            backbone=ResNetConfig(depth=18, width=16, norm="gn", frozen_stages=-1),
             rpn=replace(config.rpn, train_pre_nms=12, train_proposals=40),
         ),
         image,
@@ -108,12 +109,14 @@ def test_one_two_and_four_ranks_take_the_same_course(small, full_batch, tmp_path
     found = {run: load_file(tmp_path / "-".join(map(str, run))) for run in runs}
     alone = found[1, True, 1]
     assert len(alone["losses"]) == 20
-    assert alone["losses"][-5:].sum() < 0.95 * alone["losses"][:5].sum()
+    assert alone["losses"][-5:].sum() < 0.8 * alone["losses"][:5].sum()
 
     def apart(run):
-        loss = (found[run]["losses"] / alone["losses"] - 1).abs().max()
-        gap = (found[run]["params"] - alone["params"]).norm(dim=1)
-        return max(loss.item(), (gap / alone["params"].norm(dim=1)).max().item())
+        losses, params = found[run]["losses"], found[run]["params"]
+        loss = (losses / alone["losses"][: len(losses)] - 1).abs().max()
+        lengths = alone["params"][: len(params)].norm(dim=1)
+        gap = (params - alone["params"][: len(params)]).norm(dim=1) / lengths
+        return max(loss.item(), gap.max().item())
 
     assert apart((2, True, 1)) < 1e-5
     assert apart((4, True, 1)) < 1e-5
