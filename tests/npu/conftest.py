@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,13 @@ def run_ranks() -> Callable[..., None]:
         if world == 1:
             run_python(command, environment)
             return
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        # A port for each group that the program makes: an earlier one's may be in use still.
+        with ExitStack() as held:
+            free = [held.enter_context(socket.socket()) for _ in range(8)]
+            for each in free:
+                each.bind(("127.0.0.1", 0))
+            ports = [str(each.getsockname()[1]) for each in free]
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "PORTS": ",".join(ports)}
         ranks = [
             start_python(command, environment | shared | {"RANK": str(i), "LOCAL_RANK": str(i)})
             for i in range(world)

@@ -31,6 +31,8 @@ if __name__ == "__main__":
     )
     F.conv2d = lambda x, *args: conv2d(x.contiguous(), *args)
     for number, (settings, path) in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        if "PORTS" in os.environ:
+            os.environ["MASTER_PORT"] = os.environ["PORTS"].split(",")[number]
         state = train(from_json(Recipe, settings, f"job {number}")).state
         params = {k: v.detach().cpu().contiguous() for k, v in state.params.items()}
         save_file(params, path.format(rank=os.environ.get("RANK", "0")))
