@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from casc.devices import traits
@@ -77,7 +78,17 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[torch.device]:
     # gloo connects all ranks here and now, the others when they first exchange something.
     joining = _JOINING if backend == "gloo" else _TIMEOUT
     try:
-        dist.init_process_group(backend, timeout=joining)
+        store, rank, world = next(rendezvous("env://", timeout=joining))
+        # After a restart the store still has the addresses of the ranks before, and whoever
+        # is early would read those: both sides then wait to be connected to.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=world,
+            timeout=joining,
+        )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise PassingError(
