@@ -14,7 +14,9 @@ from casc import detector
 from casc.config import differences, from_json, to_json
 from casc.data.index import Bucket, Category, Index, Shard, Split, read_index
 from casc.errors import UserError
-from casc.recipe import Recipe, advice, check, describe, facts, parse
+from casc.recipe import Recipe, parse
+from casc.recipe_checks import advice, check
+from casc.recipe_facts import describe, facts
 from casc.train.launch import launch
 from casc.train.schedule import learning_rate
 from casc.weights.read import fit_weights, imagenet_weights

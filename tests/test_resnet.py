@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -89,8 +90,9 @@ def test_the_stride_may_sit_in_the_first_convolution():
     net = torchvision_net(50, "frozen_bn")
     state = {our_name(k, "bn"): v for k, v in net.state_dict().items()}
     image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    for layer in (net.layer2, net.layer3, net.layer4):
-        layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    for name in ("layer2", "layer3", "layer4"):
+        block: Any = next(net.get_submodule(name).children())
+        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
     with torch.no_grad():
         made = resnet(state, state, ResNetConfig(depth=50, stride_in_1x1=True), image)
         other = resnet(state, state, ResNetConfig(depth=50), image)

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from casc.data.index import read_index
 from casc.devices import choose_device
 from casc.errors import PassingError, UserError
-from casc.recipe import Recipe, check, describe, parse
+from casc.recipe import Recipe, parse
+from casc.recipe_checks import check
+from casc.recipe_facts import describe
 from casc.train.distributed import ranks_from_environment
 from casc.train.loop import Summary, train
 from casc.train.sinks import Sink

@@ -17,7 +17,9 @@ from casc.detect import Detector, evaluate_split, new_detector
 from casc.devices import choose_device, make_deterministic, peak_memory, traits
 from casc.evaluate import Evaluation, format_table, write_evaluation
 from casc.kernels import choose_compute
-from casc.recipe import Recipe, check, facts, resolved
+from casc.recipe import Recipe, resolved
+from casc.recipe_checks import check
+from casc.recipe_facts import facts
 from casc.train import checkpoint
 from casc.train.accumulate import backward
 from casc.train.distributed import (

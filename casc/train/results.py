@@ -9,7 +9,7 @@ import torch
 
 from casc.evaluate import Evaluation
 from casc.ground_truth import read_json, write_json
-from casc.recipe import spread
+from casc.recipe_facts import spread
 from casc.train.run import Run
 
 RESULTS = "results.json"

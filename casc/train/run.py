@@ -15,7 +15,9 @@ from casc.data.index import Index
 from casc.data.plan import NOTHING_PAST, Past
 from casc.errors import UserError
 from casc.ground_truth import write_json
-from casc.recipe import Facts, Recipe, advice, rate_lines
+from casc.recipe import Recipe
+from casc.recipe_checks import advice
+from casc.recipe_facts import Facts, rate_lines
 from casc.train import checkpoint
 from casc.train.distributed import Ranks
 from casc.train.environment import environment

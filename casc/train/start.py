@@ -14,7 +14,8 @@ from casc.data.index import Index
 from casc.data.plan import NOTHING_PAST, Past, Phase
 from casc.devices import choose_dtype
 from casc.errors import UserError
-from casc.recipe import FREE_FIELDS, IMAGENET, RANDOM, Facts, Recipe
+from casc.recipe import FREE_FIELDS, IMAGENET, RANDOM, Recipe
+from casc.recipe_facts import Facts
 from casc.resnet import PREFIX
 from casc.train import checkpoint
 from casc.train.distributed import Ranks, from_main

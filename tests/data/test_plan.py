@@ -2,6 +2,7 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -274,7 +275,7 @@ def test_every_epoch_has_an_order_of_its_own(case):
 def test_blocks_have_their_share_of_every_bucket():
     """And where a bucket has fewer steps than there are blocks, any block may get them."""
     split = make_split([(0, 1000, True), (1, 300, True), (2, 3, True)])
-    common = {"seed": 7, "world": 1, "batch": 1, "workers": 2}
+    common: dict[str, Any] = {"seed": 7, "world": 1, "batch": 1, "workers": 2}
     rare = set()
     for epoch in range(40):
         plan = plan_epoch(split, epoch=epoch, block=100, **common)
