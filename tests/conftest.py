@@ -53,15 +53,20 @@ hypothesis.settings.load_profile("casc")
 LONGEST = {
     "test_verify_compiled.py": 400,
     "test_step.py": 250,
+    "test_exported_programs.py": 170,
     "test_verify.py": 150,
     "test_distributed.py": 150,
+    "test_npu_verify.py": 110,
     "test_resnet.py": 110,
     "test_elastic.py": 100,
+    "test_npu_training.py": 95,
     "test_step_bench.py": 90,
     "test_trajectories.py": 80,
     "test_compiling.py": 70,
     "test_chaos.py": 65,
-    "test_npu_training.py": 150,
+    "test_convert_goldens.py": 60,
+    "test_finetuning.py": 50,
+    "test_report_browser.py": 40,
 }
 
 

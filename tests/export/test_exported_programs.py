@@ -280,10 +280,11 @@ def test_mistakes_are_one_line_and_leave_nothing(world, tmp_path, capsys, monkey
     assert [f.name for f in tmp_path.iterdir()] == ["there.onnx"]
 
 
-def test_no_compiler_is_said_before_any_work(monkeypatch):
+def test_no_compiler_is_said_before_any_work():
     import torch._inductor.config as inductor
 
-    with monkeypatch.context() as patch:
-        patch.setattr(inductor.cpp, "cxx", (None, "/no/such/compiler"))
-        with pytest.raises(files.UserError, match="install g\\+\\+"):
-            files.check_form("aoti", check=True)
+    with (
+        inductor.patch({"cpp.cxx": (None, "/no/such/compiler")}),
+        pytest.raises(files.UserError, match="install g\\+\\+"),
+    ):
+        files.check_form("aoti", check=True)
