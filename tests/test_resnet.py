@@ -169,9 +169,9 @@ def test_recomputing_changes_no_number(mode, depth):
         if plain is None:
             assert again is None
         else:
-            # Compiled, what is computed again is fused and so rounded in another way, and a
-            # ReLU at zero may open.
-            atol = 1e-4 * plain.abs().max().item()
+            # Small entries are sums of large ones. Against float64, either way is within 2e-6 of
+            # a tensor's largest entry.
+            atol = 1e-5 * plain.abs().max().item()
             torch.testing.assert_close(again, plain, rtol=1e-5, atol=atol)
 
 
