@@ -12,8 +12,11 @@ from torch import Tensor
 
 from casc import losses
 from casc.boxes import decode, encode
-from casc.layers import Params, linear, new_weight, xavier_normal
+from casc.layers import Params, cast, linear, new_weight, xavier_normal
 from casc.matching import match_rois, sample, take
+from casc.ops.pyramid import Pyramid
+from casc.ops.roi_align import RoiKernel, Sampling
+from casc.ops.roi_linear import roi_linear
 from casc.targets import Targets
 
 PREFIX = "roi_head.bbox_head"
@@ -127,10 +130,44 @@ def sample_rois(
 
 def box_head(params: Params, stage: int, features: Tensor) -> BoxOutput:
     """Class logits and deltas of each RoI from its [R, C, cells, cells] features."""
+    return _outputs(
+        params, stage, linear(params, f"{PREFIX}.{stage}.shared_fcs.0", features.flatten(1))
+    )
+
+
+def box_head_at(
+    params: Params,
+    config: BoxHeadConfig,
+    stage: int,
+    pyramid: Pyramid,
+    boxes: Tensor,
+    image: Tensor,
+    sampling: Sampling,
+    kernel: RoiKernel,
+) -> tuple[BoxOutput, Pyramid]:
+    """`box_head` on what RoIAlign reads, and the pyramid for the next reader; see `roi_linear`.
+
+    Args:
+        params: weights by name.
+        config: cells per side.
+        stage: which head.
+        pyramid: features.
+        boxes: [R, 4] xyxy in pixels of the canvas.
+        image: [R] int64, each RoI's image in the batch.
+        sampling: RoIAlign's, and its
+        kernel: see `roi_align`.
+    """
+    name = f"{PREFIX}.{stage}.shared_fcs.0"
+    matrix = cast(params[f"{name}.weight"], pyramid.pixels.dtype)
+    bias = params[f"{name}.bias"].to(matrix.dtype)
+    x, pyramid = roi_linear(pyramid, boxes, image, config.cells, sampling, kernel, matrix, bias)
+    return _outputs(params, stage, x), pyramid
+
+
+def _outputs(params: Params, stage: int, x: Tensor) -> BoxOutput:
+    """What follows the first fully connected layer."""
     name = f"{PREFIX}.{stage}"
-    x = features.flatten(1)
-    x = F.relu(linear(params, f"{name}.shared_fcs.0", x))
-    x = F.relu(linear(params, f"{name}.shared_fcs.1", x))
+    x = F.relu(linear(params, f"{name}.shared_fcs.1", F.relu(x)))
     logits = linear(params, f"{name}.fc_cls", x)
     return BoxOutput(logits.float(), linear(params, f"{name}.fc_reg", x).float())
 

@@ -20,6 +20,7 @@ from casc.box_head import (
     RoiSample,
     StageConfig,
     box_head,
+    box_head_at,
     box_losses,
     init_box_head,
     max_positive,
@@ -40,7 +41,7 @@ from casc.mask_head import (
 from casc.matching import take
 from casc.ops.nms import NmsKernel, batched_nms
 from casc.ops.pyramid import Pyramid, flatten_pyramid
-from casc.ops.roi_align import RoiKernel, read_rois, roi_align
+from casc.ops.roi_align import RoiKernel, only_read, roi_align
 from casc.resnet import ResNetConfig, init_resnet, is_frozen, out_channels, resnet
 from casc.rpn import (
     Proposals,
@@ -260,7 +261,7 @@ def box_branch(
         params, config, pyramid, proposals, inputs, noise.stages
     )
     rois = [mask_rois(s, max_positive(config.box_head)) for s in samples]
-    return result | cascade, pyramid, rois
+    return result | cascade, only_read(pyramid, config.roi_align, config.roi_kernel), rois
 
 
 def rpn_branch(
@@ -301,10 +302,10 @@ def cascade_losses(
             config.box_head, stage, config.classes, boxes, valid, inputs.targets, keys[i]
         )
         flat, image = _flat(rois.boxes)
-        read, pyramid = read_rois(
-            pyramid, flat, image, config.box_head.cells, config.roi_align, config.roi_kernel
+        sampling, kernel = config.roi_align, config.roi_kernel
+        output, pyramid = box_head_at(
+            params, config.box_head, i, pyramid, flat, image, sampling, kernel
         )
-        output = box_head(params, i, read)
         stage_losses = box_losses(config.box_head, stage, output, rois, inputs.targets)
         result |= {f"s{i}.{k}": v for k, v in stage_losses.items()}
         result[f"s{i}.positives"] = _per_image(rois.positive)

@@ -4,6 +4,7 @@ Nothing is computed: the functions run on tensors without content.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,10 @@ def _image(load: Load) -> ImageConfig:
     return ImageConfig(short=min(load.canvas), long=max(load.canvas))
 
 
+def _product(rows: Sequence[int], matrix: Sequence[int]) -> int:
+    return 2 * rows[0] * matrix[0] * matrix[1]
+
+
 def _count(
     config: DetectorConfig, load: Load, step: Callable[[Params, Params, Batch], Tensor]
 ) -> int:
@@ -109,7 +114,14 @@ def _count(
         for name in names:
             params[name].requires_grad_()
         batch = Batch(*(None if t is None else mode.from_tensor(t) for t in batch))  # type: ignore[arg-type]
-        counter = FlopCounterMode(display=False)
+        operators = torch.ops.casc
+        # torch doesn't look into operators that aren't its own: here are the shapes they get.
+        products: dict[Any, Any] = {
+            operators.roi_linear: lambda *shapes, out_shape: _product(out_shape, shapes[3]),
+            operators.roi_linear_pixels: lambda *shapes, **_: _product(shapes[1], shapes[4]),
+            operators.roi_linear_matrix: lambda *shapes, **_: _product(shapes[0], shapes[4]),
+        }
+        counter = FlopCounterMode(display=False, custom_mapping=products)
         with counter:
             step(params, buffers, batch).backward()
     return counter.get_total_flops()

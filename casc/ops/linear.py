@@ -26,15 +26,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         [N, C'].
     """
-    large = weight.numel() >= WORTH_IT
-    if x.is_cpu and x.dtype == torch.float32 and large and ONEDNN:
-        return _linear(x, weight, bias)
+    return _linear(x, weight, bias) if _by_onednn(x, weight) else F.linear(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` without a gradient, for the inside of an operator."""
+    if _by_onednn(x, weight):
+        # What torch's own compiler calls for a linear layer whose weight it may prepack.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    large = weight.numel() >= WORTH_IT
+    return x.is_cpu and x.dtype == torch.float32 and large and ONEDNN
 
 
 @torch.library.custom_op("casc::linear", mutates_args=(), device_types="cpu")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _product(x, weight, bias)
+    return product(x, weight, bias)
 
 
 @_linear.register_fake
@@ -44,17 +54,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None):
 
 @torch.library.custom_op("casc::linear_backward", mutates_args=(), device_types="cpu")
 def _backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return _product(grad, weight.t(), None), _product(grad.t(), x.t(), None)
+    return product(grad, weight.t()), product(grad.t(), x.t())
 
 
 @_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # What torch's own compiler calls for a linear layer whose weight it may prepack.
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from casc.devices import roi_kernels, traits
-from casc.ops.bags import chained_bags, weighted_bags
+from casc.ops.bags import weighted_bags
 from casc.ops.pyramid import Pyramid, by_level
 
 Sampling = Literal["fixed", "adaptive"]
@@ -68,24 +68,18 @@ def roi_align(
     """
     if sampling == "adaptive" or kernel == "native":
         return _natively(pyramid, boxes.detach(), image, cells, sampling)
-    index, weight = _fixed_taps(pyramid, boxes.detach(), image, cells)
+    index, weight = fixed_taps(pyramid, boxes.detach(), image, cells)
     return _as_maps(weighted_bags(pyramid.pixels, index, weight), boxes, cells)
 
 
-def read_rois(
-    pyramid: Pyramid,
-    boxes: Tensor,
-    image: Tensor,
-    cells: int,
-    sampling: Sampling,
-    kernel: RoiKernel = "auto",
-) -> tuple[Tensor, Pyramid]:
-    """`roi_align`, and the pyramid for the next reader (see `chained_bags`)."""
+def only_read(pyramid: Pyramid, sampling: Sampling, kernel: RoiKernel) -> Pyramid:
+    """The pyramid with a gradient where `roi_align` reads it, and nowhere else.
+
+    What leaves a compiled graph and isn't read gets a gradient of zeros, as large as itself.
+    """
     if sampling == "adaptive" or kernel == "native":
-        return roi_align(pyramid, boxes, image, cells, sampling, kernel), pyramid
-    index, weight = _fixed_taps(pyramid, boxes.detach(), image, cells)
-    rows, pixels = chained_bags(pyramid.pixels, index, weight)
-    return _as_maps(rows, boxes, cells), pyramid._replace(pixels=pixels)
+        return pyramid._replace(pixels=pyramid.pixels.detach())
+    return pyramid._replace(levels=[level.detach() for level in pyramid.levels])
 
 
 def _natively(
@@ -99,9 +93,13 @@ def _natively(
     return _native(pyramid.levels, rois, level, scales, cells, GRID)
 
 
-def _fixed_taps(
-    pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int
-) -> tuple[Tensor, Tensor]:
+def fixed_taps(pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """What each cell of the fixed grid is a weighted sum of.
+
+    Returns:
+        Rows of `Pyramid.pixels` and their weights, [R * O * O, T] int64 and of the features'
+        dtype.
+    """
     level = roi_levels(boxes, len(pyramid.levels))
     sizes = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
     index, weight = _taps(boxes, image, level, sizes, pyramid.strides, cells)
