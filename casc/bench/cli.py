@@ -113,7 +113,6 @@ def _measure(what: "What", command: StepCommand, positives: int | None) -> dict[
         facts, *their_facts = [worker.facts() for worker in workers]
         if command.profile:
             workers[0].trace(command.profile)
-            _say(f"a trace is in {command.profile}; open it in https://ui.perfetto.dev")
     report = _report(job, ours, facts | made)
     if job.compile:
         report |= {"compile_cold_s": cold, "compile_warm_s": ours.first["step_s"]}
