@@ -82,7 +82,8 @@ def make_data(recipe: Recipe) -> None:
     if (recipe.data / INDEX_NAME).exists():
         return
     images = images_of(recipe)
-    if not images.exists():
+    # What comes last: a folder that an interrupted run began is made anew.
+    if not (images / "annotations").exists():
         SynthCommand(images, train=TRAIN, val=VAL, size=SIDE, classes=recipe.model.classes).run()
     ShardCommand(images, out=recipe.data, aspects=ASPECTS).run()
 

@@ -2,6 +2,12 @@
 
 import importlib
 import json
+from dataclasses import replace
+
+import pytest
+
+from casc.data.index import INDEX_NAME
+from data_tools import synth
 
 
 def test_demo_makes_trains_evaluates_and_draws(tmp_path, monkeypatch, capsys):
@@ -25,6 +31,25 @@ def test_demo_makes_trains_evaluates_and_draws(tmp_path, monkeypatch, capsys):
     kinds = [json.loads(line)["kind"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert "train" in kinds
     assert "evaluation" in kinds
+
+
+def test_an_interrupted_demo_can_be_started_again(tmp_path, monkeypatch):
+    demo = importlib.import_module("casc.recipes.demo")
+    monkeypatch.setattr(demo, "TRAIN", 2)
+    monkeypatch.setattr(demo, "VAL", 2)
+    recipe = replace(demo.demo(), data=tmp_path / "shards")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(synth, "draw_scene", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            demo.make_data(recipe)
+    assert demo.images_of(recipe).exists()
+    demo.make_data(recipe)
+    assert len(list((demo.images_of(recipe) / "train2017").glob("*.jpg"))) == 2
+    assert (recipe.data / INDEX_NAME).exists()
 
 
 def test_the_small_recipes_differ_from_the_reference_only_where_they_say():
