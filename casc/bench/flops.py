@@ -119,7 +119,7 @@ def _count(
         products: dict[Any, Any] = {
             operators.roi_linear: lambda *shapes, out_shape: _product(out_shape, shapes[3]),
             operators.roi_linear_pixels: lambda *shapes, **_: _product(shapes[1], shapes[4]),
-            operators.roi_linear_matrix: lambda *shapes, **_: _product(shapes[0], shapes[4]),
+            operators.roi_linear_matrix: lambda grad, *_, out_shape: _product(grad, out_shape),
         }
         counter = FlopCounterMode(display=False, custom_mapping=products)
         with counter:

@@ -11,14 +11,14 @@ from torch import Tensor
 MAPPED = 32 * 2**20
 
 
-def make_room(like: Tensor) -> None:
-    """Give unused pages back to the system before another block as large as this is asked for.
+def make_room(size: int, near: Tensor) -> None:
+    """Give unused pages back to the system before a block of so many bytes is asked for.
 
     A step leaves holes in the heap that hold memory but no block as large. Giving them back takes
-    5 to 30 ms; it is left alone where the block is small, the tensor isn't on the CPU, or the
-    C library isn't glibc.
+    5 to 30 ms; it is left alone where the block is small, the tensor beside which it is to be isn't
+    on the CPU, or the C library isn't glibc.
     """
-    if like.is_cpu and like.nbytes >= MAPPED and (trim := _trim()) is not None:
+    if near.is_cpu and size >= MAPPED and (trim := _trim()) is not None:
         trim(0)
 
 

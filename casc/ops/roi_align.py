@@ -66,10 +66,15 @@ def roi_align(
     Returns:
         [R, C, O, O] of the features' dtype; channels_last in memory for the bag's.
     """
-    if sampling == "adaptive" or kernel == "native":
+    if is_native(sampling, kernel):
         return _natively(pyramid, boxes.detach(), image, cells, sampling)
     index, weight = fixed_taps(pyramid, boxes.detach(), image, cells)
     return _as_maps(weighted_bags(pyramid.pixels, index, weight), boxes, cells)
+
+
+def is_native(sampling: Sampling, kernel: RoiKernel) -> bool:
+    """Whether the device's own operator reads the levels; if not, bags read the pixels."""
+    return sampling == "adaptive" or kernel == "native"
 
 
 def only_read(pyramid: Pyramid, sampling: Sampling, kernel: RoiKernel) -> Pyramid:
@@ -77,7 +82,7 @@ def only_read(pyramid: Pyramid, sampling: Sampling, kernel: RoiKernel) -> Pyrami
 
     What leaves a compiled graph and isn't read gets a gradient of zeros, as large as itself.
     """
-    if sampling == "adaptive" or kernel == "native":
+    if is_native(sampling, kernel):
         return pyramid._replace(pixels=pyramid.pixels.detach())
     return pyramid._replace(levels=[level.detach() for level in pyramid.levels])
 

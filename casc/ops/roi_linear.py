@@ -15,7 +15,7 @@ from casc.ops.bags import bag_backward_onto, weighted_bags
 from casc.ops.heap import make_room
 from casc.ops.linear import linear, product
 from casc.ops.pyramid import Pyramid
-from casc.ops.roi_align import RoiKernel, Sampling, fixed_taps, roi_align
+from casc.ops.roi_align import RoiKernel, Sampling, fixed_taps, is_native, roi_align
 
 # RoIs that are aligned at a time on a CPU: a block that its caches hold is quicker to turn
 # around than all features, and fresh large blocks of memory are slow.
@@ -47,7 +47,7 @@ def roi_linear(
     Returns:
         [R, K], and the pyramid as `chained_bags` hands it on.
     """
-    if sampling == "adaptive" or kernel == "native":
+    if is_native(sampling, kernel):
         features = roi_align(pyramid, boxes, image, cells, sampling, kernel)
         return linear(features.flatten(1), matrix, bias), pyramid
     index, weight = fixed_taps(pyramid, boxes.detach(), image, cells)
@@ -67,13 +67,15 @@ class _Chained(torch.autograd.Function):
         pixels, index, weight, matrix = ctx.saved_tensors
         grad = grad.contiguous()
         pixels_grad = _pixels_grad(later, grad, index, weight, matrix)
-        matrix_grad = _matrix_grad(grad, pixels, index, weight, matrix)
+        cells = matrix.shape[1] // pixels.shape[1]
+        matrix_grad = _matrix_grad(grad, pixels, index, weight, cells)
         return pixels_grad, None, None, matrix_grad, grad.sum(dim=0)
 
 
 @torch.library.custom_op("casc::roi_linear", mutates_args=())
 def _forward(pixels: Tensor, index: Tensor, weight: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    return product(_features(pixels, index, weight, matrix), matrix, bias)
+    cells = matrix.shape[1] // pixels.shape[1]
+    return product(_features(pixels, index, weight, cells), matrix, bias)
 
 
 @_forward.register_fake
@@ -82,14 +84,15 @@ def _(pixels, index, weight, matrix, bias):
     return pixels.new_empty((rois, matrix.shape[0]))
 
 
-# Two operators, so that what only the first one needs is gone when the second one runs.
+# Two operators, so that what only the first one needs, the matrix for one, is gone when the
+# second one runs.
 @torch.library.custom_op("casc::roi_linear_pixels", mutates_args=())
 def _pixels_grad(
     later: Tensor, grad: Tensor, index: Tensor, weight: Tensor, matrix: Tensor
 ) -> Tensor:
     """The gradient of the pixels, `later` from their next readers included."""
     channels = later.shape[1]
-    make_room(matrix)
+    make_room(grad.shape[0] * matrix.shape[1] * grad.itemsize, grad)
     # [R, C, N] to [R, N, C] in place, as another block as large costs more than the copies.
     rows = product(grad, matrix.t()).view(grad.shape[0], channels, -1)
     for block in rows.split(_block(rows)):
@@ -104,23 +107,20 @@ def _(later, grad, index, weight, matrix):
 
 
 @torch.library.custom_op("casc::roi_linear_matrix", mutates_args=())
-def _matrix_grad(
-    grad: Tensor, pixels: Tensor, index: Tensor, weight: Tensor, matrix: Tensor
-) -> Tensor:
+def _matrix_grad(grad: Tensor, pixels: Tensor, index: Tensor, weight: Tensor, cells: int) -> Tensor:
     """The gradient of the matrix."""
-    make_room(matrix)
-    return product(grad.t(), _features(pixels, index, weight, matrix).t())
+    make_room(grad.shape[0] * pixels.shape[1] * cells * grad.itemsize, grad)
+    return product(grad.t(), _features(pixels, index, weight, cells).t())
 
 
 @_matrix_grad.register_fake
-def _(grad, pixels, index, weight, matrix):
-    return matrix.new_empty(matrix.shape)
+def _(grad, pixels, index, weight, cells):
+    return grad.new_empty((grad.shape[1], pixels.shape[1] * cells))
 
 
-def _features(pixels: Tensor, index: Tensor, weight: Tensor, matrix: Tensor) -> Tensor:
+def _features(pixels: Tensor, index: Tensor, weight: Tensor, cells: int) -> Tensor:
     """[R, C * N], in the order of `roi_align(...).flatten(1)`."""
     channels = pixels.shape[1]
-    cells = matrix.shape[1] // channels
     rois = index.shape[0] // cells
     features = pixels.new_empty((rois, channels, cells))
     block = _block(features)
