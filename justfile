@@ -58,11 +58,12 @@ perf-1p *args: setup
 bench *args: setup
     {{ bin }}/casc bench {{ args }}
 
-# Style and types
+# Style, types and which room may import which
 lint: setup
     {{ bin }}/ruff check
     {{ bin }}/ruff format --check
     {{ bin }}/pyright --pythonpath {{ bin }}/python
+    PYTHONPATH=. {{ bin }}/lint-imports --no-logo
 
 # API reference into site/
 docs *args: setup

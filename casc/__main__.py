@@ -1,6 +1,6 @@
 """Run as `python -m casc`."""
 
-from casc.cli import main
+from casc.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ class UserError(ValueError):
     """
 
 
-class PassingError(UserError):
+class TransientError(UserError):
     """What may not happen a second time: a server that can't be reached, memory that ran out.
 
     A run that it ended goes on from its newest checkpoint.

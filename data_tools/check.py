@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from casc.data.decode import decode_image
 from casc.data.index import Bucket, Index, Shard, read_index
-from casc.data.loading import DEFAULT_LOADING, Fetching
+from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.reader import remote_shard
 from casc.data.remote import FetchError, is_local, join, location
 from casc.data.sample import annotation_edges, iter_tar
@@ -66,7 +66,7 @@ def check_shards(
     *,
     workers: int = 1,
     progress: bool = False,
-    loading: Fetching = DEFAULT_LOADING,
+    loading: RemoteConfig = DEFAULT_LOADING,
     warn: Callable[[str], object] = lambda text: None,
 ) -> dict[str, SplitCheck]:
     """Check all shards of a folder or URL against its index.
@@ -91,7 +91,7 @@ def check_shards(
 
 
 def _check_split(
-    root: str, index: Index, name: str, loading: Fetching, *,
+    root: str, index: Index, name: str, loading: RemoteConfig, *,
     workers: int, progress: bool, warn: Callable[[str], object],
 ) -> SplitCheck:  # fmt: skip
     split = index.splits[name]
@@ -155,7 +155,7 @@ class _Task(NamedTuple):
     shard: Shard
     bucket: Bucket
     labels: dict[int, int]
-    loading: Fetching
+    loading: RemoteConfig
 
 
 class _Counted:

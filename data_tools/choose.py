@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from casc.data.index import Index
-from casc.data.loading import DEFAULT_LOADING, Fetching
+from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.reader import read_shard
 from casc.errors import UserError
 from data_tools.report import KINDS, parse_ids
@@ -36,7 +36,7 @@ class Choice:
 
 
 def choose_samples(
-    folder: str, index: Index, split: str, choice: Choice, loading: Fetching = DEFAULT_LOADING
+    folder: str, index: Index, split: str, choice: Choice, loading: RemoteConfig = DEFAULT_LOADING
 ) -> list[tuple[bytes, Record]]:
     """Find samples, in the order of the shards.
 
@@ -77,7 +77,7 @@ def choose_samples(
 
 
 def _any(
-    folder: str, index: Index, split: str, choice: Choice, loading: Fetching
+    folder: str, index: Index, split: str, choice: Choice, loading: RemoteConfig
 ) -> list[tuple[bytes, Record]]:
     shards = index.splits[split].shards
     ends = list(itertools.accumulate(shard.samples for shard in shards))
@@ -101,7 +101,7 @@ def _search(
     split: str,
     choice: Choice,
     fits: Callable[[Record], bool],
-    loading: Fetching,
+    loading: RemoteConfig,
 ) -> list[tuple[bytes, Record]]:
     shards = index.splits[split].shards
     rng = np.random.default_rng(choice.seed)

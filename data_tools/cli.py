@@ -9,9 +9,9 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from casc.command_line import parse_arguments
+from casc.arguments import parse_arguments
 from casc.data.index import Index
-from casc.data.loading import Fetching, check_loading
+from casc.data.loader_config import RemoteConfig, check_loading
 from casc.data.status import warn_on_stderr
 from casc.errors import UserError
 from data_tools.parallel import default_workers, interrupt_once
@@ -85,7 +85,7 @@ class CheckCommand:
     """Processes."""
     progress: bool = True
     """Show progress bars (never shown where stderr isn't a terminal)."""
-    loading: Fetching = field(default_factory=Fetching)
+    loading: RemoteConfig = field(default_factory=RemoteConfig)
 
     def run(self) -> int:
         """Check the shards."""
@@ -174,7 +174,7 @@ class ShowCommand:
     as rle_mask or degenerate_box; all: any of them."""
     cell: int = 480
     """Longer side of a picture, in pixels."""
-    loading: Fetching = field(default_factory=Fetching)
+    loading: RemoteConfig = field(default_factory=RemoteConfig)
 
     def run(self) -> int:
         """Draw them."""

@@ -7,11 +7,11 @@ from typing import Any
 from PIL import Image
 
 from casc.data.index import Index, read_index
-from casc.data.loading import DEFAULT_LOADING, Fetching
+from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.remote import location
 from casc.draw import contact_sheet, draw_sample
 from casc.errors import UserError
-from casc.report.html import document, escape, picture, table
+from casc.draw.html import document, escape, picture, table
 from data_tools.choose import Choice, choose_samples, problems_of
 
 PAGE = (".html", ".htm")
@@ -26,7 +26,7 @@ def show_shards(
     *,
     split: str | None = None,
     cell: int = 480,
-    loading: Fetching = DEFAULT_LOADING,
+    loading: RemoteConfig = DEFAULT_LOADING,
 ) -> list[str]:
     """Draw samples with their annotations on a contact sheet (PNG) or on an HTML page.
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from casc import detector
 from casc.bench.batch import CLASSES, Load, made_up_batch
 from casc.bench.train import image_config
-from casc.detector import DetectorConfig
-from casc.train.step import Compute, anchor_count, to_format, training_inputs
+from casc.device.compute import Compute
+from casc.model import detector
+from casc.model.detector import DetectorConfig
+from casc.model.steps import anchor_count, to_format, training_inputs
 
 SWEEPS = {
     "images per step (256 x 256)": [

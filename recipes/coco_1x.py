@@ -15,8 +15,8 @@ What to expect: box AP 41.2, mask AP 36.0 on val2017, measured with MMDetection 
 GPUs with this configuration. Not yet measured with casc.
 """
 
-from casc.recipe import Recipe
 from casc.train.launch import launch
+from casc.train.recipe import Recipe
 
 
 def coco_1x() -> Recipe:

@@ -12,8 +12,8 @@ this schedule. Not yet measured with casc.
 
 from dataclasses import replace
 
-from casc.recipe import Recipe
 from casc.train.launch import launch
+from casc.train.recipe import Recipe
 
 from .coco_1x import coco_1x
 

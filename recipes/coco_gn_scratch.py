@@ -18,8 +18,8 @@ yet measured with casc.
 
 from dataclasses import replace
 
-from casc.recipe import RANDOM, Recipe
 from casc.train.launch import launch
+from casc.train.recipe import RANDOM, Recipe
 
 from .coco_1x import coco_1x
 

@@ -20,8 +20,8 @@ Not yet measured with casc.
 
 from dataclasses import replace
 
-from casc.recipe import Recipe
 from casc.train.launch import launch
+from casc.train.recipe import Recipe
 
 from .coco_1x import coco_1x
 

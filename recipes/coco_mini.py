@@ -17,8 +17,8 @@ What to expect: a falling loss and hardly any AP; 128 images don't make a detect
 
 from dataclasses import replace
 
-from casc.recipe import RANDOM, Recipe
 from casc.train.launch import launch
+from casc.train.recipe import RANDOM, Recipe
 
 from .coco_1x import coco_1x
 

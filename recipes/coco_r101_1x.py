@@ -15,8 +15,8 @@ What to expect: box AP 42.9, mask AP 37.3 on val2017, published by MMDetection's
 
 from dataclasses import replace
 
-from casc.recipe import Recipe
 from casc.train.launch import launch
+from casc.train.recipe import Recipe
 
 from .coco_1x import coco_1x
 

@@ -12,8 +12,8 @@ What to expect: box AP 43.4, mask AP 37.8 on val2017, published by MMDetection's
 
 from dataclasses import replace
 
-from casc.recipe import Recipe
 from casc.train.launch import launch
+from casc.train.recipe import Recipe
 
 from .coco_20e import coco_20e
 from .coco_r101_1x import coco_r101_1x

@@ -16,21 +16,21 @@ casc over three seeds on two CPU cores, torch 2.14.1.
 
 from pathlib import Path
 
-from casc.anchors import AnchorConfig
-from casc.box_head import BoxHeadConfig
-from casc.cli import PredictCommand
-from casc.data.augment import ImageConfig
+from casc.cli.main import PredictCommand
 from casc.data.index import INDEX_NAME
-from casc.data.stream import Loading
-from casc.detector import DetectorConfig, InferenceConfig
-from casc.fpn import FPNConfig
-from casc.mask_head import MaskHeadConfig
-from casc.recipe import RANDOM, Recipe
-from casc.resnet import ResNetConfig
-from casc.rpn import RPNConfig
+from casc.data.stream import TrainLoaderConfig
+from casc.model.anchors import AnchorConfig
+from casc.model.box_head import BoxHeadConfig
+from casc.model.detector import DetectorConfig, InferenceConfig
+from casc.model.fpn import FPNConfig
+from casc.model.mask_head import MaskHeadConfig
+from casc.model.preprocess import ImageConfig
+from casc.model.resnet import ResNetConfig
+from casc.model.rpn import RPNConfig
 from casc.train.launch import errors_in_one_line, launch
 from casc.train.loop import PICTURE
 from casc.train.optim import Optim
+from casc.train.recipe import RANDOM, Recipe
 from casc.train.schedule import Schedule
 from data_tools.cli import ShardCommand, SynthCommand
 
@@ -56,7 +56,7 @@ def demo() -> Recipe:
         optim=Optim(lr=0.04, reference_batch=4, clip_norm=10.0),
         schedule=Schedule(kind="cosine", warmup_steps=100),
         image=ImageConfig(short=192, long=SIDE),
-        loading=Loading(workers=1),
+        loading=TrainLoaderConfig(workers=1),
         model=DetectorConfig(
             classes=5,
             backbone=ResNetConfig(depth=18, norm="gn", frozen_stages=-1, width=32),

@@ -23,10 +23,10 @@ What to expect: no published counterpart. docs/finetuning.md has an example with
 
 from dataclasses import replace
 
+from casc.checkpoints.model import load_trained
 from casc.data.index import read_index
-from casc.recipe import Recipe
 from casc.train.launch import launch
-from casc.weights.model import load_trained
+from casc.train.recipe import Recipe
 
 from .coco_1x import coco_1x
 

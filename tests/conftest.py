@@ -14,19 +14,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from casc.anchors import AnchorConfig
-from casc.box_head import BoxHeadConfig
-from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
 from casc.data.index import Bucket, Category, Index, Shard, Split, write_index
-from casc.data.stream import Loading
-from casc.detector import DetectorConfig, InferenceConfig
-from casc.fpn import FPNConfig
-from casc.mask_head import MaskHeadConfig
-from casc.recipe import Recipe
-from casc.resnet import ResNetConfig
-from casc.rpn import RPNConfig
+from casc.data.stream import TrainLoaderConfig
+from casc.model.anchors import AnchorConfig
+from casc.model.box_head import BoxHeadConfig
+from casc.model.detector import DetectorConfig, InferenceConfig
+from casc.model.fpn import FPNConfig
+from casc.model.mask_head import MaskHeadConfig
+from casc.model.preprocess import ImageConfig
+from casc.model.resnet import ResNetConfig
+from casc.model.rpn import RPNConfig
 from casc.train.optim import Optim
+from casc.train.recipe import Recipe
 from casc.train.schedule import Schedule
 
 TESTS = Path(__file__).resolve().parent
@@ -284,7 +284,7 @@ def tiny_recipe(tmp_path, write_shards) -> Recipe:
         optim=Optim(lr=0.01, reference_batch=2),
         schedule=Schedule(drops=(1,), warmup_steps=3),
         image=ImageConfig(short=64, long=64),
-        loading=Loading(workers=1, window=4),
+        loading=TrainLoaderConfig(workers=1, window=4),
         model=DetectorConfig(
             classes=2,
             backbone=ResNetConfig(depth=18, norm="gn", width=32, frozen_stages=-1),

@@ -18,11 +18,11 @@ import pytest
 import tyro
 from torch.distributed.run import get_args_parser
 
-from casc import cli
-from casc.bench.cli import with_default
-from casc.command_line import parse_arguments
-from casc.recipe import Recipe, parse
+from casc.arguments import parse_arguments
+from casc.cli import main as cli
+from casc.cli.bench import with_default
 from casc.train import launch as launching
+from casc.train.recipe import Recipe, parse
 from data_tools import cli as data_tools
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -345,4 +345,4 @@ def test_reference_builds_without_a_warning(tmp_path):
     }
     missing = [path for path in sorted(public) if not (tmp_path / path).is_file()]
     assert missing == []
-    assert "Pixels per cell of each level" in (tmp_path / "casc" / "anchors.html").read_text()
+    assert "Pixels per cell of each level" in (tmp_path / "casc" / "model" / "anchors.html").read_text()

@@ -14,19 +14,19 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import torch
 import casc.train.loop
-from casc import detector
-from casc.detector import Inputs
-from casc.targets import Targets
+from casc.model import detector
+from casc.model.detector import Inputs
+from casc.model.targets import Targets
 from dataclasses import replace
 config = detector.DetectorConfig(classes=3)
 small = replace(
     config,
     backbone=replace(config.backbone, depth=18, width=16),
     fpn=replace(config.fpn, channels=16),
-    rpn=replace(config.rpn, channels=16, test_pre_nms=20, test_proposals=10, nms_kernel="matrix"),
+    rpn=replace(config.rpn, channels=16, test_pre_nms=20, test_proposals=10, nms_kernel="fixed"),
     box_head=replace(config.box_head, channels=16),
     mask_head=replace(config.mask_head, convs=1, channels=16),
-    inference=replace(config.inference, detections=5, nms_kernel="matrix"),
+    inference=replace(config.inference, detections=5, nms_kernel="fixed"),
 )
 params, buffers = detector.init(small, torch.Generator().manual_seed(0))
 inputs = Inputs(torch.zeros(1, 3, 64, 64), torch.full((1, 2), 64.0), torch.ones(1, 4), None)

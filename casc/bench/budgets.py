@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from casc import detector
 from casc.bench.batch import Load, made_up_batch
-from casc.data.augment import ImageConfig
-from casc.detector import DetectorConfig
-from casc.train.step import Compute, make_detect_step, make_loss_step
+from casc.device.compute import Compute
+from casc.model import detector
+from casc.model.detector import DetectorConfig
+from casc.model.preprocess import ImageConfig
+from casc.model.steps import make_detect_step, make_loss_step
 
 AUDIT_CANVAS = (128, 128)
 """Where operators are counted: neither they nor reads depend on the canvas."""

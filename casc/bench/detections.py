@@ -5,15 +5,15 @@ Box sides from a few pixels to the image's, masks that are smooth blobs.
 
 import numpy as np
 
-from casc.results import Found
-from casc.tally_pool import Truth, by_image
+from casc.evaluate.coco_results import ImageDetections
+from casc.evaluate.workers import Truth, by_image
 
 CLASSES = 80
 
 
 def made_up_detections(
     images: int, detections: int, size: tuple[int, int], seed: int
-) -> tuple[Truth, list[Found]]:
+) -> tuple[Truth, list[ImageDetections]]:
     """A ground truth of seven objects an image, and what a fair detector might find there."""
     rng = np.random.default_rng(seed)
     height, width = size
@@ -46,7 +46,7 @@ def made_up_detections(
         boxes[hit] = (truth[near] + shift)[hit]
         labels = np.where(rng.random(count) < 0.7, classes[near], rng.integers(0, CLASSES, count))
         found.append(
-            Found(
+            ImageDetections(
                 image_id=image_id,
                 height=height,
                 width=width,

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from casc.bench.detections import made_up_detections
 from casc.bench.evaluation import EvaluationCommand, EvaluationReport
-from casc.evaluate import sum_up
-from casc.ground_truth import usable_objects
-from casc.paste import encode_masks
-from casc.results import Found, coco_results, image_results
-from casc.tally import IouType, Tally, join, match
-from casc.tally_pool import Truth, tally_images
+from casc.evaluate.coco_eval import EvalShard, IouType, join, match
+from casc.evaluate.coco_results import ImageDetections, coco_results, image_results
+from casc.evaluate.ground_truth import usable_objects
+from casc.evaluate.mask_rle import encode_masks
+from casc.evaluate.metrics import accumulate
+from casc.evaluate.workers import Truth, evaluate_images
 
 T = TypeVar("T")
 _CHUNK = 16
@@ -63,10 +63,10 @@ def _bench(command: EvaluationCommand) -> EvaluationReport:
     box_ms, mask_ms = (1000 * _match_seconds(truth, found, t) for t in ("bbox", "segm"))
     ready: Future[Truth] = Future()
     ready.set_result(truth)
-    tally = tally_images(found, ready, processes=0)
+    tally = evaluate_images(found, ready, processes=0)
     copies = -(-1000 // command.images)
     many = join([_moved(tally, i * command.images) for i in range(copies)])
-    sum_up_s = _timed(lambda: sum_up(many, truth.categories))[0] * 1000 / len(many.image_ids)
+    sum_up_s = _timed(lambda: accumulate(many, truth.categories))[0] * 1000 / len(many.image_ids)
 
     encode_ms, results_ms = (1000 * statistics.median(v) for v in (ours, entries))
     host_ms = encode_ms + results_ms + box_ms + mask_ms
@@ -112,7 +112,7 @@ def encode_plainly(masks: Tensor, boxes: Tensor, height: int, width: int) -> lis
     return encoded
 
 
-def _match_seconds(truth: Truth, found: list[Found], iou_type: IouType) -> float:
+def _match_seconds(truth: Truth, found: list[ImageDetections], iou_type: IouType) -> float:
     """Per image, in the parts in which evaluation does it."""
     seconds = []
     for start in range(0, len(found), _CHUNK):
@@ -131,13 +131,13 @@ def _match_seconds(truth: Truth, found: list[Found], iou_type: IouType) -> float
     return statistics.median(seconds)
 
 
-def _moved(tally: Tally, by: int) -> Tally:
+def _moved(tally: EvalShard, by: int) -> EvalShard:
     """The same of other images."""
     matches = {t: m._replace(image=m.image + by) for t, m in tally.matches.items()}
     return tally._replace(image_ids=[key + by for key in tally.image_ids], matches=matches)
 
 
-def _rate(found: list[Found], truth: Truth, processes: int) -> float:
+def _rate(found: list[ImageDetections], truth: Truth, processes: int) -> float:
     """Images per second: how much longer five times the work takes, so that starting cancels."""
 
     def seconds(copies: int) -> float:
@@ -152,7 +152,7 @@ def _rate(found: list[Found], truth: Truth, processes: int) -> float:
         }
         ready: Future[Truth] = Future()
         ready.set_result(truth._replace(images=images, annotations=annotations))
-        return _timed(lambda: tally_images(stream, ready, processes=processes))[0]
+        return _timed(lambda: evaluate_images(stream, ready, processes=processes))[0]
 
     return 4 * len(found) / (seconds(5) - seconds(1))
 

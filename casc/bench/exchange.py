@@ -22,21 +22,22 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from casc import detector
 from casc.bench.batch import Load, made_up_batch
-from casc.box_head import BoxHeadConfig
-from casc.data.augment import ImageConfig
-from casc.detector import DetectorConfig
+from casc.device.compute import Compute
+from casc.distributed import Exchange, Ranks, process_group, ranks_from_environment
 from casc.errors import UserError
-from casc.fpn import FPNConfig
-from casc.mask_head import MaskHeadConfig
-from casc.resnet import ResNetConfig
-from casc.rpn import RPNConfig
+from casc.model import detector
+from casc.model.box_head import BoxHeadConfig
+from casc.model.detector import DetectorConfig
+from casc.model.fpn import FPNConfig
+from casc.model.mask_head import MaskHeadConfig
+from casc.model.preprocess import ImageConfig
+from casc.model.resnet import ResNetConfig
+from casc.model.rpn import RPNConfig
+from casc.model.steps import make_loss_step
 from casc.train.accumulate import backward
-from casc.train.distributed import Exchange, Ranks, process_group, ranks_from_environment
 from casc.train.optim import Optim, make_optimizer, update
 from casc.train.state import new_state
-from casc.train.step import Compute, make_loss_step
 
 CPU = torch.device("cpu")
 MASK_SHARE = 0.2
@@ -56,7 +57,7 @@ class Settings:
     """Of the backward pass, when ways are compared."""
     rounds: int = 3
     """How often each way is timed, after a first time."""
-    bucket_mb: tuple[int, ...] = (25, 100)
+    ddp_bucket_mb: tuple[int, ...] = (25, 100)
     """Sizes of DistributedDataParallel's buckets in MiB; with --steps only the first is used."""
 
 
@@ -82,7 +83,7 @@ class _Later(torch.autograd.Function):
 def main(args: list[str] | None = None) -> None:
     """Time, and print on rank 0."""
     settings = tyro.cli(Settings, description=__doc__, args=args)
-    if settings.rounds < 1 or settings.steps < 0 or not settings.bucket_mb:
+    if settings.rounds < 1 or settings.steps < 0 or not settings.ddp_bucket_mb:
         raise UserError("--rounds must be at least 1, --steps 0, --bucket-mb one number or more")
     ranks = ranks_from_environment()
     with process_group(ranks, CPU):
@@ -119,12 +120,12 @@ def time_ways(settings: Settings, ranks: Ranks) -> list[str]:
     ]
     if ranks.world > 1:
         ways.append(("one flat all-reduce after it", leaves(), after(2**30)))
-        for mib in settings.bucket_mb:
+        for mib in settings.ddp_bucket_mb:
             own = leaves()
             exchange = Exchange(own.values(), ranks, mib)
             ways.append((f"asynchronous {mib} MiB after it", leaves(), after(mib)))
             ways.append((f"DistributedDataParallel, {mib} MiB", own, parallel(exchange, True)))
-            if mib == settings.bucket_mb[0]:
+            if mib == settings.ddp_bucket_mb[0]:
                 ways.append(("accumulating, nothing sent", own, parallel(exchange, False)))
     times: dict[str, list[float]] = {name: [] for name, _, _ in ways}
     for _ in range(settings.rounds + 1):
@@ -156,7 +157,7 @@ def time_steps(settings: Settings, ranks: Ranks) -> list[str]:
     loss_step = make_loss_step(config, image, CANVAS, Compute(compile=False))
     optimizer = make_optimizer(Optim(), state)
     trained = [state.params[name] for name in state.momentum]
-    exchange = Exchange(trained, ranks, settings.bucket_mb[0])
+    exchange = Exchange(trained, ranks, settings.ddp_bucket_mb[0])
 
     def step() -> None:
         loss, _ = backward(loss_step, state, batch, exchange, ranks, 1)

@@ -11,17 +11,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from casc import detector
 from casc.bench.batch import Load, made_up_batch
-from casc.box_head import box_head
-from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
-from casc.detector import DetectorConfig, Features
-from casc.layers import Params
-from casc.mask_head import MaskRois, mask_head
+from casc.device.compute import Compute
+from casc.model import detector
+from casc.model.box_head import box_head
+from casc.model.detector import DetectorConfig, Features
+from casc.model.layers import Params
+from casc.model.mask_head import MaskRois, mask_head
+from casc.model.preprocess import ImageConfig
+from casc.model.rpn import rpn_head
+from casc.model.steps import anchor_count, mask_capacity, training_inputs
 from casc.ops.roi_align import roi_align
-from casc.rpn import rpn_head
-from casc.train.step import Compute, anchor_count, mask_capacity, training_inputs
 
 # One that every operator counts in; the number of operations doesn't depend on it.
 COMPUTE = Compute(torch.bfloat16, torch.channels_last, compile=False)

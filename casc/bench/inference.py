@@ -10,9 +10,9 @@ from casc.bench.batch import CLASSES, made_up_batch
 from casc.bench.train import compute_of, image_config
 from casc.bench.worker import Job
 from casc.data.stream import to_device
-from casc.detector import DetectorConfig, init
-from casc.devices import synchronize
-from casc.train.step import make_detect_step, to_format
+from casc.device.devices import synchronize
+from casc.model.detector import DetectorConfig, init
+from casc.model.steps import make_detect_step, to_format
 
 
 class Inference:

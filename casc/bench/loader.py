@@ -164,9 +164,9 @@ def _measure(command: LoaderCommand, root: Path, split: "Split") -> LoaderReport
     from casc.bench.decoders import agreement, decoders
     from casc.bench.loader_parts import choose, load, read_pairs, time_parts
     from casc.bench.loader_usual import load_usually
-    from casc.data.augment import ImageConfig
     from casc.data.sample import read_sample
     from casc.data.stream import ShardReader
+    from casc.model.preprocess import ImageConfig
 
     work = choose(split, command.samples)
     pairs = [pair for pairs in read_pairs(root, split, work) for pair in pairs]
@@ -235,9 +235,9 @@ def _measure(command: LoaderCommand, root: Path, split: "Split") -> LoaderReport
 
 
 def _deliver(root: Path, split: "Split", command: LoaderCommand, workers: int) -> WorkerRate:
-    from casc.data.stream import Loading, training_batches
+    from casc.data.stream import TrainLoaderConfig, training_batches
 
-    loading = Loading(workers=workers)
+    loading = TrainLoaderConfig(workers=workers)
     stream = training_batches(
         root, split, seed=0, steps=range(2**40), batch=command.batch, loading=loading
     )

@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from casc.data.augment import ImageConfig
+from casc.model.preprocess import ImageConfig
 
 
 class Loaded(NamedTuple):

@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from casc import noise
 from casc.bench import operator_inputs as inputs
 from casc.bench import usual
 from casc.bench.operator_inputs import Sizes
-from casc.detector import ROI_LEVELS, DetectorConfig, mask_branch, select
-from casc.mask_head import init_mask_head, pack
-from casc.masks import polygon_targets
-from casc.matching import match_anchors, match_rois, sample
+from casc.evaluate.mask_rle import encode_masks, paste_masks
+from casc.model import noise
+from casc.model.detector import ROI_LEVELS, DetectorConfig, mask_branch, select
+from casc.model.mask_head import init_mask_head, pack
+from casc.model.mask_targets import polygon_targets
+from casc.model.matching import match_anchors, match_rois, sample
+from casc.model.steps import CAPACITY_SHARES
 from casc.ops.nms import batched_nms
 from casc.ops.pyramid import flatten_pyramid
 from casc.ops.roi_align import roi_align
-from casc.paste import encode_masks, paste_masks
-from casc.train.step import CAPACITY_SHARES
 
 Tree = Any
 """Tensors in tuples or lists, or what a test of equality of its own understands."""

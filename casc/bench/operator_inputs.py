@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from casc.anchors import AnchorConfig, grid_anchors, inside
-from casc.detector import ROI_LEVELS
-from casc.mask_head import MaskRois
-from casc.targets import Targets
+from casc.model.anchors import AnchorConfig, grid_anchors, inside
+from casc.model.detector import ROI_LEVELS
+from casc.model.mask_head import MaskRois
+from casc.model.targets import Targets
 
 
 @dataclass(frozen=True)

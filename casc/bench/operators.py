@@ -79,7 +79,7 @@ class OperatorsCommand:
 
         from casc.bench.operator_cases import cases
         from casc.bench.operator_inputs import Sizes
-        from casc.devices import choose_device, choose_dtype
+        from casc.device.devices import choose_device, choose_dtype
 
         if self.repeat < 1:
             raise UserError("--repeat must be at least 1")
@@ -202,7 +202,7 @@ def _run(run: Callable[[], Any], leaves: "tuple[Tensor, ...]", device: "torch.de
 
     import torch
 
-    from casc.devices import synchronize
+    from casc.device.devices import synchronize
 
     synchronize(device)
     start = time.perf_counter()

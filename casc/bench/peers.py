@@ -14,7 +14,7 @@ from torch import Tensor
 from casc.bench.batch import CLASSES, Load, made_up_batch
 from casc.bench.worker import Job
 from casc.data.batch import Batch
-from casc.devices import synchronize
+from casc.device.devices import synchronize
 
 
 def mask_rcnn(load: Load) -> Any:

@@ -11,15 +11,16 @@ from torch import Tensor
 from casc.bench import budgets, flops
 from casc.bench.batch import CLASSES, Load, made_up_batch
 from casc.bench.worker import Job
-from casc.compiling import use_cache
-from casc.data.augment import ImageConfig
 from casc.data.stream import to_device
-from casc.detector import DetectorConfig, init, trainable
-from casc.devices import choose_device, synchronize
-from casc.kernels import choose_compute
+from casc.device.compile_cache import use_cache
+from casc.device.compute import Compute
+from casc.device.devices import choose_device, synchronize
+from casc.model.choose_compute import choose_compute
+from casc.model.detector import DetectorConfig, init, trainable
+from casc.model.preprocess import ImageConfig
+from casc.model.steps import make_loss_step, to_format
 from casc.train.optim import Optim, make_optimizer, update
 from casc.train.state import new_state
-from casc.train.step import Compute, make_loss_step, to_format
 
 
 class Training:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from casc.detector import InferenceConfig
+from casc.evaluate.mask_rle import Rle
+from casc.model.detector import InferenceConfig
 from casc.ops.roi_align import roi_levels
-from casc.paste import Rle
 
 
 def roi_align(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from casc.data.index import Shard
-from casc.data.loading import Fetching
+from casc.data.loader_config import RemoteConfig
 from casc.data.remote import open_remote
 from casc.data.status import FETCHING, QUEUEING, Status
 from casc.errors import UserError
@@ -33,7 +33,7 @@ class Cached(NamedTuple):
     """Whether its content was compared with the index just now."""
 
 
-def cached_shard(place: str, shard: Shard, loading: Fetching, status: Status) -> Cached | None:
+def cached_shard(place: str, shard: Shard, loading: RemoteConfig, status: Status) -> Cached | None:
     """Open a remote shard's copy in the cache, fetching it where there is none.
 
     Args:
@@ -80,7 +80,7 @@ def cached_shard(place: str, shard: Shard, loading: Fetching, status: Status) ->
 
 
 def _fetch(
-    place: str, shard: Shard, part: Path, path: Path, loading: Fetching, status: Status
+    place: str, shard: Shard, part: Path, path: Path, loading: RemoteConfig, status: Status
 ) -> None:
     """Complete a part, compare it, and give it its name."""
     # Bytes of an interrupted fetch may be torn: then once more from the start.
@@ -98,7 +98,9 @@ def _fetch(
     )
 
 
-def _download(place: str, shard: Shard, file: BinaryIO, loading: Fetching, status: Status) -> str:
+def _download(
+    place: str, shard: Shard, file: BinaryIO, loading: RemoteConfig, status: Status
+) -> str:
     """Complete a partial file, and give the digest of all of it."""
     digest = hashlib.sha256()
     while block := file.read(_BLOCK):
@@ -113,7 +115,7 @@ def _download(place: str, shard: Shard, file: BinaryIO, loading: Fetching, statu
     return digest.hexdigest()
 
 
-def _make_room(path: Path, shard: Shard, loading: Fetching) -> Path | None:
+def _make_room(path: Path, shard: Shard, loading: RemoteConfig) -> Path | None:
     """Remove what wasn't read for longest until the shard fits; gives its part, which exists.
 
     Parts count as the shards that they will be; those of dead processes are removed too.

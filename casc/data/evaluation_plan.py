@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from casc.data.index import Split
-from casc.data.line import Segment, columns, line_of
+from casc.data.sample_order import Segment, columns, order_of
 from casc.errors import UserError
 
 
@@ -29,7 +29,7 @@ def plan_evaluation(
     bucket_of, samples, _ = columns(split)
     steps = []
     for bucket in range(len(split.buckets)):
-        line = line_of(np.flatnonzero(bucket_of == bucket), samples)
+        line = order_of(np.flatnonzero(bucket_of == bucket), samples)
         steps += [
             EvaluationStep(bucket, line.segments(at, min(at + batch, line.length)))
             for at in range(0, line.length, batch)

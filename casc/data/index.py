@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from casc.data.files import sync_folder
-from casc.data.loading import DEFAULT_LOADING, Fetching
+from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.remote import is_local, join, location, read_remote
 from casc.errors import UserError
 
@@ -89,7 +89,7 @@ class Index:
     splits: dict[str, Split]
 
 
-def read_index(path: str | os.PathLike[str], loading: Fetching = DEFAULT_LOADING) -> Index:
+def read_index(path: str | os.PathLike[str], loading: RemoteConfig = DEFAULT_LOADING) -> Index:
     """Read `index.json`, given its path or the folder or URL that it lies in.
 
     Args:

@@ -20,7 +20,7 @@ import numpy as np
 
 from casc.data.hashing import hash64, shuffled
 from casc.data.index import Split
-from casc.data.line import Line, Segment, columns, line_of, without
+from casc.data.sample_order import SampleOrder, Segment, columns, order_of, without
 from casc.errors import UserError
 
 # What a hash is for; distinct purposes must not share their numbers.
@@ -49,7 +49,7 @@ class Phase(NamedTuple):
     window: int
 
 
-class Past(NamedTuple):
+class EpochHistory(NamedTuple):
     """How an epoch was begun, where a run went on within it with others than before."""
 
     epoch: int
@@ -57,7 +57,7 @@ class Past(NamedTuple):
     """One after the other, without the present one."""
 
 
-NOTHING_PAST = Past(0, ())
+NO_HISTORY = EpochHistory(0, ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,15 +72,15 @@ class EpochPlan:
     window: int
     counts: tuple[int, ...]
     """Steps of each bucket, from `first` on."""
-    lines: tuple[Line, ...]
+    lines: tuple[SampleOrder, ...]
     """One per bucket of the split."""
     first: int = 0
     """The step at which this plan takes over from another one of the same epoch."""
-    turn: int = 0
+    resume_count: int = 0
     """How many plans of this epoch were before it."""
     blocks: int = 1
     """How many parts the steps are cut into."""
-    lots: tuple[int, ...] = ()
+    remainders: tuple[int, ...] = ()
     """In [0, blocks), per bucket: decide which blocks get what its steps leave over when
     they are divided by the blocks."""
 
@@ -101,7 +101,7 @@ class EpochPlan:
         """Steps of each bucket in the blocks before one."""
         return [
             (steps * block + lot) // self.blocks
-            for steps, lot in zip(self.counts, self.lots, strict=True)
+            for steps, lot in zip(self.counts, self.remainders, strict=True)
         ]
 
     def start(self, block: int) -> int:
@@ -116,7 +116,13 @@ class EpochPlan:
         """[steps of the block] bucket of each of its steps, the same on every rank."""
         counts = np.subtract(self.before(block + 1), self.before(block))
         labels = np.repeat(np.arange(len(counts), dtype=np.min_scalar_type(len(counts))), counts)
-        more = (self.turn, block) if block else (self.turn,) if self.turn else ()
+        more = (
+            (self.resume_count, block)
+            if block
+            else (self.resume_count,)
+            if self.resume_count
+            else ()
+        )
         return labels[shuffled(len(labels), hash64(self.seed, self.epoch, _STEPS, *more))]
 
 
@@ -129,7 +135,7 @@ def plan_epoch(
     batch: int,
     workers: int,
     window: int = 128,
-    past: Past = NOTHING_PAST,
+    past: EpochHistory = NO_HISTORY,
     block: int = BLOCK,
 ) -> EpochPlan:
     """Plan one epoch: every training sample once, each bucket's tail filled by wrapping.
@@ -163,27 +169,31 @@ def plan_epoch(
     for bucket in range(len(split.buckets)):
         mine = np.flatnonzero((bucket_of == bucket) & train)
         mine = mine[shuffled(len(mine), hash64(seed, epoch, _SHARDS, bucket))]
-        lines.append(line_of(mine, samples))
+        lines.append(order_of(mine, samples))
     if not any(line.length for line in lines):
         raise UserError("the split has no training samples")
-    first = turn = 0
+    first = resume_count = 0
     for phase in past.phases if past.epoch == epoch else ():
         before = (phase.world, phase.batch, phase.workers, phase.window)
-        lines = _remaining(_plan(lines, seed, epoch, *before, first, turn, block), phase.stop)
-        first, turn = phase.stop, turn + 1
-    return _plan(lines, seed, epoch, world, batch, workers, window, first, turn, block)
+        lines = _remaining(
+            _plan(lines, seed, epoch, *before, first, resume_count, block), phase.stop
+        )
+        first, resume_count = phase.stop, resume_count + 1
+    return _plan(lines, seed, epoch, world, batch, workers, window, first, resume_count, block)
 
 
 def _plan(
-    lines: list[Line], seed: int, epoch: int, world: int, batch: int, workers: int, window: int,
-    first: int, turn: int, block: int,
+    lines: list[SampleOrder], seed: int, epoch: int, world: int, batch: int, workers: int,
+    window: int, first: int, resume_count: int, block: int,
 ) -> EpochPlan:  # fmt: skip
     counts = tuple(-(-line.length // (world * batch)) for line in lines)
     blocks = max(1, -(-sum(counts) // block))
-    lots = tuple(hash64(seed, epoch, _SHARE, turn, b) % blocks for b in range(len(lines)))
+    remainders = tuple(
+        hash64(seed, epoch, _SHARE, resume_count, b) % blocks for b in range(len(lines))
+    )
     return EpochPlan(
-        seed, epoch, world, batch, max(workers, 1), window, counts, tuple(lines), first, turn,
-        blocks, lots,
+        seed, epoch, world, batch, max(workers, 1), window, counts, tuple(lines), first,
+        resume_count, blocks, remainders,
     )  # fmt: skip
 
 
@@ -253,11 +263,13 @@ def _stretch(
 
 
 def _window_order(plan: EpochPlan, bucket: int, first: int, last: int) -> np.ndarray:
-    turn = [plan.turn] if plan.turn else []
-    return shuffled(last - first, hash64(plan.seed, plan.epoch, _WINDOW, bucket, first, *turn))
+    resume_count = [plan.resume_count] if plan.resume_count else []
+    return shuffled(
+        last - first, hash64(plan.seed, plan.epoch, _WINDOW, bucket, first, *resume_count)
+    )
 
 
-def _remaining(plan: EpochPlan, stop: int) -> list[Line]:
+def _remaining(plan: EpochPlan, stop: int) -> list[SampleOrder]:
     """What the plan's steps before `stop` leave of its lines."""
     lines, block = [], plan.block_of(stop)
     for bucket, line in enumerate(plan.lines):

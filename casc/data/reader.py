@@ -14,7 +14,7 @@ import numpy as np
 
 from casc.data.cache import cached_shard
 from casc.data.index import Shard, Split
-from casc.data.loading import DEFAULT_LOADING, Fetching
+from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.plan import Segment
 from casc.data.remote import REPAIR, FetchError, is_local, join, location, open_remote
 from casc.data.sample import iter_tar
@@ -56,7 +56,7 @@ class OpenShard:
         self,
         root: str,
         shard: Shard,
-        loading: Fetching = DEFAULT_LOADING,
+        loading: RemoteConfig = DEFAULT_LOADING,
         status: Status | None = None,
         *,
         compared: bool = False,
@@ -111,7 +111,7 @@ class OpenShard:
         """Close the file."""
         self._source.stream.close()
 
-    def _open(self, loading: Fetching) -> BinaryIO:
+    def _open(self, loading: RemoteConfig) -> BinaryIO:
         self.status.set(OPENING)
         shard, place = self.shard, self.place
         if not is_local(place):
@@ -135,7 +135,7 @@ class OpenShard:
 
 
 def remote_shard(
-    place: str, shard: Shard, loading: Fetching, status: Status
+    place: str, shard: Shard, loading: RemoteConfig, status: Status
 ) -> tuple[BinaryIO, str, bool]:
     """Open a shard that lies elsewhere, or its copy in the cache.
 
@@ -165,7 +165,7 @@ class ShardReader:
         self,
         root: str | os.PathLike[str],
         split: Split,
-        loading: Fetching = DEFAULT_LOADING,
+        loading: RemoteConfig = DEFAULT_LOADING,
         status: Status | None = None,
         compared: np.ndarray | None = None,
     ) -> None:
@@ -236,7 +236,7 @@ class ShardReader:
 def read_shard(
     root: str | os.PathLike[str],
     shard: Shard,
-    loading: Fetching = DEFAULT_LOADING,
+    loading: RemoteConfig = DEFAULT_LOADING,
     warn: Callable[[str], object] = warn_on_stderr,
 ) -> Iterator[Pair]:
     """Yield (key, image bytes, JSON bytes) of all samples of a shard, wherever it lies.

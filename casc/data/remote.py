@@ -24,9 +24,9 @@ from casc.data.connections import (
     open_http,
     run_command,
 )
-from casc.data.loading import Fetching
+from casc.data.loader_config import RemoteConfig
 from casc.data.status import OPENING, READING, RETRYING, Status
-from casc.errors import PassingError, UserError
+from casc.errors import TransientError, UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _LONGEST_WAIT = 60.0
@@ -36,7 +36,7 @@ REPAIR = (
 )
 
 
-class FetchError(PassingError):
+class FetchError(TransientError):
     """A file can't be had from where it is said to lie."""
 
 
@@ -84,7 +84,11 @@ def join(root: str, name: str) -> str:
 
 
 def open_remote(
-    place: str, size: int | None, loading: Fetching, status: Status | None = None, start: int = 0
+    place: str,
+    size: int | None,
+    loading: RemoteConfig,
+    status: Status | None = None,
+    start: int = 0,
 ) -> BinaryIO:
     """Open a URL or command to be read front to back.
 
@@ -108,7 +112,7 @@ def open_remote(
     return io.BufferedReader(raw, 2**20)
 
 
-def read_remote(place: str, loading: Fetching) -> bytes:
+def read_remote(place: str, loading: RemoteConfig) -> bytes:
     """All of a small file, such as the index. Raises as `open_remote` and its reading."""
     with open_remote(place, None, loading) as stream:
         return stream.read()
@@ -122,7 +126,7 @@ class Resuming(io.RawIOBase):
         place: str,
         size: int | None,
         connect: Callable[[int], Connection],
-        loading: Fetching,
+        loading: RemoteConfig,
         status: Status,
         start: int = 0,
     ) -> None:
@@ -221,7 +225,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
 
 
-def _connector(place: str, loading: Fetching) -> Callable[[int], Connection]:
+def _connector(place: str, loading: RemoteConfig) -> Callable[[int], Connection]:
     if place.startswith(PIPE):
         return lambda at: run_command(place, loading.timeout)
     if urlsplit(place).scheme in ("http", "https"):

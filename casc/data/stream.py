@@ -18,9 +18,9 @@ from casc.data.collate import collate
 from casc.data.evaluation_plan import plan_evaluation
 from casc.data.index import Split
 from casc.data.plan import (
-    NOTHING_PAST,
+    NO_HISTORY,
+    EpochHistory,
     EpochPlan,
-    Past,
     Window,
     noise_seed,
     plan_epoch,
@@ -31,7 +31,13 @@ from casc.data.plan import (
 from casc.data.reader import ShardReader
 from casc.data.sample import Sample, read_sample
 from casc.data.status import DECODING
-from casc.data.workers import DEFAULT_LOADING, BatchStream, Loading, Reading, Worker
+from casc.data.workers import (
+    DEFAULT_LOADING,
+    BatchStream,
+    EvalLoaderConfig,
+    TrainLoaderConfig,
+    Worker,
+)
 from casc.errors import UserError
 
 
@@ -44,8 +50,8 @@ def training_batches(
     batch: int,
     world: int = 1,
     rank: int = 0,
-    loading: Loading = DEFAULT_LOADING,
-    past: Past = NOTHING_PAST,
+    loading: TrainLoaderConfig = DEFAULT_LOADING,
+    past: EpochHistory = NO_HISTORY,
     pin_memory: bool = False,
     bitmaps: bool = False,
     warn: Callable[[str], object] | None = None,
@@ -84,7 +90,7 @@ def evaluation_batches(
     batch: int,
     world: int = 1,
     rank: int = 0,
-    loading: Reading = DEFAULT_LOADING,
+    loading: EvalLoaderConfig = DEFAULT_LOADING,
     pin_memory: bool = False,
     warn: Callable[[str], object] | None = None,
 ) -> BatchStream:
@@ -141,7 +147,8 @@ def ahead(
 
 def _walk_training(
     root: str | os.PathLike[str], split: Split, worker: Worker, *,
-    seed: int, steps: range, batch: int, world: int, rank: int, loading: Loading, past: Past,
+    seed: int, steps: range, batch: int, world: int, rank: int, loading: TrainLoaderConfig,
+    past: EpochHistory,
     bitmaps: bool,
 ) -> Iterator[tuple[int, Batch]]:  # fmt: skip
     per_epoch = steps_per_epoch(split, world=world, batch=batch)
@@ -180,7 +187,7 @@ def _walk_evaluation(
     batch: int,
     world: int,
     rank: int,
-    loading: Reading,
+    loading: EvalLoaderConfig,
 ) -> Iterator[tuple[int, Batch]]:
     plan = plan_evaluation(
         split, batch=batch, world=world, rank=rank, workers=worker.workers, worker=worker.number

@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from casc.data.batch import Batch
 from casc.data.collate import block_size, unpack
 from casc.data.index import Split
-from casc.data.loading import DEFAULT_LOADING, Loading, Reading
+from casc.data.loader_config import DEFAULT_LOADING, EvalLoaderConfig, TrainLoaderConfig
 from casc.data.status import DECODING, ENDED, IDLE, Status, describe, shared_rows, warn_on_stderr
-from casc.errors import PassingError, UserError
-from casc.signals import leave_to_parent
+from casc.device.signals import leave_to_parent
+from casc.errors import TransientError, UserError
 
-__all__ = ["DEFAULT_LOADING", "BatchStream", "Loading", "Reading", "Worker"]
+__all__ = ["DEFAULT_LOADING", "BatchStream", "EvalLoaderConfig", "TrainLoaderConfig", "Worker"]
 
 Blocks = Iterator[Tensor | None]
 """Memory for one batch after the other; None leaves it to `collate`."""
@@ -105,7 +105,7 @@ class BatchStream(Iterator[tuple[int, Batch]]):
         walk: Walk,
         split: Split,
         batch: int,
-        loading: Reading,
+        loading: EvalLoaderConfig,
         pin_memory: bool,
         bitmaps: bool = False,
         warn: Callable[[str], object] | None = None,
@@ -175,7 +175,7 @@ class BatchStream(Iterator[tuple[int, Batch]]):
             how = f"was killed ({killed[1].strip()})" if killed else "ended unexpectedly"
             number = self.pids.index(pid) if pid in self.pids else None
             row = None if number is None else self._rows[number].numpy()
-            raise PassingError(
+            raise TransientError(
                 f"loader: {'a worker' if number is None else f'worker {number}'}"
                 f" (process {pid}) {how}"
                 + (f" while it was {describe(row, self._places)}" if row is not None else "")
@@ -184,7 +184,7 @@ class BatchStream(Iterator[tuple[int, Batch]]):
 
 
 def _items(
-    stream: _Stream, loading: Reading, pids: list[int], warn: Callable[[str], object]
+    stream: _Stream, loading: EvalLoaderConfig, pids: list[int], warn: Callable[[str], object]
 ) -> Iterator[Any]:
     """What the workers yield; puts their process ids into `pids`."""
     loader = DataLoader(
@@ -244,7 +244,7 @@ def _own(memory: Tensor, pin_memory: bool) -> Tensor:
     return memory.pin_memory() if pin_memory else memory.clone()
 
 
-def _share(loading: Reading, size: int, shards: int) -> _Shared:
+def _share(loading: EvalLoaderConfig, size: int, shards: int) -> _Shared:
     """Memory that the workers share; blocks are `size` bytes.
 
     A worker is mostly asked for a batch once the one `prefetch` before it has been taken

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from casc.draw.pen import PAPER, Rect, class_colour, pen_for, resize
 from casc.draw.regions import draw_frame, fill_region, frame_of, region_of
+from casc.draw.style import PAPER, Rect, class_colour, pen_for, resize
 from casc.draw.tags import place_tag, tag_of, write_tag
 
 _THINNEST = 96  # pixels that a picture has at least on either side, so that a name fits

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from casc.draw.pen import BLACK, Colour, Pen, Rect
+from casc.draw.style import BLACK, Colour, Pen, Rect
 
 _RIM_OPACITY = 0.55
 

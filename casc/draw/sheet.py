@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from casc.draw.pen import PAPER, WHITE, font_of, resize
+from casc.draw.style import PAPER, WHITE, font_of, resize
 from casc.draw.tags import shorten
 
 

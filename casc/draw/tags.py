@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from PIL import ImageDraw, ImageFont
 
-from casc.draw.pen import BLACK, WHITE, Colour, Pen, Rect
+from casc.draw.style import BLACK, WHITE, Colour, Pen, Rect
 
 
 class Tag(NamedTuple):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from casc.boxes import iou_matrix
-from casc.detector import Detections, InferenceConfig
+from casc.model.boxes import iou_matrix
+from casc.model.detector import Detections, InferenceConfig
 
 Run = Callable[[Tensor, Tensor], Detections]
 """(pixels, size) to detections."""

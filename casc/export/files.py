@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from casc.detector import Detections
 from casc.errors import UserError
 from casc.export.metadata import INPUTS, KEY, OUTPUTS
 from casc.export.onnx import write_onnx
 from casc.export.operators import plain
+from casc.model.detector import Detections
 
 Form = Literal["onnx", "pt2", "aoti"]
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 import casc
+from casc.checkpoints.model import Trained, class_names
 from casc.config import to_json
 from casc.export.program import Shape
-from casc.weights.model import Trained, class_names
 
 INPUTS = ("pixels", "size")
 OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from casc.errors import UserError
-from casc.predict import find_images, image_batch, read_image
+from casc.inference.predict import find_images, image_batch, read_image
 
 GENERATED = 10
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from casc import detector
-from casc.data.augment import ImageConfig, View, plain_view, prepare
 from casc.data.batch import Batch
-from casc.detector import Detections, DetectorConfig
-from casc.layers import Params
+from casc.model import detector
+from casc.model.detector import Detections, DetectorConfig
+from casc.model.layers import Params
+from casc.model.preprocess import ImageConfig, View, plain_view, prepare
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 MAPPED = 32 * 2**20
 
 
-def make_room(size: int, near: Tensor) -> None:
+def trim_heap(size: int, near: Tensor) -> None:
     """Give unused pages back to the system before a block of so many bytes is asked for.
 
     A step leaves holes in the heap that hold memory but no block as large. Giving them back takes

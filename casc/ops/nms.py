@@ -3,7 +3,7 @@
 torchvision's operator returns as many boxes as survive, so its result's shape depends
 on the data. Here it is wrapped in an operator of our own whose result is padded: the
 compiler sees fixed shapes, and the host reads nothing on the CPU. On an accelerator it
-would read per image, so there `matrix_nms` does the same by a fixed number of launches.
+would read per image, so there `fixed_nms` does the same by a fixed number of launches.
 
 Legend: B images, N boxes, K kept.
 """
@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from casc.ops.matrix_nms import matrix_nms
+from casc.ops.fixed_nms import fixed_nms
 
-NmsKernel = Literal["auto", "greedy", "matrix"]
+NmsKernel = Literal["auto", "greedy", "fixed"]
 
 # On the CPU each survivor meets all boxes in turn: from so many on, one group at a time is faster.
 MANY = 1000
@@ -48,8 +48,8 @@ def batched_nms(
         groups: how many groups there can be, and `largest` of how many boxes each; without
             them all boxes are compared with all, which comes to the same.
         largest: most boxes of a group, valid or not.
-        kernel: greedy walks from survivor to survivor, which is fast on the CPU. matrix takes
-            a fixed number of launches. auto is greedy on the CPU and else matrix.
+        kernel: greedy walks from survivor to survivor, which is fast on the CPU. fixed takes
+            a fixed number of launches. auto is greedy on the CPU and else fixed.
 
     Returns:
         index [B, K] int64 into N, by falling score (0 where padded), and
@@ -65,7 +65,7 @@ def batched_nms(
         # Groups are apart already: all as one is right too where their sizes aren't known.
         ids = torch.zeros_like(group) if largest is None else group
         sizes = (1, boxes.shape[1]) if largest is None else (groups, min(largest, boxes.shape[1]))
-        index, survivors = matrix_nms(shifted, scores, ids, valid, iou, count, *sizes)
+        index, survivors = fixed_nms(shifted, scores, ids, valid, iou, count, *sizes)
     slot = torch.arange(count, device=boxes.device)
     return index, slot < survivors[:, None]
 

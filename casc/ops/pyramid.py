@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from casc.ops.bags import chained_bags
+from casc.ops.row_sums import chained_bags
 
 
 class Pyramid(NamedTuple):

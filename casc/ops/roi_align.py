@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from casc.devices import roi_kernels, traits
-from casc.ops.bags import weighted_bags
+from casc.device.devices import roi_kernels, traits
 from casc.ops.pyramid import Pyramid, by_level
+from casc.ops.row_sums import weighted_row_sums
 
 Sampling = Literal["fixed", "adaptive"]
 RoiKernel = Literal["auto", "aten", "native"]
@@ -61,7 +61,7 @@ def roi_align(
         cells: O.
         sampling: "fixed" or "adaptive", which is native whatever `kernel` says.
         kernel: native computes the fixed grid by the device's own operator as well. Which of
-            the two auto becomes is decided before, by `casc.kernels`; here it is aten.
+            the two auto becomes is decided before, by `casc.model.choose_compute`; here it is aten.
 
     Returns:
         [R, C, O, O] of the features' dtype; channels_last in memory for the bag's.
@@ -69,7 +69,7 @@ def roi_align(
     if is_native(sampling, kernel):
         return _natively(pyramid, boxes.detach(), image, cells, sampling)
     index, weight = fixed_taps(pyramid, boxes.detach(), image, cells)
-    return _as_maps(weighted_bags(pyramid.pixels, index, weight), boxes, cells)
+    return _as_maps(weighted_row_sums(pyramid.pixels, index, weight), boxes, cells)
 
 
 def is_native(sampling: Sampling, kernel: RoiKernel) -> bool:
@@ -77,7 +77,7 @@ def is_native(sampling: Sampling, kernel: RoiKernel) -> bool:
     return sampling == "adaptive" or kernel == "native"
 
 
-def only_read(pyramid: Pyramid, sampling: Sampling, kernel: RoiKernel) -> Pyramid:
+def detach_unread(pyramid: Pyramid, sampling: Sampling, kernel: RoiKernel) -> Pyramid:
     """The pyramid with a gradient where `roi_align` reads it, and nowhere else.
 
     What leaves a compiled graph and isn't read gets a gradient of zeros, as large as itself.

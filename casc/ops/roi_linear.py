@@ -11,11 +11,11 @@ T taps of a cell, K outputs of the layer.
 import torch
 from torch import Tensor
 
-from casc.ops.bags import bag_backward_onto, weighted_bags
-from casc.ops.heap import make_room
+from casc.ops.heap import trim_heap
 from casc.ops.linear import linear, product
 from casc.ops.pyramid import Pyramid
 from casc.ops.roi_align import RoiKernel, Sampling, fixed_taps, is_native, roi_align
+from casc.ops.row_sums import bag_backward_onto, weighted_row_sums
 
 # RoIs that are aligned at a time on a CPU: a block that its caches hold is quicker to turn
 # around than all features, and fresh large blocks of memory are slow.
@@ -92,7 +92,7 @@ def _pixels_grad(
 ) -> Tensor:
     """The gradient of the pixels, `later` from their next readers included."""
     channels = later.shape[1]
-    make_room(grad.shape[0] * matrix.shape[1] * grad.itemsize, grad)
+    trim_heap(grad.shape[0] * matrix.shape[1] * grad.itemsize, grad)
     # [R, C, N] to [R, N, C] in place, as another block as large costs more than the copies.
     rows = product(grad, matrix.t()).view(grad.shape[0], channels, -1)
     for block in rows.split(_block(rows)):
@@ -109,7 +109,7 @@ def _(later, grad, index, weight, matrix):
 @torch.library.custom_op("casc::roi_linear_matrix", mutates_args=())
 def _matrix_grad(grad: Tensor, pixels: Tensor, index: Tensor, weight: Tensor, cells: int) -> Tensor:
     """The gradient of the matrix."""
-    make_room(grad.shape[0] * pixels.shape[1] * cells * grad.itemsize, grad)
+    trim_heap(grad.shape[0] * pixels.shape[1] * cells * grad.itemsize, grad)
     return product(grad.t(), _features(pixels, index, weight, cells).t())
 
 
@@ -126,7 +126,7 @@ def _features(pixels: Tensor, index: Tensor, weight: Tensor, cells: int) -> Tens
     block = _block(features)
     for first in range(0, rois, block):
         taken = slice(first * cells, (first + block) * cells)
-        rows = weighted_bags(pixels, index[taken], weight[taken])
+        rows = weighted_row_sums(pixels, index[taken], weight[taken])
         features[first : first + block] = rows.view(-1, cells, channels).transpose(1, 2)
     return features.view(rois, -1)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from casc.report.error_analysis import ErrorAnalysis
 from casc.report.history import History, Record, number
-from casc.report.looking import Look
 
 Chart = dict[str, Any]
 Points = list[tuple[float, float | None]]
@@ -83,7 +83,7 @@ def accuracy_chart(history: History) -> Chart | None:
     return _chart(unit, "AP", lines, min=0, max=1, percent=True) if lines else None
 
 
-def precision_charts(look: Look, choice: str) -> dict[str, Chart]:
+def precision_charts(look: ErrorAnalysis, choice: str) -> dict[str, Chart]:
     """Precision by recall by IoU type, for all classes and for each; in thousandths.
 
     Args:

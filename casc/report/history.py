@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from casc.errors import UserError
-from casc.evaluate import Evaluation, read_evaluation
-from casc.ground_truth import read_json
+from casc.evaluate.metrics import Evaluation, read_evaluation
+from casc.json_files import read_json
 from casc.train.log import LOG
 from casc.train.loop import EVALUATIONS
 from casc.train.start import RECIPE
@@ -42,7 +42,7 @@ class History(NamedTuple):
     """Means over intervals of steps, ascending by step, each step counted once."""
     evaluations: list[Record]
     """Figures in [0, 1] with their step, ascending."""
-    told: list[Record]
+    messages: list[Record]
     """Warnings, errors and stops, in the order of the log."""
     ended: str
     """How the last part ended: a kind of record, or nothing if the log just ends."""
@@ -56,7 +56,7 @@ class History(NamedTuple):
         """Updates that the log knows of."""
         steps = [r["step"] for r in self.train[-1:]] + [p.step for p in self.parts[-1:]]
         if self.ended == "stopped":
-            steps += [r["step"] for r in self.told if r["kind"] == "stopped"][-1:]
+            steps += [r["step"] for r in self.messages if r["kind"] == "stopped"][-1:]
         return max(steps, default=0)
 
     @property
@@ -91,7 +91,7 @@ def read_history(folder: Path) -> History:
     parts: list[Part] = []
     train: list[Record] = []
     evaluations: dict[int, Record] = {}
-    told: list[Record] = []
+    messages: list[Record] = []
     ended, last, damaged = "", 0.0, 0
     for record in _records(folder / LOG):
         if record is None:
@@ -109,7 +109,7 @@ def read_history(folder: Path) -> History:
         elif kind == "evaluation" and isinstance(step, int):
             evaluations[step] = record
         if kind in _TOLD:
-            told.append(record)
+            messages.append(record)
         if kind in ("results", "stopped", "error", "crash"):
             ended = kind
         elif kind == "train":
@@ -118,7 +118,7 @@ def read_history(folder: Path) -> History:
     if not recipe and parts:
         recipe = parts[-1].facts.get("recipe", {})
     found = [evaluations[key] for key in sorted(evaluations)]
-    return History(folder, recipe, parts, train, found, told, ended, last, damaged)
+    return History(folder, recipe, parts, train, found, messages, ended, last, damaged)
 
 
 def newest_evaluation(history: History) -> tuple[int, Evaluation] | None:

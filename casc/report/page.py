@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from casc.evaluate import Evaluation
-from casc.report import about, sections
+from casc.evaluate.metrics import Evaluation
+from casc.report import run_info as about
+from casc.report import sections
 from casc.report.charts import accuracy_chart, precision_charts, training_charts
+from casc.report.error_analysis import ErrorAnalysis
 from casc.report.history import History
-from casc.report.html import document, escape
-from casc.report.looking import Look
+from casc.draw.html import document, escape
 from casc.train.loop import PICTURE
 
 _CHOICE = "pr-class"
@@ -16,7 +17,7 @@ _CHOICE = "pr-class"
 def report_page(
     history: History,
     evaluated: tuple[int, Evaluation] | None,
-    look: tuple[int, Look] | None,
+    look: tuple[int, ErrorAnalysis] | None,
     *,
     threshold: float = 0.5,
     without: str = "",

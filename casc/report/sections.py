@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from casc.evaluate import FIGURES, Evaluation
+from casc.evaluate.metrics import FIGURES, Evaluation
 from casc.report.charts import group_size, typical_speed
+from casc.report.error_analysis import ErrorAnalysis, Example
 from casc.report.history import History, number
-from casc.report.html import chart, escape, picture, table
-from casc.report.looking import Look, Shown
+from casc.draw.html import chart, escape, picture, table
 
 _MESSAGES = 200
 _WIDEST = 1200
@@ -144,7 +144,7 @@ def accuracy(history: History, evaluated: tuple[int, Evaluation] | None, charted
     return body + table(title, heads, rows, sortable=True, filtered="Find a class")
 
 
-def curves(look: Look, step: int, choice: str) -> str:
+def curves(look: ErrorAnalysis, step: int, choice: str) -> str:
     """Precision by recall, with the element that chooses a class."""
     options = "".join(
         f'<option value="{i}">{escape(name)}</option>'
@@ -161,7 +161,7 @@ def curves(look: Look, step: int, choice: str) -> str:
     )
 
 
-def images(look: Look, step: int, threshold: float) -> str:
+def images(look: ErrorAnalysis, step: int, threshold: float) -> str:
     """The worst and the best images, predictions beside ground truth."""
     head = (
         f"{_extent(look, step)} Detections with a score of at least {threshold:g} are drawn and"
@@ -178,7 +178,7 @@ def images(look: Look, step: int, threshold: float) -> str:
     return f"<p>{escape(head)}</p>{blocks}"
 
 
-def _card(shown: Shown) -> str:
+def _card(shown: Example) -> str:
     quality = shown.quality
     text = f"{quality.found} found, {quality.missed} missed, {quality.wrong} wrong"
     title = f"{shown.file_name}: quality {_percent(quality.value)}"
@@ -191,7 +191,7 @@ def _card(shown: Shown) -> str:
     )
 
 
-def _extent(look: Look, step: int) -> str:
+def _extent(look: ErrorAnalysis, step: int) -> str:
     if look.images == look.whole:
         return f"The checkpoint of step {step:,} on all {look.whole:,} images of the split."
     return (

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from casc.checkpoints.state import State
 from casc.data.batch import Batch
-from casc.train.distributed import Exchange, Ranks, mean
+from casc.distributed import Exchange, Ranks, mean
+from casc.model.normalise import Shared, counts_in
+from casc.model.steps import LossStep
 from casc.train.guard import scaled_loss
-from casc.train.normalise import Shared, counts_in
-from casc.train.state import State
-from casc.train.step import LossStep
 
 
 def backward(
@@ -39,9 +39,9 @@ def backward(
     losses, measures = [], []
     batches = split_batch(batch, parts)
     shared = _count(loss_step, state, batches, ranks) if together and parts > 1 else None
-    told = {} if shared is None else {"shared": shared}
+    kwargs = {} if shared is None else {"shared": shared}
     for i, part in enumerate(batches):
-        loss, found = loss_step(state.params, state.buffers, part, **told)
+        loss, found = loss_step(state.params, state.buffers, part, **kwargs)
         exchange.backward(scaled_loss(state.guard, loss, parts), last=i == parts - 1)
         losses.append(loss.detach())
         measures.append(found)

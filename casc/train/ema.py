@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from casc.layers import Params
+from casc.model.layers import Params
 
 
 @dataclass(frozen=True)

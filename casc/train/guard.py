@@ -7,7 +7,7 @@ functions of the averaged gradients, so they are the same on all ranks.
 import torch
 from torch import Tensor
 
-from casc.layers import Params
+from casc.model.layers import Params
 
 # torch.amp.GradScaler's defaults.
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 65536.0, 2.0, 0.5, 2000

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from casc.data.index import read_index
-from casc.devices import choose_device
-from casc.errors import PassingError, UserError
-from casc.recipe import Recipe, parse
-from casc.recipe_checks import check
-from casc.recipe_facts import describe
-from casc.train.distributed import ranks_from_environment
+from casc.device.devices import choose_device
+from casc.distributed import ranks_from_environment
+from casc.errors import TransientError, UserError
+from casc.train.derived import describe
 from casc.train.loop import Summary, train
+from casc.train.recipe import Recipe, parse
+from casc.train.recipe_checks import check
 from casc.train.sinks import Sink
 
 
@@ -61,7 +61,7 @@ def errors_in_one_line() -> Iterator[None]:
     """End the program with a line on stderr where the user can mend what went wrong."""
     try:
         yield
-    except PassingError as error:
+    except TransientError as error:
         sys.exit(f"error: {error}; the same command goes on from the newest checkpoint")
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

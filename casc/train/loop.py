@@ -8,43 +8,44 @@ from functools import cache
 from itertools import chain
 from typing import NamedTuple, NoReturn
 
-from casc.compiling import use_cache
+from casc.checkpoints import format as checkpoint
+from casc.checkpoints.state import State
 from casc.data.batch import Batch
 from casc.data.index import read_index
 from casc.data.stream import ahead, training_batches
 from casc.data.workers import BatchStream
-from casc.detect import Detector, evaluate_split, new_detector
-from casc.devices import choose_device, make_deterministic, peak_memory, traits
-from casc.evaluate import Evaluation, format_table, write_evaluation
-from casc.kernels import choose_compute
-from casc.recipe import Recipe, resolved
-from casc.recipe_checks import check
-from casc.recipe_facts import facts
-from casc.train import checkpoint
-from casc.train.accumulate import backward
-from casc.train.distributed import (
+from casc.device.compile_cache import use_cache
+from casc.device.devices import choose_device, make_deterministic, peak_memory, traits
+from casc.distributed import (
     Exchange,
     from_main,
     process_group,
     ranks_from_environment,
 )
+from casc.evaluate.metrics import Evaluation, format_table, write_evaluation
+from casc.evaluate.run import evaluate_split
+from casc.inference.detector import Detector, new_detector
+from casc.model.choose_compute import choose_compute
+from casc.model.steps import LossStep, make_loss_step
+from casc.train.accumulate import backward
+from casc.train.derived import facts
 from casc.train.ema import average, decay_at
 from casc.train.guard import IN_A_ROW, scale_of
 from casc.train.meter import Meter, watch_positives
 from casc.train.optim import make_optimizer, update
 from casc.train.picture import draw_batch
 from casc.train.profile import check_profile, profiling
+from casc.train.recipe import Recipe, resolved
+from casc.train.recipe_checks import check
 from casc.train.results import conclude, concluded, figures_of
 from casc.train.run import Run, announce, open_log
 from casc.train.saving import Saver
 from casc.train.schedule import learning_rate
 from casc.train.sinks import Sink
 from casc.train.start import fresh_state, resumed_state
-from casc.train.state import State
-from casc.train.step import LossStep, make_loss_step
 from casc.train.stopping import StoppedError, Stopping
 from casc.train.warmup import buckets_ahead, warm_up
-from casc.train.watching import Doing, watching
+from casc.train.watching import Activity, watching
 
 PICTURE, EVALUATIONS = "first_batch.png", "evaluations"
 
@@ -82,7 +83,7 @@ def train(recipe: Recipe, *, sinks: Sequence[Sink] = ()) -> Summary:
         make_deterministic(device)
     derived = facts(recipe, index, ranks.world)
     with process_group(ranks, device) as device:
-        compute, told = choose_compute(
+        compute, compute_notes = choose_compute(
             recipe.model,
             device,
             dtype=recipe.dtype,
@@ -101,21 +102,23 @@ def train(recipe: Recipe, *, sinks: Sequence[Sink] = ()) -> Summary:
             run = Run(recipe, index, derived, compute, device, ranks, log, past)
             if from_main(concluded(run, state.step) if ranks.main else None, ranks):
                 return Summary(recipe, state, 0.0, None)
-            announce(run, state, [*notes, *told])
+            announce(run, state, [*notes, *compute_notes])
             with (
-                watching(run, state.step) as doing,
+                watching(run, state.step) as activity,
                 Stopping(ranks) as stopping,
                 Saver(run, state) as saver,
             ):
-                return _loop(run, state, doing, stopping, saver)
+                return _loop(run, state, activity, stopping, saver)
 
 
-def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver) -> Summary:
+def _loop(run: Run, state: State, activity: Activity, stopping: Stopping, saver: Saver) -> Summary:
     recipe, derived, ranks, log = run.recipe, run.facts, run.ranks, run.log
     split = run.index.splits[recipe.train_split]
     canvases = derived.canvases[recipe.train_split]
     optimizer = make_optimizer(recipe.optim, state)
-    exchange = Exchange([state.params[name] for name in state.momentum], ranks, recipe.bucket_mb)
+    exchange = Exchange(
+        [state.params[name] for name in state.momentum], ranks, recipe.ddp_bucket_mb
+    )
     together = ranks if recipe.normalise != "rank" else None
     shown = {**state.params, **state.ema} if recipe.ema.evaluate else state.params
     detector = new_detector(
@@ -128,7 +131,7 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
     def evaluate() -> Evaluation | None:
         try:
             with stopping.between_steps(), meter.paused():
-                return _evaluate(run, detector, state, doing, saver)
+                return _evaluate(run, detector, state, activity, saver)
         except StoppedError as stopped:
             _leave(run, saver, state, stopped)
 
@@ -152,15 +155,15 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
         bitmaps=recipe.model.mask_head.target == "bitmap",
         warn=log.warn,
     )
-    doing.detail = batches.stuck_report
+    activity.detail = batches.stuck_report
     stream: Iterator[tuple[int, Batch]] = batches
     if recipe.compile and recipe.warm_up and steps:
         # Workers read ahead meanwhile, and data that can't be read says so before.
-        doing.now("waiting for data")
+        activity.set("waiting for data")
         stream = chain([next(batches)], batches)
 
         def compiling(bucket: int) -> LossStep:
-            doing.now(f"compiling bucket {split.buckets[bucket].name}")
+            activity.set(f"compiling bucket {split.buckets[bucket].name}")
             return loss_step(bucket)
 
         with stopping.between_steps():
@@ -177,10 +180,10 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
         profiling(trace, log.say) as traced,
     ):
         while state.step < derived.steps:
-            doing.now("waiting for data", state.step)
+            activity.set("waiting for data", state.step)
             bucket, batch, on_device = meter.waiting(copied)
-            doing.batch(bucket, batch.image_id)
-            stopping.ask()
+            activity.batch(bucket, batch.image_id)
+            stopping.start_poll()
             if state.step == 0 and ranks.main:
                 picture = recipe.folder / PICTURE
                 draw_batch(picture, batch, recipe.image, canvases[bucket], run.index.categories)
@@ -202,8 +205,8 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
             state = state._replace(step=state.step + 1)
             log.advance(state.step)
             traced()
-            saver.look()
-            ending = stopping.agreed()
+            saver.poll()
+            ending = stopping.poll_result()
 
             if state.step % recipe.log_every == 0 or state.step == derived.steps:
                 values = {"epoch": state.step / derived.steps_per_epoch, "lr": rate, **meter.read()}
@@ -212,9 +215,9 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
                 collect()
             if ending or _due(run, state.step, recipe.save_every, recipe.save_steps):
                 meter.check()
-                doing.now("saving", state.step)
+                activity.set("saving", state.step)
                 with meter.paused():
-                    saver.begin(state)
+                    saver.save_async(state)
             if ending:
                 _leave(run, saver, state, StoppedError(ending))
             if _due(run, state.step, recipe.evaluate_every):
@@ -222,7 +225,7 @@ def _loop(run: Run, state: State, doing: Doing, stopping: Stopping, saver: Saver
                 evaluation, evaluated = evaluate(), True
     if not evaluated and recipe.evaluate_every:  # stopped between the last save and it
         evaluation = evaluate()
-    doing.now("waiting for the last checkpoint to be written")
+    activity.set("waiting for the last checkpoint to be written")
     saver.wait()
     speed = meter.typical_speed()
     if ranks.main:
@@ -259,8 +262,8 @@ def _missed_evaluation(run: Run, step: int) -> bool:
 
 def _leave(run: Run, saver: Saver, state: State, stopped: StoppedError) -> NoReturn:
     """Save, if that isn't done or under way, and end the program."""
-    saver.begin(state)
-    saver.wait(must=True)
+    saver.save_async(state)
+    saver.wait(raise_on_error=True)
     what = "saved" if run.recipe.save_every else "nothing is saved (--save-every 0)"
     run.log.say(
         f"{stopped.signal}: {what} at step {state.step:,}; the same command goes on from the newest"
@@ -272,7 +275,7 @@ def _leave(run: Run, saver: Saver, state: State, stopped: StoppedError) -> NoRet
 
 
 def _evaluate(
-    run: Run, detector: Detector, state: State, doing: Doing, saver: Saver
+    run: Run, detector: Detector, state: State, activity: Activity, saver: Saver
 ) -> Evaluation | None:
     recipe, log = run.recipe, run.log
     images = run.index.splits[recipe.val_split].samples
@@ -281,13 +284,13 @@ def _evaluate(
     with log.progress(images, "evaluating") as shown:
 
         def watch(count: int) -> None:
-            doing.now("evaluating", state.step)
+            activity.set("evaluating", state.step)
             shown(count)
 
         def opened(stream: BatchStream) -> None:
-            doing.detail = stream.stuck_report
+            activity.detail = stream.stuck_report
 
-        training = doing.detail
+        training = activity.detail
         evaluation = evaluate_split(
             detector,
             recipe.data,
@@ -300,7 +303,7 @@ def _evaluate(
             opened=opened,
             warn=log.warn,
         )
-        doing.detail = training
+        activity.detail = training
     if evaluation is None:
         return None
     figures = figures_of(evaluation)
@@ -318,7 +321,7 @@ def _evaluate(
     saved = checkpoint.path_of(run.checkpoints, state.step)
     if saved.is_dir():
         checkpoint.add_metrics(saved, figures)
-        run.tidy(saved)
+        run.prune(saved)
     return evaluation
 
 

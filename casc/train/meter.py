@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from casc.distributed import Ranks, gather, mean
 from casc.errors import UserError
-from casc.train.distributed import Ranks, gather, mean
 
 T = TypeVar("T")
 

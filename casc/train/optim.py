@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from casc.devices import traits
-from casc.layers import Params
+from casc.checkpoints.state import State
+from casc.device.devices import traits
+from casc.model.layers import Params
 from casc.train.guard import SCALE, follow
-from casc.train.state import State
 
 _FACTOR = "rate_factor"
 """Of a group of parameters, beside torch's own settings."""

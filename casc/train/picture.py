@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
 from casc.data.index import Category
+from casc.device.compute import Compute
 from casc.draw import draw_instances
-from casc.train.step import Compute, training_inputs
+from casc.model.preprocess import ImageConfig
+from casc.model.steps import training_inputs
 
 
 def draw_batch(

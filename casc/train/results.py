@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
-from casc.evaluate import Evaluation
-from casc.ground_truth import read_json, write_json
-from casc.recipe_facts import spread
+from casc.evaluate.metrics import Evaluation
+from casc.json_files import read_json, write_json
+from casc.train.derived import spread
 from casc.train.run import Run
 
 RESULTS = "results.json"

@@ -10,22 +10,22 @@ from pathlib import Path
 import torch
 
 import casc
+from casc.checkpoints import format as checkpoint
+from casc.checkpoints.state import State
 from casc.config import to_json
 from casc.data.index import Index
-from casc.data.plan import NOTHING_PAST, Past
+from casc.data.plan import NO_HISTORY, EpochHistory
+from casc.device.compute import Compute
+from casc.distributed import Ranks
 from casc.errors import UserError
-from casc.ground_truth import write_json
-from casc.recipe import Recipe
-from casc.recipe_checks import advice
-from casc.recipe_facts import Facts, rate_lines
-from casc.train import checkpoint
-from casc.train.distributed import Ranks
+from casc.json_files import write_json
+from casc.train.derived import Facts, rate_lines
 from casc.train.environment import environment
 from casc.train.log import RunLog, run_log
+from casc.train.recipe import Recipe
+from casc.train.recipe_checks import advice
 from casc.train.sinks import Sink
 from casc.train.start import CHECKPOINTS, RECIPE
-from casc.train.state import State
-from casc.train.step import Compute
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Run:
     device: torch.device
     ranks: Ranks
     log: RunLog
-    past: Past = NOTHING_PAST
+    past: EpochHistory = NO_HISTORY
     """How the epoch in which the run goes on began, where that was planned differently."""
 
     @property
@@ -47,10 +47,10 @@ class Run:
         """The folder of checkpoints."""
         return self.recipe.folder / CHECKPOINTS
 
-    def tidy(self, newest: Path) -> None:
+    def prune(self, newest: Path) -> None:
         """Delete the checkpoints up to this one that the recipe doesn't keep."""
         best = None if self.recipe.keep_best == "none" else self.recipe.keep_best
-        checkpoint.tidy(
+        checkpoint.prune(
             self.checkpoints, keep_last=self.recipe.keep_last, keep_best=best, newest=newest
         )
 
@@ -70,7 +70,7 @@ def open_log(
             write_json(to_json(recipe), recipe.folder / RECIPE)
         except OSError as error:
             raise UserError(f"--out {recipe.folder}: can't be written ({error})") from None
-        checkpoint.sweep(recipe.folder / CHECKPOINTS)
+        checkpoint.remove_partial(recipe.folder / CHECKPOINTS)
     with run_log(
         recipe.folder,
         start=state.step,

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from casc.devices import traits
+from casc.checkpoints import format as checkpoint
+from casc.checkpoints.state import State
+from casc.device.devices import traits
 from casc.errors import UserError
-from casc.train import checkpoint
 from casc.train.run import Run
 from casc.train.start import data_position, fingerprint, weights_metadata
-from casc.train.state import State
 
 
 class _Write(NamedTuple):
@@ -54,9 +54,9 @@ class Saver:
             return
         self.pool.shutdown()
         if kind and self.write:  # the error that ends the run shall be seen, not this one
-            self._collect(must=False)
+            self._collect(raise_on_error=False)
 
-    def begin(self, state: State) -> None:
+    def save_async(self, state: State) -> None:
         """Take a copy of the state and have it written.
 
         Raises:
@@ -80,35 +80,35 @@ class Saver:
         self.saved = state.step
         self.write = _Write(state.step, time.perf_counter() - began, done)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Say how the save that was under way has ended, if it has.
 
         Raises:
             UserError: it failed, and it was the run's last.
         """
         if self.write and self.write.done.done():
-            self._collect(must=False)
+            self._collect(raise_on_error=False)
 
-    def wait(self, *, must: bool = False) -> None:
+    def wait(self, *, raise_on_error: bool = False) -> None:
         """Wait for the save that is under way.
 
         Args:
-            must: raise if it failed, even if it wasn't the run's last.
+            raise_on_error: raise if it failed, even if it wasn't the run's last.
 
         Raises:
-            UserError: as `look`.
+            UserError: as `poll`.
         """
         if self.write:
-            self._collect(must=must)
+            self._collect(raise_on_error=raise_on_error)
 
-    def _collect(self, *, must: bool) -> None:
+    def _collect(self, *, raise_on_error: bool) -> None:
         assert self.write is not None
         (step, stall, done), self.write = self.write, None
         try:
             seconds = done.result()
         except UserError as error:
             self.saved = -1
-            if must or step == self.run.facts.steps:
+            if raise_on_error or step == self.run.facts.steps:
                 raise
             self.run.log.warn(f"{error}; training goes on")
             return
@@ -132,7 +132,7 @@ class Saver:
             position=position,
             averaged=run.recipe.ema.evaluate,
         )
-        run.tidy(path)
+        run.prune(path)
         return time.perf_counter() - began
 
 

@@ -8,20 +8,21 @@ from typing import Any
 import torch
 
 import casc
-from casc import detector
+from casc.checkpoints import format as checkpoint
+from casc.checkpoints.read import fit_weights, imagenet_weights, read_weights
+from casc.checkpoints.state import State
 from casc.config import differences, from_json, to_json
 from casc.data.index import Index
-from casc.data.plan import NOTHING_PAST, Past, Phase
-from casc.devices import choose_dtype
+from casc.data.plan import NO_HISTORY, EpochHistory, Phase
+from casc.device.devices import choose_dtype
+from casc.distributed import Ranks, from_main
 from casc.errors import UserError
-from casc.recipe import FREE_FIELDS, IMAGENET, RANDOM, Recipe
-from casc.recipe_facts import Facts
-from casc.resnet import PREFIX
-from casc.train import checkpoint
-from casc.train.distributed import Ranks, from_main
-from casc.train.state import State, new_state
+from casc.model import detector
+from casc.model.resnet import PREFIX
+from casc.train.derived import Facts
+from casc.train.recipe import IMAGENET, RANDOM, RESUMABLE_CHANGES, Recipe
+from casc.train.state import new_state
 from casc.train.transfer import transfer
-from casc.weights.read import fit_weights, imagenet_weights, read_weights
 
 RECIPE = "recipe.json"
 CHECKPOINTS = "checkpoints"
@@ -64,7 +65,7 @@ def resumed_state(
     ranks: Ranks,
     device: torch.device,
     memory_format: torch.memory_format,
-) -> tuple[State | None, Past, list[str]]:
+) -> tuple[State | None, EpochHistory, list[str]]:
     """The state of the newest whole checkpoint in the run's folder, if there is one.
 
     Returns:
@@ -75,7 +76,7 @@ def resumed_state(
     """
     found, notes = from_main(_find(recipe) if ranks.main else None, ranks)
     if found is None:
-        return None, NOTHING_PAST, notes
+        return None, NO_HISTORY, notes
     loaded = checkpoint.load(found)
     if "phases" not in loaded.position:
         raise UserError(
@@ -97,7 +98,7 @@ def resumed_state(
 
 
 def data_position(
-    recipe: Recipe, derived: Facts, past: Past, data: str, step: int
+    recipe: Recipe, derived: Facts, past: EpochHistory, data: str, step: int
 ) -> dict[str, Any]:
     """What resuming needs beside tensors: which samples the steps so far have seen.
 
@@ -165,7 +166,7 @@ def _check_recipe(recipe: Recipe, found: Path) -> None:
     """Refuse to continue with settings that change what is learnt."""
     before = from_json(Recipe, checkpoint.recipe_of(found), str(found))
     # That batch and accumulate make the same step is seen to by `_past`.
-    free = FREE_FIELDS | {"batch", "accumulate"}
+    free = RESUMABLE_CHANGES | {"batch", "accumulate"}
     if recipe.schedule.kind == "step":
         free |= {"epochs"}
     for name, (old, new) in differences(to_json(before), to_json(recipe)).items():
@@ -189,7 +190,7 @@ def _phase(recipe: Recipe, derived: Facts, stop: int) -> Phase:
 
 def _past(
     recipe: Recipe, index: Index, derived: Facts, position: dict[str, Any]
-) -> tuple[Past, list[str]]:
+) -> tuple[EpochHistory, list[str]]:
     """How the epoch to go on with began, and what there is to say of it.
 
     Raises:
@@ -220,7 +221,7 @@ def _past(
         phases = []
     elif last != now:
         phases.append(last)
-    past = Past(epoch, tuple(phases))
+    past = EpochHistory(epoch, tuple(phases))
     changed = [
         f"{name} {getattr(last, name)} -> {getattr(now, name)}"
         for name in ("world", "batch", "workers", "window")

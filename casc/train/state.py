@@ -1,31 +1,13 @@
 """All that a training run carries from one step to the next."""
 
-from typing import NamedTuple
-
 import torch
 
-from casc import detector
-from casc.detector import DetectorConfig
-from casc.layers import Params
+from casc.checkpoints.state import State
+from casc.model import detector
+from casc.model.detector import DetectorConfig
+from casc.model.layers import Params
+from casc.model.steps import to_format
 from casc.train.guard import new_guard
-from casc.train.step import to_format
-
-
-class State(NamedTuple):
-    """The training state; a step updates the tensors in place and counts on."""
-
-    step: int
-    """Updates made so far."""
-    params: Params
-    """Every parameter by name, float32; the ones that train require a gradient."""
-    buffers: Params
-    """Batch norm statistics by name, which training doesn't change."""
-    momentum: Params
-    """The optimizer's, for the parameters that train, under their names."""
-    guard: Params
-    """Scalars of the numerical guards by name, from `casc.train.guard`."""
-    ema: Params = {}  # noqa: RUF012  # where it is empty, nothing is ever put in
-    """Moving averages of the parameters that train, under their names; empty without."""
 
 
 def new_state(

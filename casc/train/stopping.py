@@ -16,8 +16,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from casc.signals import ENDS
-from casc.train.distributed import Ranks
+from casc.device.signals import ENDS
+from casc.distributed import Ranks
 
 REPEAT = 2.0
 """Seconds within which another signal is taken for the same request."""
@@ -63,7 +63,7 @@ class Stopping:
         for each, handler in self.before.items():
             signal.signal(each, handler)
 
-    def ask(self) -> None:
+    def start_poll(self) -> None:
         """Begin a step: send whether this rank was asked to end."""
         if self.group is not None:
             self.flag.fill_(self.number)
@@ -71,7 +71,7 @@ class Stopping:
                 self.flag, dist.ReduceOp.MAX, group=self.group, async_op=True
             )
 
-    def agreed(self) -> int:
+    def poll_result(self) -> int:
         """End a step: the signal that some rank had been sent when the step began, or 0."""
         if self.group is None:
             return self.number

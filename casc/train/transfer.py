@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from casc.box_head import PREFIX as BOX
+from casc.checkpoints.read import Fit, Weights, fit_weights
 from casc.config import differences, to_json
 from casc.data.index import Category
 from casc.errors import UserError
-from casc.layers import Params
-from casc.mask_head import PREFIX as MASK
-from casc.recipe import Recipe
-from casc.resnet import is_frozen
-from casc.weights.read import Fit, Weights, fit_weights
+from casc.model.box_head import PREFIX as BOX
+from casc.model.layers import Params
+from casc.model.mask_head import PREFIX as MASK
+from casc.model.resnet import is_frozen
+from casc.train.recipe import Recipe
 
 _BY_CLASS = {BOX: "fc_cls", MASK: "conv_logits"}
 """The layer of each head whose outputs are classes; `fc_cls` has the background as its last."""

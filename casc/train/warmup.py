@@ -8,17 +8,17 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from casc.checkpoints.state import State
 from casc.data.collate import collate
 from casc.data.index import Split
 from casc.data.plan import plan_epoch, steps_per_epoch
 from casc.data.stream import to_device
-from casc.devices import synchronize
-from casc.recipe import Recipe
-from casc.train.distributed import Ranks
+from casc.device.devices import synchronize
+from casc.distributed import Ranks
+from casc.model.steps import LossStep
 from casc.train.log import RunLog
+from casc.train.recipe import Recipe
 from casc.train.run import Run
-from casc.train.state import State
-from casc.train.step import LossStep
 
 
 def warm_up(

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from casc.detector import DetectorConfig, Inputs, Noise, reference_settings, trainable
-from casc.devices import choose_compiler
+from casc.device.devices import choose_compiler
 from casc.errors import UserError
-from casc.kernels import choose_roi_kernel
-from casc.layers import Params
-from casc.paste import paste_masks
-from casc.rpn import Proposals
-from casc.train.step import anchor_count
+from casc.evaluate.mask_rle import paste_masks
+from casc.model.choose_compute import choose_roi_kernel
+from casc.model.detector import DetectorConfig, Inputs, Noise, reference_settings, trainable
+from casc.model.layers import Params
+from casc.model.rpn import Proposals
+from casc.model.steps import anchor_count
 from casc.verify.compare import Comparison, Row
 from casc.verify.compare_detections import compare_detections
 from casc.verify.compare_training import compare_gradients, compare_training

@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from casc.detector import DetectorConfig, Inputs, Noise, init
 from casc.errors import UserError
-from casc.layers import Params
-from casc.targets import Targets
+from casc.model.detector import DetectorConfig, Inputs, Noise, init
+from casc.model.layers import Params
+from casc.model.targets import Targets
 
 PREFIX = "goldens_"
 LITE = "_lite"

@@ -9,10 +9,10 @@ Legend: B images, P proposals, S samples, A anchors, R = B * S RoIs.
 import torch
 from torch import Tensor
 
-from casc.anchors import grid_anchors, inside
-from casc.box_head import box_head, box_losses, max_positive, refine, sample_rois
-from casc.boxes import encode
-from casc.detector import (
+from casc.model.anchors import grid_anchors, inside
+from casc.model.box_head import box_head, box_losses, max_positive, refine, sample_rois
+from casc.model.boxes import encode
+from casc.model.detector import (
     ROI_LEVELS,
     DetectorConfig,
     Features,
@@ -25,15 +25,13 @@ from casc.detector import (
     select,
     total,
 )
-from casc.fpn import fpn
-from casc.layers import Params
-from casc.mask_head import mask_head, mask_loss, mask_rois, mask_targets
-from casc.masks import bitmap_coverage
-from casc.matching import match_rois, take
-from casc.ops.pyramid import Pyramid, flatten_pyramid
-from casc.ops.roi_align import roi_align, roi_levels
-from casc.resnet import resnet
-from casc.rpn import (
+from casc.model.fpn import fpn
+from casc.model.layers import Params
+from casc.model.mask_head import mask_head, mask_loss, mask_rois, mask_targets
+from casc.model.mask_targets import bitmap_coverage
+from casc.model.matching import match_rois, take
+from casc.model.resnet import resnet
+from casc.model.rpn import (
     STDS,
     Proposals,
     candidates,
@@ -43,6 +41,8 @@ from casc.rpn import (
     rpn_losses,
     rpn_targets,
 )
+from casc.ops.pyramid import Pyramid, flatten_pyramid
+from casc.ops.roi_align import roi_align, roi_levels
 
 Record = dict[str, Tensor]
 

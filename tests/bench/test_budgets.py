@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from casc import detector
 from casc.bench.budgets import READS, Recorder, audit_inference, record_training
 from casc.bench.worker import compilations
-from casc.box_head import BoxHeadConfig
 from casc.data.batch import Batch
-from casc.detector import DetectorConfig
-from casc.train.step import Compute, make_detect_step, make_loss_step
+from casc.device.compute import Compute
+from casc.model import detector
+from casc.model.box_head import BoxHeadConfig
+from casc.model.detector import DetectorConfig
+from casc.model.steps import make_detect_step, make_loss_step
 
 EAGER = Compute(compile=False)
 

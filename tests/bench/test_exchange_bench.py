@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 from casc.bench.exchange import Settings, time_steps
-from casc.train.distributed import ALONE
+from casc.distributed import ALONE
 
 
 def test_one_process_has_nothing_to_send():

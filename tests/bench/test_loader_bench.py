@@ -10,11 +10,11 @@ from casc.bench.decoders import agreement, decoders
 from casc.bench.loader import LoaderCommand
 from casc.bench.loader_parts import choose, load, time_parts
 from casc.bench.loader_usual import load_usually
-from casc.data.augment import ImageConfig, plain_view, prepare
 from casc.data.collate import collate
 from casc.data.index import read_index
 from casc.data.sample import iter_tar, read_sample
 from casc.errors import UserError
+from casc.model.preprocess import ImageConfig, plain_view, prepare
 from data_tools.cli import ShardCommand
 from data_tools.synth import SynthSettings, synthesise
 

@@ -9,11 +9,11 @@ import torch
 from casc.bench import flops, worker
 from casc.bench.against import Timed, ratio, run_command
 from casc.bench.batch import Load, made_up_batch
-from casc.bench.cli import as_table, with_default
 from casc.bench.peers import images_of, targets_of
-from casc.cli import main
-from casc.detector import DetectorConfig
+from casc.cli.bench import as_table, with_default
+from casc.cli.main import main
 from casc.errors import UserError
+from casc.model.detector import DetectorConfig
 
 PROMISED = {
     *("img_per_s", "step_s", "mfu", "flops", "peak_flops", "graphs", "graph_breaks"),

@@ -13,7 +13,7 @@ from faulty_server import Answer, serving
 from casc.data import cache
 from casc.data.cache import cached_shard
 from casc.data.index import Shard
-from casc.data.loading import Loading
+from casc.data.loader_config import TrainLoaderConfig
 from casc.data.status import Status
 from casc.errors import UserError
 
@@ -39,13 +39,13 @@ def shards(server) -> list[Shard]:
 
 
 @pytest.fixture
-def loading(tmp_path) -> Loading:
-    return Loading(
+def loading(tmp_path) -> TrainLoaderConfig:
+    return TrainLoaderConfig(
         cache=tmp_path / "cache", cache_gb=3.5 * SIZE / 1e9, timeout=5, backoff=0.001, retries=2
     )
 
 
-def get(server, shard: Shard, loading: Loading) -> bytes | None:
+def get(server, shard: Shard, loading: TrainLoaderConfig) -> bytes | None:
     found = cached_shard(f"{server.url}/{shard.name}", shard, loading, Status())
     if found is None:
         return None
@@ -53,7 +53,7 @@ def get(server, shard: Shard, loading: Loading) -> bytes | None:
         return stream.read()
 
 
-def held(loading: Loading) -> set[str]:
+def held(loading: TrainLoaderConfig) -> set[str]:
     return {path.name for path in Path(str(loading.cache)).iterdir()}
 
 
@@ -148,7 +148,7 @@ def test_a_full_disk(server, shards, loading, monkeypatch):
         get(server, shards[0], loading)
 
 
-def _many(url: str, shards: list[Shard], loading: Loading, seed: int) -> None:
+def _many(url: str, shards: list[Shard], loading: TrainLoaderConfig, seed: int) -> None:
     for i in np.random.default_rng(seed).integers(0, len(shards), 30).tolist():
         found = cached_shard(f"{url}/{shards[i].name}", shards[i], loading, Status())
         if found is not None:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from casc.data.stream import Loading, evaluation_batches, training_batches
-from casc.errors import PassingError, UserError
-from casc.ground_truth import ground_truth_from_shards
+from casc.data.stream import TrainLoaderConfig, evaluation_batches, training_batches
+from casc.errors import TransientError, UserError
+from casc.evaluate.ground_truth import ground_truth_from_shards
 
 COUNT = 8
 COPY = r"it is damaged, or not of this index: copy it again from where it was made, or make the"
@@ -30,7 +30,7 @@ def read(shard, workers=0, window=128):
     return list(
         training_batches(
             path.parent.parent, index.splits["train"], seed=0, steps=range(COUNT // 2), batch=2,
-            loading=Loading(workers=workers, window=window),
+            loading=TrainLoaderConfig(workers=workers, window=window),
         )
     )  # fmt: skip
 
@@ -107,7 +107,7 @@ def test_an_index_that_is_not_the_shards(shard, tmp_path, write_shards):
         list(
             training_batches(
                 path.parent.parent, index.splits["train"], seed=0, steps=range(5), batch=2,
-                loading=Loading(workers=0),
+                loading=TrainLoaderConfig(workers=0),
             )
         )  # fmt: skip
 
@@ -151,7 +151,7 @@ def test_faults_are_found_by_whoever_reads_only_a_part(tmp_path, write_shards, w
             list(
                 evaluation_batches(
                     tmp_path, index.splits["val"], batch=2, world=2, rank=rank,
-                    loading=Loading(workers=workers),
+                    loading=TrainLoaderConfig(workers=workers),
                 )
             )  # fmt: skip
 
@@ -162,7 +162,7 @@ def test_faults_are_found_by_whoever_reads_only_a_part(tmp_path, write_shards, w
 def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path, write_shards, sent):
     split = write_shards(tmp_path, {"train": [(0, 6, True), (1, 5, True)]}).splits["train"]
     stream = training_batches(
-        tmp_path, split, seed=0, steps=range(10**9), batch=2, loading=Loading(workers=2)
+        tmp_path, split, seed=0, steps=range(10**9), batch=2, loading=TrainLoaderConfig(workers=2)
     )
     next(stream)
     victim = stream.pids[1]
@@ -177,7 +177,7 @@ def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path, write_shards, s
                 time.sleep(0.001)  # a step: torch raises wherever the process happens to be
 
     with pytest.raises(
-        PassingError,
+        TransientError,
         # torch learns of it from a signal, or by asking, and then not what the cause was.
         match=rf"^loader: worker 1 \(process {victim}\) (was killed \([^)]+\)|ended unexpectedly)"
         r" while it was [^\n]*train/00000\d\.tar at byte [^\n]*; [^\n]*"
@@ -192,7 +192,7 @@ def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path, write_shards, s
 def test_other_errors_pass_through_unexplained(tmp_path, write_shards):
     split = write_shards(tmp_path, {"train": [(0, 6, True)]}).splits["train"]
     stream = training_batches(
-        tmp_path, split, seed=0, steps=range(2), batch=2, loading=Loading(workers=0)
+        tmp_path, split, seed=0, steps=range(2), batch=2, loading=TrainLoaderConfig(workers=0)
     )
     with pytest.raises(RuntimeError, match="something else"), stream.explained():
         raise RuntimeError("something else")

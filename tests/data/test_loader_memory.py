@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from casc.data.stream import Loading, training_batches
+from casc.data.stream import TrainLoaderConfig, training_batches
 
 SAMPLES, WARM_UP, BATCH, WORKERS = 20_000, 2_000, 4, 4
 
@@ -37,7 +37,7 @@ def test_memory_of_workers_is_flat(tmp_path, write_shards):
     split = write_shards(tmp_path, {"train": shards}).splits["train"]
     stream = training_batches(
         tmp_path, split, seed=0, steps=range(SAMPLES // BATCH), batch=BATCH,
-        loading=Loading(workers=WORKERS),
+        loading=TrainLoaderConfig(workers=WORKERS),
     )  # fmt: skip
     seen, figures = 0, []
     for _, batch in stream:

@@ -14,8 +14,8 @@ from casc.data.hashing import hash64
 from casc.data.index import Bucket, Shard, Split
 from casc.data.plan import (
     BLOCK,
+    EpochHistory,
     EpochPlan,
-    Past,
     Phase,
     noise_seed,
     plan_epoch,
@@ -136,7 +136,7 @@ def test_going_on_with_other_processes_leaves_nothing_out(case, turns, data):
     way: dict[str, int] = {}
     for turn, ((world, batch), workers, window) in enumerate(turns):
         way = {"world": world, "batch": batch, "workers": workers, "window": window}
-        plan = plan_epoch(split, **common, **way, past=Past(case["epoch"], tuple(phases)))
+        plan = plan_epoch(split, **common, **way, past=EpochHistory(case["epoch"], tuple(phases)))
         first = phases[-1].stop if phases else 0
         if turn == 0:
             wrapped, steps = plan.wrapped, plan.steps
@@ -158,8 +158,8 @@ def test_going_on_with_other_processes_leaves_nothing_out(case, turns, data):
         extra[split.shards[shard].bucket] += count - 1
     assert [extra[b] for b in range(5)] == wrapped, "no more repeats than without a change"
     later = {**common, "epoch": case["epoch"] + 1, **way}
-    other = plan_epoch(split, **later, past=Past(0, ()))
-    same = plan_epoch(split, **later, past=Past(case["epoch"], tuple(phases)))
+    other = plan_epoch(split, **later, past=EpochHistory(0, ()))
+    same = plan_epoch(split, **later, past=EpochHistory(case["epoch"], tuple(phases)))
     assert trace(other, 0) == trace(same, 0)
 
 

@@ -11,14 +11,14 @@ import pytest
 from faulty_server import Answer, FaultyServer, Request, serving
 
 from casc.data.index import read_index
-from casc.data.loading import Loading, check_loading
+from casc.data.loader_config import TrainLoaderConfig, check_loading
 from casc.data.remote import join, location, open_remote, read_remote
 from casc.data.status import RETRYING, Status
 from casc.data.stream import evaluation_batches, training_batches
 from casc.errors import UserError
-from casc.ground_truth import ground_truth_from_shards
+from casc.evaluate.ground_truth import ground_truth_from_shards
 
-QUICK = Loading(workers=0, timeout=0.3, backoff=0.01, retries=3)
+QUICK = TrainLoaderConfig(workers=0, timeout=0.3, backoff=0.01, retries=3)
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
@@ -30,7 +30,9 @@ def server(tmp_path):
         yield faulty
 
 
-def fetch(server: FaultyServer, loading: Loading = QUICK, size: int | None = len(CONTENT)):
+def fetch(
+    server: FaultyServer, loading: TrainLoaderConfig = QUICK, size: int | None = len(CONTENT)
+):
     status = Status()
     with open_remote(f"{server.url}/file", size, loading, status) as stream:
         return stream.read(), status
@@ -215,7 +217,7 @@ def test_commands_need_a_flag(tmp_path):
     with pytest.raises(UserError, match="would run a command"):
         read_index(f"pipe:touch {tmp_path}/ran; cat {tmp_path}")
     assert not (tmp_path / "ran").exists()
-    allowed = Loading(allow_commands=True, timeout=0.3, backoff=0.01, retries=1)
+    allowed = TrainLoaderConfig(allow_commands=True, timeout=0.3, backoff=0.01, retries=1)
     assert read_remote(place, allowed) == CONTENT
     with open_remote(place, len(CONTENT), allowed, start=1000) as stream:
         assert stream.read() == CONTENT[1000:]
@@ -258,13 +260,13 @@ def test_training_through_a_server_that_fails_half_the_time(
     tmp_path, server, write_shards, workers, cache
 ):
     split = write_shards(server.folder, SHARDS).splits["train"]
-    local = batches(server.folder, split, Loading(workers=workers, window=4))
+    local = batches(server.folder, split, TrainLoaderConfig(workers=workers, window=4))
 
     def behave(request: Request) -> Answer:
         return Answer(status=500) if request.number % 2 else Answer(drop_after=9_000)
 
     server.behave = behave
-    loading = Loading(
+    loading = TrainLoaderConfig(
         workers=workers, window=4, timeout=5, backoff=0.001, retries=20,
         cache=tmp_path / "cache" if cache else None,
     )  # fmt: skip
@@ -306,7 +308,7 @@ def test_a_shard_that_is_missing_or_damaged_on_the_server(tmp_path, server, writ
     shard = server.folder / split.shards[0].name
     whole = shard.read_bytes()
     shard.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
-    for loading in (QUICK, Loading(workers=0, cache=tmp_path / "cache")):
+    for loading in (QUICK, TrainLoaderConfig(workers=0, cache=tmp_path / "cache")):
         with pytest.raises(UserError) as error:
             batches(server.url, split, loading)
         found = hashlib.sha256(shard.read_bytes()).hexdigest()
@@ -323,7 +325,7 @@ def test_a_shard_that_is_missing_or_damaged_on_the_server(tmp_path, server, writ
 def test_the_stuck_report_names_what_a_worker_waits_for(server, write_shards):
     split = write_shards(server.folder, {"train": [(0, 7, True)]}).splits["train"]
     server.behave = lambda request: Answer(stall_after=8_192)
-    loading = Loading(workers=1, timeout=0.2, backoff=60, retries=3)
+    loading = TrainLoaderConfig(workers=1, timeout=0.2, backoff=60, retries=3)
     stream = training_batches(
         server.url, split, seed=0, steps=range(3), batch=2, loading=loading, warn=lambda _: None
     )
@@ -357,8 +359,8 @@ def test_the_stuck_report_names_what_a_worker_waits_for(server, write_shards):
 def test_settings_that_can_not_be_honoured(wrong):
     flag = next(iter(wrong)).replace("_", "-")
     with pytest.raises(UserError, match=f"--loading.{flag} "):
-        check_loading(Loading(**wrong))
-    check_loading(Loading())
+        check_loading(TrainLoaderConfig(**wrong))
+    check_loading(TrainLoaderConfig())
 
 
 def test_a_status_in_words():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from faulty_server import Answer, FaultyServer, serving
 
-import casc.cli
+import casc.cli.main
 import data_tools.cli
 from casc.data.index import Index
 from casc.train.loop import train
@@ -111,7 +111,7 @@ def test_eval_on_a_server(tiny_recipe, tmp_path, capsys):
         for place in (recipe.data, server.url):
             out = tmp_path / f"{len(figures)}.json"
             args = ("--out", out, "--device", "cpu", "--loading.workers", 0, *QUICK)
-            assert run(casc.cli.main, "eval", recipe.folder, place, *args) == 0
+            assert run(casc.cli.main.main, "eval", recipe.folder, place, *args) == 0
             figures.append(json.loads(out.read_text()))
         told = capsys.readouterr()
         assert f"of {server.url}, cpu" in told.out

@@ -12,7 +12,13 @@ from casc.data.batch import Batch
 from casc.data.collate import collate
 from casc.data.plan import noise_seed, plan_epoch
 from casc.data.sample import iter_tar, read_sample
-from casc.data.stream import Loading, ahead, evaluation_batches, to_device, training_batches
+from casc.data.stream import (
+    TrainLoaderConfig,
+    ahead,
+    evaluation_batches,
+    to_device,
+    training_batches,
+)
 from casc.errors import UserError
 
 EMPTY = Batch(*(torch.zeros(0) for _ in range(8)))
@@ -26,7 +32,7 @@ def ids(batches) -> list[list[int]]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epochs_follow_the_plan(tmp_path, write_shards, workers):
     split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
-    loading = Loading(workers=workers, window=4)
+    loading = TrainLoaderConfig(workers=workers, window=4)
     common = {"seed": 5, "batch": 2, "loading": loading}
     plan = plan_epoch(split, seed=5, epoch=0, world=1, batch=2, workers=workers, window=4)
     assert plan.steps == 6 + 3
@@ -57,7 +63,7 @@ def test_ranks_share_an_epoch(tmp_path, write_shards):
         list(
             training_batches(
                 tmp_path, split, seed=0, steps=range(6), batch=1, world=3, rank=rank,
-                loading=Loading(workers=0),
+                loading=TrainLoaderConfig(workers=0),
             )
         )
         for rank in range(3)
@@ -71,7 +77,7 @@ def test_ranks_share_an_epoch(tmp_path, write_shards):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation(tmp_path, write_shards, workers):
     split = write_shards(tmp_path, {"val": SHARDS}).splits["val"]
-    loading = Loading(workers=workers)
+    loading = TrainLoaderConfig(workers=workers)
     items = list(evaluation_batches(tmp_path, split, batch=4, loading=loading))
     assert all(len(batch) == 4 for batch in ids(items))
     seen = Counter(i for batch in ids(items) for i in batch)
@@ -101,7 +107,7 @@ def test_workers_end_with_the_stream(tmp_path, write_shards):
 def test_a_loader_that_is_not_read_to_its_end_leaves_nothing_open(tmp_path, write_shards):
     split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
     stream = training_batches(
-        tmp_path, split, seed=0, steps=range(9), batch=2, loading=Loading(workers=0)
+        tmp_path, split, seed=0, steps=range(9), batch=2, loading=TrainLoaderConfig(workers=0)
     )
     next(stream)
     before = {link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
@@ -115,7 +121,7 @@ def test_to_device(tmp_path, write_shards):
     split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
     _, batch = next(
         training_batches(
-            tmp_path, split, seed=0, steps=range(1), batch=2, loading=Loading(workers=0),
+            tmp_path, split, seed=0, steps=range(1), batch=2, loading=TrainLoaderConfig(workers=0),
             bitmaps=True,
         )
     )  # fmt: skip
@@ -136,7 +142,8 @@ def test_workers_hand_over_what_is_collated(tmp_path, write_shards, workers, bit
         for key, image, record in iter_tar(tmp_path / shard.name)
     }
     stream = training_batches(
-        tmp_path, split, seed=0, steps=range(9), batch=2, loading=Loading(workers=workers),
+        tmp_path, split, seed=0, steps=range(9), batch=2,
+        loading=TrainLoaderConfig(workers=workers),
         bitmaps=bitmaps,
     )  # fmt: skip
     # All at once: no batch may be written over by a later one.
@@ -165,7 +172,12 @@ def test_ids_and_sizes_do_not_keep_images_alive(tmp_path, write_shards, workers)
     split = write_shards(tmp_path, {"train": SHARDS}).splits["train"]
     _, batch = next(
         training_batches(
-            tmp_path, split, seed=0, steps=range(1), batch=2, loading=Loading(workers=workers)
+            tmp_path,
+            split,
+            seed=0,
+            steps=range(1),
+            batch=2,
+            loading=TrainLoaderConfig(workers=workers),
         )
     )
     assert batch.image_id.untyped_storage().nbytes() < 100
@@ -179,7 +191,7 @@ def test_workers_that_are_far_ahead_write_over_nothing(tmp_path, write_shards, w
     made = {
         workers: training_batches(
             tmp_path, split, seed=1, steps=range(24), batch=2,
-            loading=Loading(workers=workers, prefetch=prefetch, window=4),
+            loading=TrainLoaderConfig(workers=workers, prefetch=prefetch, window=4),
         )
         for workers in (0, workers)
     }  # fmt: skip
@@ -200,11 +212,13 @@ def test_workers_with_unequal_shares_write_over_nothing(tmp_path, write_shards):
     """When others have ended, a worker is asked for more batches ahead than usual."""
     split = write_shards(tmp_path, {"val": [(0, 17, True), (1, 1, True)]}).splits["val"]
     expected = {}
-    for _, batch in evaluation_batches(tmp_path, split, batch=1, loading=Loading(workers=0)):
+    for _, batch in evaluation_batches(
+        tmp_path, split, batch=1, loading=TrainLoaderConfig(workers=0)
+    ):
         expected[int(batch.image_id)] = batch.image[0]
     held = []
     for _, batch in evaluation_batches(
-        tmp_path, split, batch=1, loading=Loading(workers=2, prefetch=1)
+        tmp_path, split, batch=1, loading=TrainLoaderConfig(workers=2, prefetch=1)
     ):
         time.sleep(0.02)
         held.append(batch)
@@ -228,7 +242,7 @@ def test_ahead_hands_on_every_batch_and_its_copy(tmp_path, write_shards):
 
     def batches():
         return training_batches(
-            tmp_path, split, seed=0, steps=range(5), batch=2, loading=Loading(workers=0)
+            tmp_path, split, seed=0, steps=range(5), batch=2, loading=TrainLoaderConfig(workers=0)
         )
 
     plain = list(batches())

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from casc.detector import Detections, InferenceConfig
 from casc.export.check import Agreement, Tolerances, compare_image
 from casc.export.pictures import batches, generated_pictures
+from casc.model.detector import Detections, InferenceConfig
 
 CONFIG = InferenceConfig(score_threshold=0.3, nms_iou=0.5, detections=5)
 TOLERANCES = Tolerances()

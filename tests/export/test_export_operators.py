@@ -13,10 +13,10 @@ from torchvision.ops import roi_align as torchvision_roi_align
 from casc.errors import UserError
 from casc.export.onnx import write_onnx
 from casc.export.operators import own_operators, plain
-from casc.ops.bags import weighted_bags
 from casc.ops.linear import _linear
 from casc.ops.nms import nms
 from casc.ops.roi_align import _native
+from casc.ops.row_sums import weighted_row_sums
 
 
 class Calls(nn.Module):
@@ -95,7 +95,7 @@ def test_bags_and_products_are_sums_of_rows(exported):
     bias = torch.randn(5, generator=generator)
 
     def function(pixels, index, weight, matrix, bias):
-        bags = weighted_bags(pixels, index, weight)
+        bags = weighted_row_sums(pixels, index, weight)
         return bags, _linear(bags, matrix, bias), _linear(bags, matrix, None)
 
     bags, with_bias, without = exported(function, (pixels, index, weight, matrix, bias), outputs=3)

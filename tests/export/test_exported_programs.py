@@ -16,20 +16,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from casc import cli, detector
+from casc.checkpoints.model import Trained, load_trained
+from casc.cli import main as cli
 from casc.config import to_json
-from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
-from casc.detector import STAGES, Detections, DetectorConfig
+from casc.device.compute import Compute
+from casc.evaluate.mask_rle import paste_masks
 from casc.export import files
 from casc.export.files import write
 from casc.export.metadata import describe
 from casc.export.operators import plain
 from casc.export.pictures import generated_pictures
 from casc.export.program import Shape, capture, infer
-from casc.paste import paste_masks
-from casc.train.step import Compute, make_detect_step
-from casc.weights.model import Trained, load_trained
+from casc.model import detector
+from casc.model.detector import STAGES, Detections, DetectorConfig
+from casc.model.preprocess import ImageConfig
+from casc.model.steps import make_detect_step
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "exporting.md"
 PIXELS = (80, 100)

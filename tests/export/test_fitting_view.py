@@ -1,7 +1,7 @@
 import torch
 
-from casc.data.augment import ImageConfig, resized
 from casc.export.program import fitting_view
+from casc.model.preprocess import ImageConfig, resized
 
 
 def test_images_are_never_cut_off():

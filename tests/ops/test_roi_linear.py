@@ -13,7 +13,7 @@ from torchvision.ops import roi_align as torchvision_roi_align
 from casc.ops import roi_linear as module
 from casc.ops.heap import MAPPED
 from casc.ops.pyramid import flatten_pyramid
-from casc.ops.roi_align import RoiKernel, only_read
+from casc.ops.roi_align import RoiKernel, detach_unread
 from casc.ops.roi_linear import roi_linear
 
 STRIDES = (4, 8)
@@ -114,14 +114,14 @@ def test_the_operators_are_what_they_say_to_the_compiler():
 @pytest.mark.parametrize(("kernel", "levels"), [("aten", False), ("native", True)])
 def test_only_what_is_read_has_a_gradient(kernel, levels):
     made, _, _ = _inputs()
-    pyramid = only_read(flatten_pyramid(list(made[:2]), STRIDES), "fixed", kernel)
+    pyramid = detach_unread(flatten_pyramid(list(made[:2]), STRIDES), "fixed", kernel)
     assert pyramid.pixels.requires_grad is not levels
     assert all(level.requires_grad is levels for level in pyramid.levels)
 
 
 HOLES = """
 import resource, sys, torch
-from casc.ops.heap import make_room
+from casc.ops.heap import trim_heap
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -132,7 +132,7 @@ torch.ones(2**22)
 blocks = [torch.ones(2**18) for _ in range(200)]
 del blocks[:-1:2]
 before = resident()
-make_room(int(sys.argv[1]), torch.empty(1))
+trim_heap(int(sys.argv[1]), torch.empty(1))
 print(round(before - resident()))
 assert all(block.sum() == 2**18 for block in blocks)
 """

@@ -8,10 +8,10 @@ import numpy as np
 
 from casc.config import to_json
 from casc.data.index import Category
-from casc.evaluate import FIGURES, ClassFigures, Evaluation, write_evaluation
-from casc.recipe import Recipe
-from casc.report.looking import Look, Shown
+from casc.evaluate.metrics import FIGURES, ClassFigures, Evaluation, write_evaluation
+from casc.report.error_analysis import ErrorAnalysis, Example
 from casc.report.quality import Quality
+from casc.train.recipe import Recipe
 
 BEGAN = 1_800_000_000
 EVIL = "<script>alert('a & b')</script>"
@@ -65,13 +65,13 @@ def an_evaluation(ap: float = 0.5) -> Evaluation:
     )
 
 
-def a_look() -> Look:
+def a_look() -> ErrorAnalysis:
     names = [c.name for c in an_evaluation().classes]
     precision = np.linspace(1, 0, 101)[None, :, None] * np.ones((10, 1, len(names)))
     precision[:, :, 1] = 0.25
     precision[:, :, 3] = -1  # a class without objects
     picture = np.full((90, 120, 3), 128, np.uint8)
-    shown = Shown(7, f"{EVIL}.jpg", Quality(0.25, 1, 2, 3), picture, picture)
+    shown = Example(7, f"{EVIL}.jpg", Quality(0.25, 1, 2, 3), picture, picture)
     categories = [Category(i + 1, name) for i, name in enumerate(names)]
     curves: Any = {"bbox": precision, "segm": precision}
-    return Look(9, 9, an_evaluation(), curves, categories, [shown], [shown])
+    return ErrorAnalysis(9, 9, an_evaluation(), curves, categories, [shown], [shown])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from casc.data.index import Shard, Split
-from casc.report.looking import extremes, part_of
+from casc.report.error_analysis import extremes, part_of
 from casc.report.quality import Quality, image_quality
 
 SIZE = (40, 60)

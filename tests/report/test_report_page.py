@@ -13,9 +13,9 @@ import pytest
 from made_up_run import EVIL, a_look
 from PIL import Image
 
-from casc import cli
+from casc.cli import main as cli
 from casc.report.history import newest_evaluation, read_history
-from casc.report.html import document, picture
+from casc.draw.html import document, picture
 from casc.report.page import report_page
 from casc.train.loop import train
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from casc.recipe import Recipe
+from casc.train.recipe import Recipe
 
 WORLD = 2
 STEPS, AHEAD = 6, 3
@@ -166,7 +166,7 @@ def compare(recipe: Recipe, other: Recipe) -> list[str]:
     """Names of tensors of the last checkpoints that differ in any bit."""
     from safetensors.torch import load_file
 
-    from casc.train.checkpoint import list_checkpoints
+    from casc.checkpoints.format import list_checkpoints
 
     different = []
     a, b = (list_checkpoints(r.folder / "checkpoints")[0] for r in (recipe, other))

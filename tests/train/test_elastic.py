@@ -15,7 +15,7 @@ SCRIPT = """
 import json, os, sys
 import torch
 from casc.config import from_json
-from casc.recipe import Recipe
+from casc.train.recipe import Recipe
 from casc.train.launch import errors_in_one_line
 from casc.train.loop import train
 

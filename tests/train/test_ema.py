@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from casc.detector import init, trainable
+from casc.checkpoints.model import load_trained
 from casc.errors import UserError
+from casc.model.detector import init, trainable
 from casc.train.ema import Ema, average, decay_at
 from casc.train.loop import train
-from casc.weights.model import load_trained
 
 
 def averaged(recipe, tmp_path, name, **changes):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from casc.devices import choose_dtype
+from casc.device.devices import choose_dtype
 from casc.errors import UserError
 from casc.train.loop import train
 

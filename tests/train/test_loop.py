@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from casc.checkpoints import format as checkpoint
 from casc.errors import UserError
-from casc.train import checkpoint
 from casc.train.loop import train
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from casc.distributed import ALONE
 from casc.errors import UserError
-from casc.train.distributed import ALONE
 from casc.train.meter import Meter, watch_positives
 
 FINE = torch.tensor(0)

@@ -3,9 +3,9 @@ from functools import partial
 import pytest
 import torch
 
+from casc.checkpoints.state import State
 from casc.train.guard import follow, new_guard, scaled_loss
 from casc.train.optim import Optim, make_optimizer, update
-from casc.train.state import State
 
 FUSED = pytest.mark.parametrize("fused", [True, False])
 """The fused kernel, and what devices without one do."""

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from casc.checkpoints import format as checkpoint
 from casc.errors import UserError
-from casc.train import checkpoint, saving
+from casc.train import saving
 from casc.train.loop import train
 
 
@@ -37,7 +38,7 @@ def held(monkeypatch):
 def test_steps_go_on_while_a_checkpoint_is_written(tiny_recipe, held, tmp_path, monkeypatch):
     begun, go = held
     after = []
-    look = saving.Saver.look
+    look = saving.Saver.poll
 
     def watch(saver):
         if begun.is_set() and saver.write:
@@ -120,7 +121,7 @@ import sys
 from pathlib import Path
 import torch
 from casc.errors import UserError
-from casc.train import checkpoint
+from casc.checkpoints import format as checkpoint
 from casc.train.state import State
 
 def state(step, size):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from casc.data.stream import Loading
+from casc.data.stream import TrainLoaderConfig
 from casc.errors import UserError
 from casc.train import launch as launching
 from casc.train.loop import train
@@ -36,7 +36,7 @@ def test_the_documented_script_logs_a_run(tiny_recipe, monkeypatch):
     assert launched["recipe"].name == "coco_1x"
 
     recipe = replace(tiny_recipe, max_steps=3, evaluate_every=1, save_every=0)
-    recipe = replace(recipe, loading=Loading(workers=0))
+    recipe = replace(recipe, loading=TrainLoaderConfig(workers=0))
     summary = train(recipe, sinks=launched["sinks"])
     (begin, given), *logged = calls
     assert begin == "init"
@@ -51,7 +51,7 @@ def test_the_documented_script_logs_a_run(tiny_recipe, monkeypatch):
 def test_trace_holds_the_steps_operators(tiny_recipe, tmp_path):
     file = tmp_path / "new" / "trace.json.gz"
     recipe = replace(tiny_recipe, max_steps=NEEDED, save_every=0, profile=file)
-    train(replace(recipe, loading=Loading(workers=0)))
+    train(replace(recipe, loading=TrainLoaderConfig(workers=0)))
     with gzip.open(file, "rt") as text:
         events = json.load(text)["traceEvents"]
     # What Perfetto needs of a slice.

@@ -8,9 +8,10 @@ import chaos
 import pytest
 import torch
 
+from casc.checkpoints import format as checkpoint
+from casc.distributed import ALONE
 from casc.errors import UserError
-from casc.train import checkpoint, stopping
-from casc.train.distributed import ALONE
+from casc.train import stopping
 from casc.train.launch import errors_in_one_line
 from casc.train.loop import train
 from casc.train.meter import Meter
@@ -100,7 +101,7 @@ def test_again_leaves_at_once(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         # Launchers repeat what the scheduler has sent to everyone.
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.agreed() == signal.SIGTERM
+        assert stop.poll_result() == signal.SIGTERM
         assert not left
         monkeypatch.setattr(stopping, "REPEAT", 0.0)
         time.sleep(0.01)

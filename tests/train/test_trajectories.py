@@ -9,15 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_distributed import launch
 
-from casc import detector
 from casc.data.batch import Batch
-from casc.resnet import ResNetConfig
+from casc.device.compute import Compute
+from casc.distributed import ALONE, Exchange, Ranks, process_group
+from casc.model import detector
+from casc.model.normalise import over_ranks
+from casc.model.resnet import ResNetConfig
+from casc.model.steps import make_loss_step
 from casc.train.accumulate import backward, split_batch
-from casc.train.distributed import ALONE, Exchange, Ranks, process_group
-from casc.train.normalise import over_ranks
 from casc.train.optim import Optim, make_optimizer, update
 from casc.train.state import new_state
-from casc.train.step import Compute, make_loss_step
 
 CPU = torch.device("cpu")
 EAGER = Compute(compile=False)

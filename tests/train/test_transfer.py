@@ -5,13 +5,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from casc.checkpoints.read import Weights
 from casc.config import to_json
 from casc.data.index import Category
-from casc.detector import init
 from casc.errors import UserError
+from casc.model.detector import init
 from casc.train.loop import train
 from casc.train.transfer import transfer
-from casc.weights.read import Weights
 
 FIVE = tuple(Category(i + 1, name) for i, name in enumerate(("ant", "bee", "cat", "dog", "eel")))
 CLS, LOGITS = "roi_head.bbox_head.{}.fc_cls", "roi_head.mask_head.{}.conv_logits"

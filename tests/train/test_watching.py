@@ -9,7 +9,7 @@ from casc.errors import UserError
 from casc.train.log import run_log
 from casc.train.loop import train
 from casc.train.meter import Meter
-from casc.train.watching import Doing, watchdog
+from casc.train.watching import Activity, watchdog
 
 
 def notes(folder, rank):
@@ -23,15 +23,15 @@ def wait_for_a_batch_that_never_comes(seconds):
 
 def test_the_watchdog_says_who_is_stuck_with_what(tmp_path, capsys):
     with run_log(tmp_path, start=0, total=9, rank=3) as log:
-        doing = Doing(6)
-        doing.detail = lambda: "worker 0: reading train/000012.tar at byte 4,096, for 42 s"
-        doing.now("waiting for data", 7)
-        with watchdog(doing, log, 0.2, tmp_path):
+        activity = Activity(6)
+        activity.detail = lambda: "worker 0: reading train/000012.tar at byte 4,096, for 42 s"
+        activity.set("waiting for data", 7)
+        with watchdog(activity, log, 0.2, tmp_path):
             wait_for_a_batch_that_never_comes(0.9)
-            doing.now("step")
+            activity.set("step")
     stuck = [note for note in notes(tmp_path, 3) if note["kind"] == "stuck"]
     assert 1 <= len(stuck) <= 4, "again and again, but not all the time"
-    assert (stuck[0]["step"], stuck[0]["doing"]) == (7, "waiting for data")
+    assert (stuck[0]["step"], stuck[0]["activity"]) == (7, "waiting for data")
     assert "no progress for" in stuck[0]["text"]
     assert "worker 0: reading train/000012.tar" in stuck[0]["text"]
     stacks = (tmp_path / "logs/stacks-rank-3.txt").read_text()
@@ -42,11 +42,11 @@ def test_the_watchdog_says_who_is_stuck_with_what(tmp_path, capsys):
 @pytest.mark.parametrize("seconds", [0.0, 0.4])
 def test_progress_keeps_the_watchdog_silent(tmp_path, seconds):
     with run_log(tmp_path, start=0, total=9) as log:
-        doing = Doing(0)
-        with watchdog(doing, log, seconds, tmp_path):
+        activity = Activity(0)
+        with watchdog(activity, log, seconds, tmp_path):
             for step in range(30):
                 time.sleep(0.02)
-                doing.now("step", step)
+                activity.set("step", step)
     assert not notes(tmp_path, 0)
 
 
@@ -66,7 +66,7 @@ def test_a_crash_leaves_a_report(tiny_recipe, monkeypatch, capsys):
     report = path.read_text()
     for text in (
         "RuntimeError: CUDA error: device fell off the bus",
-        "doing     computing, step 2",
+        "activity  computing, step 2",
         "bucket    ",
         f"torch {torch.__version__}",
         "Traceback",

@@ -18,26 +18,26 @@ from torch import Tensor
 # torch has loaded it already, where it is on the path.
 from torch_npu.recording import Recording, places, recording, without_fallbacks
 
-from casc import detector
 from casc.bench.batch import Load, made_up_batch
-from casc.box_head import BoxHeadConfig
-from casc.data.augment import ImageConfig
 from casc.data.batch import Batch
 from casc.data.stream import to_device
-from casc.detector import DetectorConfig
-from casc.devices import choose_device
-from casc.fpn import FPNConfig
-from casc.kernels import choose_compute
-from casc.mask_head import MaskHeadConfig
-from casc.resnet import ResNetConfig
-from casc.rpn import RPNConfig
+from casc.device.devices import choose_device
+from casc.distributed import ALONE, Exchange
+from casc.model import detector
+from casc.model.box_head import BoxHeadConfig
+from casc.model.choose_compute import choose_compute
+from casc.model.detector import DetectorConfig
+from casc.model.fpn import FPNConfig
+from casc.model.mask_head import MaskHeadConfig
+from casc.model.preprocess import ImageConfig
+from casc.model.resnet import ResNetConfig
+from casc.model.rpn import RPNConfig
+from casc.model.steps import make_detect_step, make_loss_step
 from casc.train.accumulate import backward
-from casc.train.distributed import ALONE, Exchange
 from casc.train.guard import IN_A_ROW
 from casc.train.meter import Meter
 from casc.train.optim import Optim, make_optimizer, update
 from casc.train.state import new_state
-from casc.train.step import make_detect_step, make_loss_step
 
 # Operators that torch_npu has no kernel for: why casc uses them all the same, and what happens.
 MISSING: dict[str, str] = {}

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from casc import devices
 from casc.config import from_json
-from casc.recipe import Recipe
+from casc.device import devices
 from casc.train.loop import train
+from casc.train.recipe import Recipe
 
 conv2d = F.conv2d
 

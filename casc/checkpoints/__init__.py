@@ -1,0 +1,1 @@
+"""casc's checkpoints, and those of other programs in and out."""

@@ -1,0 +1,310 @@
+"""Checkpoints: folders that are there as a whole or not at all.
+
+    RUN/checkpoints/step-00007330/
+        weights.safetensors   parameters and buffers under the reference's names, as they are
+                              evaluated; metadata says what they are (recipe, classes, step,
+                              versions)
+        state.safetensors     momentum, the guards' scalars, and of raw weights and their moving
+                              average what isn't in the other file; metadata has the counters
+                              and the data position
+        checkpoint.json       size and SHA-256 of both
+        metrics.json          figures, once the checkpoint has been evaluated
+    RUN/checkpoints/best      link to the best checkpoint so far
+
+A checkpoint is written under another name, flushed to the disk and renamed. Whoever finds
+one that doesn't agree with its hashes goes on to the one before.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from casc.checkpoints.state import State
+from casc.errors import UserError
+
+WEIGHTS, STATE, MANIFEST, METRICS = (
+    "weights.safetensors", "state.safetensors", "checkpoint.json", "metrics.json"
+)  # fmt: skip
+BEST = "best"
+_PREFIX, _GUARD, _RAW, _EMA = "step-", "guard.", "raw.", "ema."
+
+
+class CorruptCheckpointError(UserError):
+    """A checkpoint whose files don't agree with its hashes."""
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint folder holds."""
+
+    weights: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+    guard: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    position: dict[str, Any]
+    """Counters and data position, as given to `save`."""
+
+
+def save(
+    folder: Path,
+    state: State,
+    *,
+    metadata: Mapping[str, str],
+    position: Mapping[str, Any],
+    averaged: bool = True,
+) -> Path:
+    """Write `folder/step-N`, atomically.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        state: what to save.
+        metadata: what the weights are; goes into their file.
+        position: JSON values that resuming needs beside the tensors.
+        averaged: whether the moving averages, if there are any, are the weights to show.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: it couldn't be written; checkpoints that were there are as they were.
+    """
+    final = path_of(folder, state.step)
+    temporary = folder / f".{final.name}.{os.getpid()}"
+    weights = {**state.params, **state.buffers}
+    rest = {**state.momentum, **_prefixed(_GUARD, state.guard)}
+    if averaged and state.ema:
+        weights |= state.ema
+        rest |= _prefixed(_RAW, {name: state.params[name] for name in state.ema})
+    else:
+        rest |= _prefixed(_EMA, state.ema)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(temporary / WEIGHTS, weights, metadata)
+        _write(temporary / STATE, rest, {"position": json.dumps(dict(position))})
+        files = {
+            name: {key: fact(temporary / name) for key, fact in _FACTS.items()}
+            for name in (WEIGHTS, STATE)
+        }
+        manifest = {"format": "casc-checkpoint", "version": 1, "step": state.step, "files": files}
+        _write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        _flush(temporary)
+        if final.exists():  # torn, or its step was taken again after resuming before it
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{final}: could not be saved ({error}); earlier checkpoints are untouched"
+        ) from error
+    return final
+
+
+def load(checkpoint: Path) -> Loaded:
+    """Read a checkpoint after checking its hashes.
+
+    Raises:
+        CorruptCheckpointError: naming the file that is missing, cut short or changed.
+    """
+    verify(checkpoint)
+    with safetensors.safe_open(checkpoint / STATE, "pt") as file:
+        position = json.loads(file.metadata()["position"])
+    weights, rest = load_file(checkpoint / WEIGHTS), load_file(checkpoint / STATE)
+    guard, raw, ema = (_taken(rest, prefix) for prefix in (_GUARD, _RAW, _EMA))
+    if raw:
+        ema = {name: weights[name] for name in raw}
+    return Loaded(weights | raw, rest, guard, ema, position)
+
+
+def recipe_of(checkpoint: Path) -> Any:
+    """The recipe, as JSON, that a checkpoint's weights were trained with."""
+    with safetensors.safe_open(checkpoint / WEIGHTS, "pt") as file:
+        return json.loads(file.metadata()["recipe"])
+
+
+def restore(state: State, loaded: Loaded, source: Path) -> State:
+    """Copy a checkpoint into a new state of the same recipe.
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape.
+    """
+    for target, found in (
+        ({**state.params, **state.buffers}, loaded.weights),
+        (state.momentum, loaded.momentum),
+        (state.guard, loaded.guard),
+        (state.ema, loaded.ema),
+    ):
+        for name in [*target, *(name for name in found if name not in target)]:
+            if name not in found or name not in target or found[name].shape != target[name].shape:
+                raise UserError(
+                    f"{source}: tensor {name!r} doesn't fit the recipe's model; it was trained"
+                    " with other --model settings"
+                )
+            with torch.no_grad():
+                target[name].copy_(found[name])
+    return state._replace(step=int(loaded.position["step"]))
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where a step's checkpoint is, or would be."""
+    return folder / f"{_PREFIX}{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a run, newest first, whole or not."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
+    return sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint; `warn` is told of each torn one that was passed over."""
+    for path in list_checkpoints(folder):
+        try:
+            verify(path)
+        except CorruptCheckpointError as error:
+            warn(f"{error}; using the checkpoint before it")
+            continue
+        return path
+    return None
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare a checkpoint with its hashes.
+
+    Raises:
+        CorruptCheckpointError: naming the file and what is wrong with it.
+    """
+    manifest = checkpoint / MANIFEST
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        expected = [(name, key, files[name][key]) for name in (WEIGHTS, STATE) for key in _FACTS]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpointError(f"{manifest}: missing or unreadable ({error!r})") from None
+    for name, key, value in expected:
+        try:
+            found = _FACTS[key](checkpoint / name)
+        except OSError as error:
+            raise CorruptCheckpointError(f"{checkpoint / name}: {error.strerror}") from None
+        if found != value:
+            raise CorruptCheckpointError(
+                f"{checkpoint / name}: {key} is {found}, it was saved with {value}"
+            )
+
+
+def add_metrics(checkpoint: Path, metrics: Mapping[str, float | None]) -> None:
+    """Record figures with a checkpoint."""
+    temporary = checkpoint / f".{METRICS}"
+    _write_text(temporary, json.dumps(dict(metrics), indent=1) + "\n")
+    temporary.replace(checkpoint / METRICS)
+
+
+def best(folder: Path, metric: str) -> tuple[Path, float] | None:
+    """The checkpoint with the highest figure, the newer of equals; None if there is none."""
+    found = None
+    for path in list_checkpoints(folder):
+        try:
+            value = json.loads((path / METRICS).read_text(encoding="utf-8")).get(metric)
+        except (OSError, ValueError):
+            continue
+        if value is not None and (found is None or value > found[1]):
+            found = path, float(value)
+    return found
+
+
+def prune(
+    folder: Path, *, keep_last: int, keep_best: str | None, newest: Path | None = None
+) -> None:
+    """Delete what isn't among the newest `keep_last`, nor the best; point `best` there.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        keep_last: how many of the newest to keep; 0 keeps all.
+        keep_best: the figure that decides which one is the best; None doesn't care.
+        newest: where to begin; by default at the last. Those after it were passed over when
+            the run was continued, and count for nothing.
+    """
+    found = best(folder, keep_best) if keep_best else None
+    if found:
+        _link(folder / BEST, found[0].name)
+    if keep_last:
+        there = list_checkpoints(folder)
+        first = there.index(newest) if newest in there else 0
+        for path in there[first + keep_last :]:
+            if not found or path != found[0]:
+                shutil.rmtree(path)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what interrupted saves have left behind."""
+    for path in folder.glob(f".{_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take out the tensors whose names begin so, under the rest of their names."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors.pop(name) for name in names}
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    plain = {k: v.detach().to("cpu", copy=False).contiguous() for k, v in tensors.items()}
+    save_file(plain, path, metadata=dict(metadata))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        # Large parts: between them a thread waits for Python's lock.
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+# What the manifest records of a file, cheapest first.
+_FACTS: dict[str, Callable[[Path], Any]] = {
+    "bytes": lambda path: path.stat().st_size,
+    "sha256": _sha256,
+}
+
+
+def _flush(folder: Path) -> None:
+    """Make names in a folder durable, where the system has such a thing."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _link(path: Path, target: str) -> None:
+    """Point a symbolic link elsewhere, at once; without one where the system has none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)

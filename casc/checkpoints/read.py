@@ -1,0 +1,253 @@
+"""Read weights from casc's checkpoints, the reference's and torchvision's, and fit them in.
+
+All three use the same names: the reference's `state_dict`'s. torchvision's ResNets lack the
+prefix `backbone.` and have a classifier that nobody needs here. What is in other programs'
+checkpoints is turned to casc's conventions as far as their files tell; `casc convert` knows more
+programs, and is strict.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from casc.checkpoints import format as checkpoint
+from casc.checkpoints.foreign import STEM, to_rgb
+from casc.checkpoints.mmdetection import categories_of, settings_of, state_dict_of
+from casc.checkpoints.pickles import first_line, load_torch
+from casc.checkpoints.shapes import model_of
+from casc.checkpoints.torchvision_resnet import CLASSIFIER, is_torchvision
+from casc.config import to_json
+from casc.data.index import Category
+from casc.errors import UserError
+from casc.model.detector import DetectorConfig
+from casc.model.layers import Params
+from casc.model.preprocess import ImageConfig
+from casc.model.resnet import PREFIX
+
+FORMAT, VERSION = "casc-weights", 1
+_CONVERT_FIRST = (
+    "weights of Detectron2 have to be converted first: casc convert FILE OUT.safetensors"
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by the reference's names, and what their file says about them."""
+
+    source: str
+    kind: Literal["casc", "reference", "torchvision"]
+    tensors: dict[str, Tensor]
+    categories: tuple[Category, ...] | None = None
+    """The classes in the order of labels; id -1 where the file has names only."""
+    recipe: dict[str, Any] | None = None
+    """The run's recipe as JSON, from casc's own checkpoints; of the reference's, `model` and
+    `image` as far as the config in the file has them."""
+    step: int | None = None
+    problem: str | None = None
+    """What that config asks for and casc's model doesn't have."""
+    origin: dict[str, Any] | None = None
+    """Where `casc convert` had it from, and the order of colours there."""
+
+
+class Fit(NamedTuple):
+    """How weights met a model."""
+
+    matched: list[str]
+    missing: list[str]
+    """In the model, not in the file: they keep their initial values."""
+    unused: list[str]
+    """In the file, not in the model."""
+    reshaped: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    """Of another shape in the file: (name, model's shape, file's shape); not taken."""
+
+    def __str__(self) -> str:
+        text = f"{len(self.matched)} tensors taken"
+        for title, names in (
+            ("kept at their initial values", self.missing),
+            ("of another shape, kept at their initial values", [n for n, _, _ in self.reshaped]),
+            ("in the file but not in the model", self.unused),
+        ):
+            if names:
+                shown = ", ".join(_groups(names))
+                text += f"; {len(names)} {title} ({shown})"
+        return text
+
+
+def read_weights(source: str) -> Weights:
+    """Read weights.
+
+    Args:
+        source: a run's folder (its newest whole checkpoint is taken), a checkpoint's folder,
+            a `.safetensors` file, a `.pth` file of the reference or of torchvision, or the
+            URL of one. torch.hub downloads it, once, and checks the hash in its name.
+
+    Raises:
+        UserError: it can't be read, or holds none of these.
+    """
+    if "://" in source:
+        return _from_torch(source, _download(source))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _in_folder(path)
+    if not path.is_file():
+        raise UserError(f"{source}: no such file or folder")
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
+    if path.suffix == ".pkl":
+        raise UserError(f"{path}: {_CONVERT_FIRST}")
+    return _from_torch(str(path), load_torch(path))
+
+
+def imagenet_weights(depth: int) -> Weights:
+    """Read the ResNet of this depth of torchvision, IMAGENET1K_V1, as the reference starts from.
+
+    torch.hub keeps the file in its cache (`$TORCH_HOME/hub/checkpoints`).
+
+    Raises:
+        UserError: it isn't in the cache and can't be downloaded, or has another checksum.
+    """
+    import torchvision
+
+    url = torchvision.models.get_weight(f"ResNet{depth}_Weights.IMAGENET1K_V1").url
+    return _from_torch(url, _download(url))
+
+
+def fit_weights(
+    params: Params, buffers: Params, tensors: Mapping[str, Tensor]
+) -> tuple[Params, Params, Fit]:
+    """Put tensors in place of those of the same name and shape.
+
+    Returns:
+        New parameters and buffers, and a report.
+    """
+    fit = Fit([], [], [], [])
+    result: tuple[Params, Params] = dict(params), dict(buffers)
+    for target in result:
+        for name, value in target.items():
+            found = tensors.get(name)
+            if found is None:
+                fit.missing.append(name)
+            elif found.shape != value.shape:
+                fit.reshaped.append((name, tuple(value.shape), tuple(found.shape)))
+            else:
+                target[name] = found.to(value.dtype)
+                fit.matched.append(name)
+    fit.unused.extend(name for name in tensors if name not in params and name not in buffers)
+    return *result, fit
+
+
+def check_classes(weights: Weights, categories: Sequence[Category], where: str) -> None:
+    """Refuse weights that were trained on other classes, or on the same in another order.
+
+    Raises:
+        UserError: naming the first class that differs.
+    """
+    if weights.categories is None:
+        return
+    trained = [_named(c, weights.categories) for c in weights.categories]
+    wanted = [_named(c, weights.categories) for c in categories]
+    for i, (a, b) in enumerate(zip(trained, wanted, strict=False)):
+        if a != b:
+            raise UserError(f"{weights.source}: class {i} is {a}, in {where} it is {b}")
+    if len(trained) != len(wanted):
+        raise UserError(
+            f"{weights.source}: trained on {len(trained)} classes, {where} has {len(wanted)}"
+        )
+
+
+def _named(category: Category, like: Sequence[Category]) -> str:
+    """Id and name, or the name alone where the file knows no ids."""
+    return category.name if like[0].id < 0 else f"{category.name!r} (id {category.id})"
+
+
+def _in_folder(path: Path) -> Path:
+    if (path / checkpoint.WEIGHTS).is_file():
+        checkpoint.verify(path)
+        return path / checkpoint.WEIGHTS
+    for folder in (path, path / "checkpoints"):
+        torn: list[str] = []
+        found = checkpoint.newest(folder, torn.append)
+        if found:
+            return found / checkpoint.WEIGHTS
+        if torn:
+            raise UserError(torn[0])
+    raise UserError(f"{path}: no checkpoint in this folder")
+
+
+def _from_safetensors(path: Path) -> Weights:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        if int(metadata.get("version", VERSION)) > VERSION:
+            raise UserError(
+                f"{path}: written by a newer version of casc ({metadata.get('casc', 'unknown')});"
+                " update casc to read it"
+            )
+        tensors = load_file(path)
+        entries = json.loads(metadata.get("classes", "null"))
+        recipe = json.loads(metadata.get("recipe", "null"))
+        step = json.loads(metadata.get("step", "null"))
+        origin = json.loads(metadata.get("origin", "null"))
+        categories = entries and tuple(Category(entry["id"], entry["name"]) for entry in entries)
+    except UserError:
+        raise
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not readable as safetensors ({first_line(error)})") from None
+    if recipe is None:
+        return replace(_from_torch(str(path), tensors), categories=categories)
+    return Weights(str(path), "casc", tensors, categories, recipe, step, origin=origin)
+
+
+def _from_torch(source: str, data: Any) -> Weights:
+    if not isinstance(data, Mapping):
+        raise UserError(f"{source}: holds no state_dict")
+    if isinstance(data.get("model"), Mapping):
+        raise UserError(f"{source}: {_CONVERT_FIRST}")
+    tensors = state_dict_of(data) if isinstance(data.get("state_dict", data), Mapping) else {}
+    if not tensors:
+        raise UserError(f"{source}: holds no state_dict")
+    if is_torchvision(tensors):
+        tensors = {f"{PREFIX}.{k}": v for k, v in tensors.items() if k not in CLASSIFIER}
+        return Weights(source, "torchvision", tensors)
+    try:
+        model = replace(model_of(tensors, source), roi_align="adaptive")
+    except UserError:  # of another detector: `fit_weights` takes what fits
+        model = DetectorConfig()
+    said = settings_of(data, model, ImageConfig(), source)
+    recipe = None
+    if said:
+        if said.channels and STEM in tensors and tensors[STEM].dim() == 4:
+            tensors = to_rgb(tensors, said.channels)
+        recipe = {"model": to_json(said.model), "image": to_json(said.image)}
+    problem = said.problem if said else None
+    return Weights(source, "reference", tensors, categories_of(data), recipe, problem=problem)
+
+
+def _download(url: str) -> Any:
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True
+        )
+    except Exception as error:  # of the network, of the hash, of the unpickler
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        raise UserError(
+            f"{url}: could not be had ({first_line(error)}); download it elsewhere into {cache},"
+            " or give the path of a file with --init"
+        ) from None
+
+
+def _groups(names: Sequence[str], most: int = 6) -> list[str]:
+    """Names by their first parts, with counts, so that a report stays one line."""
+    counts: dict[str, int] = {}
+    for name in names:
+        key = ".".join(name.split(".")[: 3 if name.startswith("roi_head.") else 2])
+        counts[key] = counts.get(key, 0) + 1
+    shown = [f"{key}.* x{n}" if n > 1 else key for key, n in counts.items()]
+    return shown if len(shown) <= most else [*shown[:most], f"{len(shown) - most} more groups"]

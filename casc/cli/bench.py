@@ -1,0 +1,214 @@
+"""`casc bench train | inference | loader | operators | evaluation`; train if nothing is said."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from casc.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
+    from casc.bench.worker import Job, What
+
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class StepCommand:
+    """What timing the training step and timing inference have in common."""
+
+    canvas: tuple[int, int] = (800, 1088)
+    """Height and width of the images in pixels, divisible by 32."""
+    batch: int = 2
+    """Images per step."""
+    objects: int = 8
+    """Objects per image."""
+    capacity: int | None = None
+    """Objects that a batch has room for; by default as many as it has."""
+    steps: int = 5
+    """Timed steps; their medians are reported."""
+    against: tuple[str, ...] = ()
+    """torchvision: its Mask R-CNN in turns with ours, in float32 and, if we don't run in
+    float32, in autocast too. Anything else is a command whose last line is a JSON object
+    with img_per_s; it runs before and after."""
+    json: bool = False
+    """Print one JSON object."""
+    device: str = "auto"
+    """auto: the accelerator if there is one, else the CPU. Or cpu, cuda, npu, ..."""
+    dtype: Literal["auto", "fp32", "bf16", "float32", "bfloat16"] = "auto"
+    """Of convolutions and matrix products; auto takes what suits the device."""
+    compile: bool = True
+    """Compile with torch.compile; --no-compile times the eager step."""
+    cold: bool = True
+    """Also time a first step without any cache; --no-cold saves those minutes."""
+    threads: int | None = None
+    """CPU threads; by default torch's choice."""
+    profile: Path | None = None
+    """Afterwards trace three more steps into this file (.json.gz), for Perfetto."""
+
+
+@dataclass(frozen=True)
+class TrainCommand(StepCommand):
+    """Time the training step, losses and gradients, on a made-up batch.
+
+    The model is the reference's R50-FPN with fresh weights; nothing is read from disk.
+    """
+
+    positives: int | None = None
+    """RoIs per image and stage that get a mask loss, at least: fresh weights find hardly more
+    than the objects themselves, a trained network about 120."""
+
+    def run(self) -> int:
+        """Measure."""
+        return _run("train", self, self.positives)
+
+
+@dataclass(frozen=True)
+class InferenceCommand(StepCommand):
+    """Time inference, from images to boxes, scores, labels and 28x28 masks."""
+
+    batch: int = 1
+    """Images per step."""
+
+    def run(self) -> int:
+        """Measure."""
+        return _run("inference", self, None)
+
+
+def _run(what: "What", command: StepCommand, positives: int | None) -> int:
+    report = _measure(what, command, positives)
+    print(json.dumps(report) if command.json else as_table(report), flush=True)
+    return 0
+
+
+def _measure(what: "What", command: StepCommand, positives: int | None) -> dict[str, Any]:
+    from casc.bench.against import ratio, run_command, spread, take_turns
+    from casc.bench.worker import Worker
+
+    job = _job(what, command, positives)
+    commands = [c for c in command.against if c != "torchvision"]
+    before = {c: run_command(c) for c in commands}
+    with ExitStack() as stack:
+        cold, made = None, None
+        if job.compile and command.cold:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="casc-bench-"))
+            job = replace(job, cache=Path(folder))
+            with Worker(job) as worker:
+                cold = worker.step()["step_s"]
+                worker.step()
+                made = worker.compilations()
+            _say(f"first step without a cache: {cold:.1f} s")
+        peers = []
+        if "torchvision" in command.against:
+            dtypes = dict.fromkeys(("float32", job.dtype))
+            peers = [replace(job, who="torchvision", dtype=d, cache=None) for d in dtypes]
+        workers = [stack.enter_context(Worker(j)) for j in (job, *peers)]
+        ours, *theirs = take_turns(workers, command.steps, _say)
+        # What comes from the cache isn't compiled: the first process knows what there was.
+        made = made or workers[0].compilations()
+        facts, *their_facts = [worker.facts() for worker in workers]
+        if command.profile:
+            workers[0].trace(command.profile)
+    report = _report(job, ours, facts | made)
+    if job.compile:
+        report |= {"compile_cold_s": cold, "compile_warm_s": ours.first["step_s"]}
+    against: dict[str, Any] = {}
+    for peer, timed, known in zip(peers, theirs, their_facts, strict=True):
+        against[f"torchvision {peer.dtype}"] = {
+            "img_per_s": peer.load.batch / timed.median("step_s"),
+            "step_s": timed.median("step_s"),
+            **known,
+            "times_faster": ratio(ours, timed)._asdict(),
+        }
+    for name in commands:
+        both = [before[name], run_command(name)]
+        against[name] = both[-1] | {
+            "times_faster": spread([report["img_per_s"] / r["img_per_s"] for r in both])._asdict()
+        }
+    return report | ({"against": against} if against else {})
+
+
+def _job(what: "What", command: StepCommand, positives: int | None) -> "Job":
+    from casc.bench.batch import Load
+    from casc.bench.worker import Job
+    from casc.device.devices import choose_device, choose_dtype
+    from casc.train.profile import check_profile
+
+    if min(command.batch, command.steps) < 1 or command.objects < 0:
+        raise UserError("--batch and --steps must be at least 1, --objects at least 0")
+    if min(command.canvas) < 32 or any(side % 32 for side in command.canvas):
+        raise UserError(f"--canvas {command.canvas}: both sides must be multiples of 32")
+    check_profile(command.profile)
+    device = choose_device(command.device)
+    dtype = choose_dtype(PRECISIONS.get(command.dtype, command.dtype), device)
+    load = Load(command.canvas, command.batch, command.objects, positives, command.capacity)
+    name = str(dtype).removeprefix("torch.")
+    return Job(what, "casc", load, name, str(device), command.compile, threads=command.threads)
+
+
+def _report(job: "Job", timed: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    from casc.bench.against import spread
+
+    seconds = timed.median("step_s")
+    parts = {part: timed.median(part) for part in timed.first if part != "step_s"}
+    report = {
+        "what": job.what,
+        "device": job.device,
+        "dtype": job.dtype,
+        "compiled": job.compile,
+        "canvas": job.load.canvas,
+        "batch": job.load.batch,
+        "objects": job.load.objects,
+        "img_per_s": job.load.batch / seconds,
+        "step_s": seconds,
+        "step_s_spread": spread([r["step_s"] for r in timed.rounds])._asdict(),
+        **parts,
+        **facts,
+    }
+    if "flops" in facts:
+        report["mfu"] = facts["flops"] / seconds / facts["peak_flops"]
+    return report
+
+
+def as_table(report: dict[str, Any]) -> str:
+    """A line per figure."""
+    lines = []
+    for name, value in _flat(report):
+        lines.append(f"{name:<34} {value}")
+    return "\n".join(lines)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            if set(value) == {"median", "low", "high"}:
+                text = f"{value['median']:.4g} ({value['low']:.4g} to {value['high']:.4g})"
+                lines.append((prefix + name, text))
+            else:
+                lines += _flat(value, f"{prefix}{name}: " if prefix == "" else f"{prefix}{name} ")
+        elif isinstance(value, float):
+            lines.append((prefix + name, f"{value:.4g}"))
+        elif isinstance(value, (list, tuple)):
+            lines.append((prefix + name, " ".join(f"{v:.4g}" for v in value)))
+        else:
+            lines.append((prefix + name, str(value)))
+    return lines
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def with_default(arguments: Sequence[str]) -> list[str]:
+    """`casc bench --json` means `casc bench train --json`."""
+    arguments = list(arguments)
+    if arguments[:1] == ["bench"]:
+        rest = arguments[1:]
+        if not rest or (rest[0].startswith("-") and rest[0] not in ("-h", "--help")):
+            return ["bench", "train", *rest]
+    return arguments

@@ -1,0 +1,176 @@
+"""`casc export`."""
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from casc.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
+    from casc.checkpoints.model import Trained
+    from casc.export.check import Agreement
+    from casc.export.program import Shape
+
+_DIVISOR = 32
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write a checkpoint's detector, masks included, as a file that runs without casc.
+
+    Decoded pixels in, detections out: resize and normalisation are inside. What was written
+    is run on the CPU and compared with casc's own inference; it is kept only if they agree.
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run's folder, a checkpoint's folder, a .safetensors file, or the reference's .pth."""
+    out: tyro.conf.Positional[Path]
+    """The file: .onnx, or .pt2 for the other two forms. OUT.json is written beside it."""
+    format: Literal["onnx", "pt2", "aoti"] = "onnx"
+    """onnx: standard operators only. pt2: a torch.export program of plain ATen. aoti: the same,
+    compiled by AOTInductor for processors like this machine's, for C++ or Python."""
+    batch: int = 1
+    """Images per call."""
+    canvas: tuple[int, int] | None = None
+    """Height and width that images are resized into. By default a square with room for any
+    image at the recipe's size; one that suits your images is faster. Images for which it has
+    no room at that size are made smaller."""
+    pixels: tuple[int, int] | None = None
+    """Height and width of the input, which has to hold every image as it is decoded; by default
+    the canvas's."""
+    short: int | None = None
+    """Resize the shorter side to this; by default as the checkpoint's recipe has it."""
+    long: int | None = None
+    """Limit of the longer side; by default as the recipe has it."""
+    roi_align: Literal["trained", "fixed"] = "trained"
+    """trained: as the recipe has it. fixed: 2x2 samples per cell, whatever that says."""
+    images: tuple[str, ...] = ()
+    """Compare on these files, folders or patterns; by default on generated pictures."""
+    check: bool = True
+    """Run what was written and compare it with casc's own inference."""
+
+    def run(self) -> int:
+        """Export; 1 if the written program doesn't agree with eager."""
+        from casc.export.files import check_form, write
+        from casc.export.metadata import describe
+        from casc.export.program import capture
+
+        self._check_arguments()
+        check_form(self.format, check=self.check)
+        trained, shape = self._trained()
+        metadata = describe(trained, shape, self.format)
+        with tempfile.TemporaryDirectory(dir=self.out.parent, prefix=".export-") as folder:
+            path = Path(folder) / self.out.name
+            begin = time.perf_counter()
+            model, image = trained.model, trained.image
+            program = capture(trained.params, trained.buffers, model, image, shape)
+            write(program, path, self.format, metadata)
+            seconds = time.perf_counter() - begin
+            _say(f"{self.out}: {path.stat().st_size / 2**20:.1f} MiB, made in {seconds:.0f} s")
+            if self.check:
+                found, agrees = self._compare(path, trained, shape)
+                if not agrees:
+                    _say(f"{self.out} is not kept: it differs from casc's own inference")
+                    return 1
+                metadata["check"] = found
+            beside = Path(folder) / f"{self.out.name}.json"
+            beside.write_text(json.dumps(metadata, indent=2) + "\n")
+            beside.replace(f"{self.out}.json")
+            path.replace(self.out)
+        return 0
+
+    def _check_arguments(self) -> None:
+        from casc.export.files import SUFFIXES
+
+        suffix = SUFFIXES[self.format]
+        if self.out.suffix != suffix:
+            raise UserError(f"{self.out}: --format {self.format} is written to a {suffix} file")
+        if self.out.exists():
+            raise UserError(f"{self.out}: is there already; remove it, or choose another name")
+        if not self.out.parent.is_dir():
+            raise UserError(f"{self.out}: there is no folder {self.out.parent}")
+        for flag, value in (("batch", self.batch), ("short", self.short), ("long", self.long)):
+            if value is not None and value < 1:
+                raise UserError(f"--{flag} {value}: must be at least 1")
+        for flag, sides, step in (("canvas", self.canvas, _DIVISOR), ("pixels", self.pixels, 1)):
+            if sides is not None and (min(sides) < 1 or any(side % step for side in sides)):
+                wanted = f"multiples of {step}" if step > 1 else "at least 1"
+                raise UserError(f"--{flag} {sides[0]} {sides[1]}: both must be {wanted}")
+        if self.images and not self.check:
+            raise UserError("--images: nothing is compared with --no-check; drop one of them")
+
+    def _trained(self) -> "tuple[Trained, Shape]":
+        """The checkpoint with the settings that the program will have, and the sizes."""
+        from casc.checkpoints.model import load_trained
+        from casc.export.program import Shape
+
+        trained = load_trained(self.checkpoint)
+        given = {"short": self.short, "long": self.long}
+        image = replace(trained.image, **{k: v for k, v in given.items() if v is not None})
+        if image.long < image.short:
+            raise UserError(f"--long {image.long}: must be at least --short, {image.short}")
+        model = trained.model
+        if self.roi_align != "trained":
+            model = replace(model, roi_align=self.roi_align)
+        side = -(-image.long // _DIVISOR) * _DIVISOR
+        canvas = self.canvas or (side, side)
+        shape = Shape(self.batch, self.pixels or canvas, canvas)
+        return trained._replace(model=model, image=image), shape
+
+    def _compare(
+        self, path: Path, trained: "Trained", shape: "Shape"
+    ) -> tuple[dict[str, Any], bool]:
+        """What the comparison found, as JSON, and whether it is within the tolerances."""
+        import torch
+
+        from casc.config import to_json
+        from casc.export.check import Tolerances, compare
+        from casc.export.files import load
+        from casc.export.pictures import batches, generated_pictures, read_pictures
+        from casc.export.program import infer
+
+        given = read_pictures(self.images, shape.pixels) if self.images else None
+        pictures = given if given is not None else generated_pictures(shape.pixels)
+        spent = {"eager": 0.0, self.format: 0.0}
+
+        def timed(name: str, run):
+            def call(*args):
+                begin = time.perf_counter()
+                found = run(*args)
+                spent[name] += time.perf_counter() - begin
+                return found
+
+            return call
+
+        def eager(pixels, size):
+            settings = trained.model, trained.image, shape.canvas
+            with torch.no_grad():
+                return infer(trained.params, trained.buffers, *settings, pixels, size)
+
+        tolerances = Tolerances()
+        found: Agreement = compare(
+            batches(pictures, shape.batch),
+            timed("eager", eager),
+            timed(self.format, load(path, self.format)),
+            trained.model.inference,
+            tolerances,
+        )
+        _say(found.table(tolerances))
+        each = {name: seconds / len(pictures) for name, seconds in spent.items()}
+        for name, seconds in each.items():
+            _say(f"  {name:6}  {seconds:.3g} s per image, {torch.get_num_threads()} threads")
+        result = {
+            "images": "given" if self.images else "generated",
+            "found": to_json(found),
+            "tolerances": to_json(tolerances),
+        }
+        return result, found.within(tolerances)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,27 @@
+"""How to compute: what belongs to the device, not to the model."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+
+class Compute(NamedTuple):
+    """How to compute: belongs to the device, not to the model."""
+
+    dtype: torch.dtype = torch.float32
+    """Of activations; parameters, boxes, targets and losses stay float32."""
+    memory_format: torch.memory_format = torch.contiguous_format
+    """Of images and 4-d parameters."""
+    compile: bool = True
+    """Whether to compile; eager gives the same numbers up to rounding."""
+    dynamic_rois: bool = True
+    """How "counted" mask heads are compiled: once for any number of RoIs, or, where dynamic
+    shapes are dear, once for each of a few capacities."""
+    programs: Path | None = None
+    """Folder, from `casc.device.compile_cache.use_cache`, in which what is compiled outlasts the
+    process; with inductor only."""
+    backend: str = "inductor"
+    """torch.compile's, from `casc.device.devices.choose_compiler`."""
+    roi_kernel: Literal["aten", "native"] = "aten"
+    """What the config's "auto" stands for, from `casc.model.choose_compute`."""

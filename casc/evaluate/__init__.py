@@ -1,0 +1,1 @@
+"""COCO's figures of detections: ground truth, matching, AP."""

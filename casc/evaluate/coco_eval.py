@@ -1,0 +1,292 @@
+"""COCO's average precision in two steps, so that the long one can run in parts.
+
+match: detections of some images against their ground truth, by pycocotools -> a tally.
+sum up: the tallies of all images, from however many processes -> the figures.
+
+Legend: P pairs of an image and a category that occurs in it, D detections, G objects,
+A areas (all, small, medium, large), T IoU thresholds.
+"""
+
+import contextlib
+import io
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from casc.errors import UserError
+from casc.evaluate.ground_truth import with_masks
+
+IouType = Literal["bbox", "segm"]
+TWICE = "is it in the shards more than once?"
+
+
+class Matches(NamedTuple):
+    """Which detections met an object, for one IoU type; pair by pair.
+
+    Thirty bytes of a detection do for the figures where its mask takes hundreds.
+    """
+
+    image: np.ndarray
+    """`[P]` int64, COCO's ids."""
+    category: np.ndarray
+    """`[P]` int64, COCO's ids."""
+    detections: np.ndarray
+    """`[P]` int64, how many of the D are the pair's."""
+    objects: np.ndarray
+    """`[P]` int64, how many of the G are the pair's."""
+    scores: np.ndarray
+    """`[D]` float64, falling within a pair."""
+    matched: np.ndarray
+    """`[A * T / 8, D]` uint8: a bit per area and threshold."""
+    ignored: np.ndarray
+    """`[A * T / 8, D]` uint8: detections that count neither way."""
+    objects_ignored: np.ndarray
+    """`[A, G]` bool: crowds, and what is of another area."""
+
+
+class EvalShard(NamedTuple):
+    """What some images contribute to the figures."""
+
+    image_ids: list[int]
+    detections: int
+    skipped: int
+    """Annotations left out for want of a box or a known category."""
+    unmasked: int
+    """Objects without a usable mask."""
+    instances: Counter[int]
+    """Objects by category id, crowds not counted."""
+    matches: dict[IouType, Matches]
+
+
+def match(
+    images: Mapping[int, Any],
+    categories: Mapping[int, str],
+    objects: Sequence[dict[str, Any]],
+    results: Sequence[Mapping[str, Any]],
+    iou_types: Sequence[IouType],
+    skipped: int = 0,
+) -> EvalShard:
+    """Match the detections of some images with the objects in them.
+
+    Args:
+        images: COCO's entries by id.
+        categories: names by id.
+        objects: as `usable_objects` gives them.
+        results: detections that were checked.
+        iou_types: by which overlap.
+        skipped: how many annotations `usable_objects` left out.
+    """
+    matches: dict[IouType, Matches] = {}
+    unmasked = 0
+    for iou_type in iou_types:
+        measured = objects
+        if iou_type == "segm":
+            measured, unmasked = with_masks(objects, images)
+        matches[iou_type] = _match(images, categories, measured, results, iou_type)
+    instances = Counter(o["category_id"] for o in objects if not o["iscrowd"])
+    return EvalShard(list(images), len(results), skipped, unmasked, instances, matches)
+
+
+def join(tallies: Sequence[EvalShard]) -> EvalShard:
+    """One tally of them all.
+
+    Raises:
+        UserError: when an image was counted twice.
+    """
+    image_ids = [key for tally in tallies for key in tally.image_ids]
+    twice = [key for key, count in Counter(image_ids).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"image {twice[0]} was evaluated {image_ids.count(twice[0])} times; {TWICE}"
+        )
+    matches: dict[IouType, Matches] = {}
+    for iou_type in tallies[0].matches if tallies else ():
+        columns = zip(*(tally.matches[iou_type] for tally in tallies), strict=True)
+        matches[iou_type] = Matches(*(np.concatenate(c, axis=-1) for c in columns))
+    return EvalShard(
+        image_ids,
+        sum(t.detections for t in tallies),
+        sum(t.skipped for t in tallies),
+        sum(t.unmasked for t in tallies),
+        sum((t.instances for t in tallies), Counter()),
+        matches,
+    )
+
+
+def average_precision(
+    matches: Matches, category_ids: Sequence[int], iou_type: IouType
+) -> tuple[list[float | None], dict[int, float | None]]:
+    """Give pycocotools' twelve figures in its order, and AP by category; None where nothing is."""
+    evaluator: Any = _evaluator(iou_type, [], category_ids)
+    params = evaluator.params
+    parts = [_accumulate(matches, category_ids, iou_type, limit) for limit in params.maxDets]
+    evaluator.eval = {
+        key: np.concatenate([part[key] for part in parts], axis=-1)
+        for key in ("precision", "recall", "scores")
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator.summarize()
+    # [T thresholds, R recalls, K classes, A areas, M detection limits]
+    precision: np.ndarray = evaluator.eval["precision"][:, :, :, 0, -1]
+    ap: dict[int, float | None] = {}
+    for k, key in enumerate(params.catIds):
+        values = precision[:, :, k]
+        values = values[values > -1]
+        ap[key] = float(values.mean()) if values.size else None
+    # pycocotools says -1 where there is nothing to measure.
+    return [None if value < 0 else float(value) for value in evaluator.stats], ap
+
+
+def precision_at_recall(
+    matches: Matches, category_ids: Sequence[int], iou_type: IouType
+) -> np.ndarray:
+    """Give the curves that AP is the mean of: `[T, 101, K]` precision at recalls 0, .01 to 1.
+
+    As pycocotools computes them: at most 100 detections of an image and class, objects of all
+    sizes, categories ascending by id, -1 where a category has no object.
+    """
+    limit = _evaluator(iou_type, [], category_ids).params.maxDets[-1]
+    return _accumulate(matches, category_ids, iou_type, limit)["precision"][:, :, :, 0, 0]
+
+
+def _match(
+    images: Mapping[int, Any],
+    categories: Mapping[int, str],
+    objects: Sequence[dict[str, Any]],
+    results: Sequence[Mapping[str, Any]],
+    iou_type: IouType,
+) -> Matches:
+    field = "bbox" if iou_type == "bbox" else "segmentation"
+    # pycocotools writes into what it is given, and with a box at hand it would take the box's
+    # area for the mask's.
+    kept = ("image_id", "category_id", "score", field)
+    detections = [{key: result[key] for key in kept} for result in results]
+    evaluator = _evaluator(iou_type, list(images), list(categories))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        dataset: Any = {
+            "info": {},
+            "images": list(images.values()),
+            "annotations": [dict(entry) for entry in objects],
+            "categories": [{"id": key, "name": name} for key, name in categories.items()],
+        }
+        truth.dataset = dataset
+        truth.createIndex()
+        if detections:
+            found = truth.loadRes(detections)  # type: ignore[arg-type]
+        else:
+            # loadRes looks at the first detection to tell boxes from masks.
+            found = COCO()
+            nothing: Any = {**dataset, "annotations": []}
+            found.dataset = nothing
+            found.createIndex()
+        evaluator.cocoGt, evaluator.cocoDt = truth, found
+        evaluator.evaluate()
+    return _compact(evaluator)
+
+
+def _evaluator(
+    iou_type: IouType, image_ids: Sequence[int], category_ids: Sequence[int]
+) -> COCOeval:
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval(iouType=iou_type)
+    evaluator.params.imgIds = sorted(image_ids)
+    evaluator.params.catIds = sorted(category_ids)
+    return evaluator
+
+
+def _compact(evaluator: COCOeval) -> Matches:
+    """The parts of `evalImgs` that the figures are made of."""
+    params = evaluator.params
+    ids, areas = params.imgIds, len(params.areaRng)
+    pairs: list[tuple[int, int, int, int]] = []
+    entries: list[Any] = []
+    for k, category in enumerate(params.catIds):
+        begin = k * areas * len(ids)
+        for i, image in enumerate(ids):
+            entry: Any = evaluator.evalImgs[begin + i]
+            if entry is not None:
+                sizes = len(entry["dtScores"]), len(entry["gtIgnore"])
+                pairs.append((int(image), int(category), *sizes))
+                entries.append(evaluator.evalImgs[begin + i :: len(ids)][:areas])
+    bits = areas * len(params.iouThrs)
+
+    def side_by_side(field: str, rows: int) -> np.ndarray:
+        """`[rows, D or G]` bool of all pairs."""
+        values = [np.stack([e[field] for e in each]).reshape(rows, -1) != 0 for each in entries]
+        return np.concatenate([np.zeros((rows, 0), bool), *values], axis=1)
+
+    image, category, detections, objects = np.array(pairs, np.int64).reshape(-1, 4).T
+    return Matches(
+        image=image,
+        category=category,
+        detections=detections,
+        objects=objects,
+        scores=np.concatenate([np.zeros(0), *(each[0]["dtScores"] for each in entries)]),
+        matched=np.packbits(side_by_side("dtMatches", bits), axis=0),
+        ignored=np.packbits(side_by_side("dtIgnore", bits), axis=0),
+        objects_ignored=side_by_side("gtIgnore", areas),
+    )
+
+
+def _accumulate(
+    matches: Matches, category_ids: Sequence[int], iou_type: IouType, limit: int
+) -> dict[str, np.ndarray]:
+    """Give pycocotools' precision and recall with so many detections per image and category.
+
+    Its loops over images take longest, and do no more than lay their columns end to end; so
+    it is given those of each category as if they were of one image, cut to the limit here.
+    """
+    evaluator: Any = _evaluator(iou_type, [0], category_ids)
+    params = evaluator.params
+    params.maxDets = [sys.maxsize]
+    areas, thresholds = len(params.areaRng), len(params.iouThrs)
+    # By category, then by image: equal scores keep that order.
+    order = np.lexsort((matches.image, matches.category))
+    found, objects = matches.detections, matches.objects
+    first = np.cumsum(found) - found
+    pair = np.repeat(order, np.minimum(found[order], limit))
+    kept = _ranges(first[order], np.minimum(found[order], limit))
+    objects_kept = _ranges((np.cumsum(objects) - objects)[order], objects[order])
+    matched, ignored = (
+        np.unpackbits(bits[:, kept], axis=0, count=areas * thresholds)
+        .view(bool)
+        .reshape(areas, thresholds, -1)
+        for bits in (matches.matched, matches.ignored)
+    )
+    scores = matches.scores[kept]
+    unwanted = matches.objects_ignored[:, objects_kept]
+    found_of = _slices(matches.category[pair], params.catIds)
+    objects_of = _slices(np.repeat(matches.category[order], objects[order]), params.catIds)
+    evaluator.evalImgs = [
+        {
+            "dtScores": scores[mine],
+            "dtMatches": matched[area][:, mine],
+            "dtIgnore": ignored[area][:, mine],
+            "gtIgnore": unwanted[area][theirs],
+        }
+        for mine, theirs in zip(found_of, objects_of, strict=True)
+        for area in range(areas)
+    ]
+    evaluator._paramsEval = params
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator.accumulate()
+    return evaluator.eval
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Indices of some ranges, one after the other."""
+    shift = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    return shift + np.arange(len(shift))
+
+
+def _slices(ascending: np.ndarray, values: Sequence[int]) -> list[slice]:
+    """Where each value stands."""
+    begin = np.searchsorted(ascending, values, side="left")
+    end = np.searchsorted(ascending, values, side="right")
+    return list(map(slice, begin.tolist(), end.tolist()))

@@ -1,0 +1,174 @@
+"""The ground truth that evaluation measures against: COCO data sets, from files or shards."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from numbers import Real
+from typing import Any
+
+from casc.data.index import Category, Index
+from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
+from casc.data.reader import read_shard
+from casc.errors import UserError
+from casc.json_files import read_json
+
+CocoDict = dict[str, Any]
+"""`images`, `annotations` and `categories` as in a COCO annotation file."""
+
+
+def ground_truth_from_shards(
+    folder: str | os.PathLike[str],
+    index: Index,
+    split: str,
+    loading: RemoteConfig = DEFAULT_LOADING,
+) -> CocoDict:
+    """Collect the annotations of a split's shards, those that aren't trained on included.
+
+    Raises:
+        UserError: when the index has no such split or a shard can't be read.
+    """
+    if split not in index.splits:
+        raise UserError(f"{folder}: no split {split!r}; there is {', '.join(index.splits)}")
+    records = (
+        json.loads(record)
+        for shard in index.splits[split].shards
+        for _, _, record in read_shard(folder, shard, loading)
+    )
+    return ground_truth_from_samples(records, index.categories)
+
+
+def ground_truth_from_samples(
+    samples: Iterable[Mapping[str, Any]], categories: Sequence[Category]
+) -> CocoDict:
+    """Collect the JSON records of shards into a COCO data set, annotations as COCO gave them.
+
+    Args:
+        samples: parsed sample JSONs, in any order.
+        categories: `Index.categories`.
+    """
+    images, annotations = [], []
+    kept = ("id", "category_id", "bbox", "area", "iscrowd", "segmentation")
+    for sample in samples:
+        image_id = sample["image_id"]
+        images.append(
+            {
+                "id": image_id,
+                "file_name": sample["file_name"],
+                "width": sample["width"],
+                "height": sample["height"],
+            }
+        )
+        annotations += [
+            {"image_id": image_id, **{key: a[key] for key in kept if key in a}}
+            for a in sample["annotations"]
+        ]
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [asdict(category) for category in categories],
+    }
+
+
+def read_coco(path: str | os.PathLike[str]) -> CocoDict:
+    """Read a COCO annotation file.
+
+    Raises:
+        UserError: naming the file and the field, when it can't be read or isn't of that format.
+    """
+    data = read_json(path)
+    needed = {"images": ("id", "width", "height"), "annotations": (), "categories": ("id", "name")}
+    for key, fields in needed.items():
+        entries = data.get(key) if isinstance(data, dict) else None
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: {key}: expected a list; is this a COCO annotation file?")
+        for i, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise UserError(f"{path}: {key}[{i}]: expected an object, got {entry!r:.60}")
+            for field in fields:
+                kind = str if field == "name" else int
+                if not isinstance(entry.get(field), kind):
+                    raise UserError(
+                        f"{path}: {key}[{i}].{field}: expected {kind.__name__}, "
+                        f"got {entry.get(field)!r:.60}"
+                    )
+    return data
+
+
+def usable_objects(
+    ground_truth: CocoDict, images: Mapping[int, Any], categories: Mapping[int, str]
+) -> tuple[list[dict[str, Any]], int]:
+    """Copy the annotations of these images that can be measured against.
+
+    They are numbered anew from 1: pycocotools takes the id 0 for "no match" and mixes up
+    ids that occur twice. A missing `iscrowd` becomes 0, a missing `area` the box's.
+
+    Returns:
+        The annotations, and how many were left out for want of a box or a known category.
+    """
+    objects: list[dict[str, Any]] = []
+    skipped = 0
+    for annotation in ground_truth["annotations"]:
+        if annotation.get("image_id") not in images:
+            continue
+        box = annotation.get("bbox")
+        if annotation.get("category_id") not in categories or not are_numbers(box, 4):
+            skipped += 1
+            continue
+        area = annotation.get("area")
+        if not are_numbers([area], 1):
+            area = box[2] * box[3]
+        crowd = int(bool(annotation.get("iscrowd")))
+        objects.append({**annotation, "id": len(objects) + 1, "area": area, "iscrowd": crowd})
+    return objects, skipped
+
+
+def with_masks(
+    objects: Sequence[dict[str, Any]], images: Mapping[int, Any]
+) -> tuple[list[dict[str, Any]], int]:
+    """Give the same objects, each with a mask that pycocotools can read.
+
+    An object without a usable one becomes a region to ignore, as a crowd is: its box.
+
+    Returns:
+        The objects, and how many of them (crowds not counted) had no usable mask.
+    """
+    masked, without = [], 0
+    for entry in objects:
+        mask = entry.get("segmentation")
+        if isinstance(mask, list):
+            # pycocotools takes a part of two points for a box, and stumbles over shorter ones.
+            parts = [p for p in mask if isinstance(p, list) and are_numbers(p, len(p) // 2 * 2)]
+            parts = [p for p in parts if len(p) >= 6]
+            usable = bool(parts)
+            mask = parts
+        else:
+            usable = is_rle(mask, uncompressed=True)
+            size = [images[entry["image_id"]][side] for side in ("height", "width")]
+            usable = usable and list(mask["size"]) == size  # type: ignore[index]
+        if usable:
+            masked.append({**entry, "segmentation": mask})
+            continue
+        without += not entry["iscrowd"]
+        x, y, width, height = entry["bbox"]
+        corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+        masked.append({**entry, "segmentation": [corners], "iscrowd": 1})
+    return masked, without
+
+
+def are_numbers(values: object, count: int) -> bool:
+    """Whether this is a sequence of `count` finite numbers."""
+    return (
+        isinstance(values, Sequence)
+        and len(values) == count
+        and all(isinstance(v, Real) and not isinstance(v, bool) for v in values)
+        and all(map(math.isfinite, values))
+    )
+
+
+def is_rle(mask: object, *, uncompressed: bool = False) -> bool:
+    """Whether this looks like COCO's run lengths, compressed unless said otherwise."""
+    if not isinstance(mask, Mapping) or not are_numbers(mask.get("size"), 2):
+        return False
+    return isinstance(mask.get("counts"), (str, bytes, list) if uncompressed else (str, bytes))

@@ -1,0 +1,263 @@
+"""COCO's average precision, for boxes and for masks, as pycocotools computes it.
+
+detections on the device -> COCO results -> against the ground truth -> 12 figures of each.
+"""
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from casc.errors import UserError
+from casc.evaluate.coco_eval import EvalShard, IouType, average_precision, match
+from casc.evaluate.coco_results import Result, collect_results
+from casc.evaluate.ground_truth import CocoDict, are_numbers, is_rle, usable_objects
+from casc.json_files import read_json, write_json
+from casc.model.detector import Detections
+
+IOU_TYPES: tuple[IouType, ...] = ("bbox", "segm")
+
+FIGURES = {
+    "AP": "AP    IoU .50:.95",
+    "AP50": "AP50  IoU .50",
+    "AP75": "AP75  IoU .75",
+    "APs": "APs   area < 32^2",
+    "APm": "APm   32^2 to 96^2",
+    "APl": "APl   area > 96^2",
+    "AR1": "AR1   1 detection per image",
+    "AR10": "AR10  10 detections",
+    "AR100": "AR100 100 detections",
+    "ARs": "ARs   area < 32^2",
+    "ARm": "ARm   32^2 to 96^2",
+    "ARl": "ARl   area > 96^2",
+}
+"""pycocotools' twelve figures in its order, and what a table calls them."""
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """What was measured of one class."""
+
+    id: int
+    name: str
+    instances: int
+    """Objects in the ground truth, crowds not counted."""
+    ap: dict[str, float | None]
+    """AP over IoU .50:.95 by IoU type; None where the class has no ground truth."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """COCO's figures in [0, 1]; None where there is nothing to measure."""
+
+    figures: dict[str, dict[str, float | None]]
+    """By IoU type ("bbox", "segm") and name, the keys of `FIGURES`."""
+    classes: tuple[ClassFigures, ...]
+    images: int
+    instances: int
+    """Objects in the ground truth, crowds not counted."""
+    detections: int
+    skipped: int = 0
+    """Annotations left out because they have no usable box or an unknown category."""
+    unmasked: int = 0
+    """Objects without a usable mask, whose boxes mask AP ignores as it does crowds."""
+
+
+def evaluate_detections(
+    outputs: Iterable[tuple[Detections, Tensor, Tensor]],
+    ground_truth: CocoDict,
+    category_ids: Sequence[int],
+    *,
+    iou_types: Sequence[IouType] = IOU_TYPES,
+    partial: bool = False,
+    threads: int = 1,
+) -> Evaluation:
+    """Evaluate a stream of batches against the ground truth.
+
+    Args:
+        outputs: as for `collect_results`.
+        ground_truth: as for `evaluate`.
+        category_ids: COCO's id of each label.
+        iou_types: what to measure.
+        partial: evaluate only on the images that `outputs` covers.
+        threads: how many paste masks.
+
+    Raises:
+        UserError: as the parts do, and when images are missing from `outputs` though
+            `partial` is false: they would count as if nothing had been found in them.
+    """
+    results = collect_results(outputs, category_ids, threads=threads)
+    if partial:
+        return evaluate(ground_truth, results.detections, iou_types, image_ids=results.image_ids)
+    missing = sorted(
+        {image["id"] for image in ground_truth["images"]}.difference(results.image_ids)
+    )
+    if missing:
+        raise UserError(
+            f"detections are missing for {len(missing)} of {len(ground_truth['images'])} images "
+            f"of the ground truth, the first {missing[:5]}; "
+            "to evaluate on a part of the images say so with partial=True"
+        )
+    return evaluate(ground_truth, results.detections, iou_types)
+
+
+def evaluate(
+    ground_truth: CocoDict,
+    results: Sequence[Result],
+    iou_types: Sequence[IouType] = IOU_TYPES,
+    *,
+    image_ids: Collection[int] | None = None,
+) -> Evaluation:
+    """Measure detections with pycocotools.
+
+    The ground truth may be less than perfect: what `usable_objects` and `with_masks` repair
+    is counted. Areas of masks, not of boxes, decide between mask APs, APm and APl.
+
+    Args:
+        ground_truth: a COCO data set; it isn't changed.
+        results: detections with `bbox`, `segmentation` or both, as `iou_types` needs.
+        iou_types: what to measure.
+        image_ids: evaluate on these images only.
+
+    Raises:
+        UserError: naming the annotation or detection and the field that can't be used.
+    """
+    every = {image["id"]: image for image in ground_truth["images"]}
+    images = every
+    if image_ids is not None:
+        unknown = sorted(set(image_ids).difference(every))
+        if unknown:
+            raise UserError(f"image_ids: the ground truth has no image {unknown[0]}")
+        images = {key: every[key] for key in image_ids}
+    categories = {c["id"]: c["name"] for c in ground_truth["categories"]}
+    _check_results(results, every, categories.keys(), iou_types)
+    results = [result for result in results if result["image_id"] in images]
+    objects, skipped = usable_objects(ground_truth, images, categories)
+    return accumulate(match(images, categories, objects, results, iou_types, skipped), categories)
+
+
+def accumulate(tally: EvalShard, categories: Mapping[int, str]) -> Evaluation:
+    """Give the figures of all images that were tallied.
+
+    Args:
+        tally: of the images.
+        categories: names by id.
+    """
+    figures: dict[str, dict[str, float | None]] = {}
+    class_ap: dict[str, dict[int, float | None]] = {}
+    for iou_type, matches in tally.matches.items():
+        values, class_ap[iou_type] = average_precision(matches, list(categories), iou_type)
+        figures[iou_type] = dict(zip(FIGURES, values, strict=True))
+    return Evaluation(
+        figures=figures,
+        classes=tuple(
+            ClassFigures(
+                key, name, tally.instances[key], {t: ap[key] for t, ap in class_ap.items()}
+            )
+            for key, name in categories.items()
+        ),
+        images=len(tally.image_ids),
+        instances=tally.instances.total(),
+        detections=tally.detections,
+        skipped=tally.skipped,
+        unmasked=tally.unmasked,
+    )
+
+
+def write_evaluation(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
+    """Save as JSON, so that a reader never sees half of it."""
+    write_json(asdict(evaluation), path)
+
+
+def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
+    """Load what `write_evaluation` saved.
+
+    Raises:
+        UserError: when the file can't be read or holds something else.
+    """
+    data = read_json(path)
+    try:
+        classes = tuple(ClassFigures(**entry) for entry in data.pop("classes"))
+        return Evaluation(classes=classes, **data)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not an evaluation written by casc ({error})") from None
+
+
+def format_table(evaluation: Evaluation, *, per_class: bool = False) -> str:
+    """Lay the figures out for a terminal, in percent, a column for boxes and one for masks."""
+    titles = {"bbox": "box", "segm": "mask"}
+    types = list(evaluation.figures)
+    head = f"{evaluation.images} images, {evaluation.instances} objects"
+    head += f", {evaluation.detections} detections"
+    rows = [("in %", *(titles.get(t, t) for t in types))]
+    rows += [
+        (text, *(_percent(evaluation.figures[t].get(key)) for t in types))
+        for key, text in FIGURES.items()
+    ]
+    if evaluation.skipped:
+        head += f"\n{evaluation.skipped} annotations left out: no usable box or unknown category"
+    if evaluation.unmasked:
+        head += f"\n{evaluation.unmasked} objects have no usable mask: mask AP ignores them"
+    blocks = [head, _columns(rows)]
+    if per_class:
+        lines = [("AP in %", "objects", *(titles.get(t, t) for t in types))]
+        lines += [
+            (c.name, str(c.instances), *(_percent(c.ap[t]) for t in types))
+            for c in evaluation.classes
+        ]
+        blocks.append(_columns(lines))
+    return "\n\n".join(blocks)
+
+
+def _check_results(
+    results: Sequence[Result],
+    images: Mapping[int, Any],
+    category_ids: Collection[int],
+    iou_types: Sequence[IouType],
+) -> None:
+    needed = {"bbox": "bbox", "segm": "segmentation"}
+    for i, result in enumerate(results):
+        place = f"detection {i} (image {result.get('image_id')})"
+        for field in ("image_id", "category_id", "score", *(needed[t] for t in iou_types)):
+            if field not in result:
+                raise UserError(f"{place}: {field} is missing")
+        if result["image_id"] not in images:
+            raise UserError(
+                f"{place}: the ground truth has no such image; are they of the same split?"
+            )
+        if result["category_id"] not in category_ids:
+            raise UserError(
+                f"{place}: category_id: the ground truth has no category "
+                f"{result['category_id']}; are they of the same data set?"
+            )
+        if not are_numbers([result["score"]], 1):
+            raise UserError(f"{place}: score: expected a number, got {result['score']!r}")
+        if "bbox" in iou_types and not are_numbers(result["bbox"], 4):
+            raise UserError(f"{place}: bbox: expected 4 numbers, got {result['bbox']!r}")
+        if "segm" in iou_types:
+            mask = result["segmentation"]
+            size = [images[result["image_id"]][side] for side in ("height", "width")]
+            if not is_rle(mask) or list(mask["size"]) != size:
+                raise UserError(
+                    f"{place}: segmentation: expected compressed RLE (size, counts) of size {size}"
+                )
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.1f}"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned names, right-aligned figures."""
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(v.rjust(max(w, 6)) for v, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in rows
+    )

@@ -1,0 +1,155 @@
+"""A detector over a split of shards: what its detections are worth."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from casc.data.batch import Batch
+from casc.data.evaluation_plan import plan_evaluation
+from casc.data.index import Index, canvas
+from casc.data.loader_config import EvalLoaderConfig, RemoteConfig
+from casc.data.reader import read_shard
+from casc.data.status import warn_on_stderr
+from casc.data.stream import evaluation_batches, to_device
+from casc.data.workers import BatchStream
+from casc.device.devices import traits
+from casc.distributed import ALONE, Ranks, gather
+from casc.errors import UserError
+from casc.evaluate.coco_eval import join
+from casc.evaluate.coco_results import found_in
+from casc.evaluate.ground_truth import ground_truth_from_samples
+from casc.evaluate.metrics import Evaluation, accumulate
+from casc.evaluate.workers import Truth, by_image, evaluate_images
+from casc.model.detector import Detections
+from casc.model.preprocess import ImageConfig
+
+
+class Detector(Protocol):
+    """What evaluation needs of a detector; `casc.inference.detector` makes them."""
+
+    @property
+    def image(self) -> ImageConfig:
+        """How images are resized."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        ...
+
+    def __call__(self, batch: Batch, size: tuple[int, int]) -> Detections:
+        """Detections of a batch on the device whose images fit the canvas `size`."""
+        ...
+
+
+def detect_stream(
+    detector: Detector, stream: BatchStream, sizes: list[tuple[int, int]]
+) -> Iterator[tuple[Detections, Tensor, Tensor]]:
+    """Yield detections, image ids [B] and stored sizes [B, 2] of each batch of a stream.
+
+    Args:
+        detector: what to run.
+        stream: from `evaluation_batches`.
+        sizes: the canvas (H, W) of each of its buckets.
+    """
+    for bucket, images in stream:
+        found = detector(to_device(images, detector.device), sizes[bucket])
+        yield found, images.image_id, images.size
+
+
+def evaluate_split(
+    detector: Detector,
+    root: str | os.PathLike[str],
+    index: Index,
+    split: str,
+    *,
+    batch: int,
+    loading: EvalLoaderConfig,
+    ranks: Ranks = ALONE,
+    watch: Callable[[int], object] = lambda images: None,
+    opened: Callable[[BatchStream], object] = lambda stream: None,
+    warn: Callable[[str], object] = warn_on_stderr,
+    processes: int | None = None,
+) -> Evaluation | None:
+    """COCO's figures of a split; ranks share the images, rank 0 has the result.
+
+    Every rank matches its own images while its device computes the next ones, and sends
+    what the figures need, some 30 bytes of a detection. So nothing but the sums is left to
+    rank 0 in the end, and the others need not wait for it.
+
+    Args:
+        detector: what to evaluate.
+        root: folder of the shards.
+        index: of the shards.
+        split: which split.
+        batch: images per step.
+        loading: how shards are read.
+        ranks: the processes that share the work; all must call this.
+        watch: is told how many images each batch had.
+        opened: gets the stream of batches that are going to be read.
+        warn: is told of downloads that had to be taken up again; by default stderr is.
+        processes: that paste and match beside this one; 0 does it in this one, and so does
+            None for a split so small that starting them would take longer.
+
+    Raises:
+        UserError: a shard is missing, damaged, or not what the index says; a worker has died;
+            or a detection isn't finite.
+    """
+    buckets, image = index.splits[split].buckets, detector.image
+    sizes = [canvas(bucket, image.short, image.long) for bucket in buckets]
+    stream = evaluation_batches(
+        root,
+        index.splits[split],
+        batch=batch,
+        world=ranks.world,
+        rank=ranks.rank,
+        loading=loading,
+        pin_memory=traits(detector.device).pin_memory,
+        warn=warn,
+    )
+    opened(stream)
+
+    def outputs() -> Iterator[tuple[Detections, Tensor, Tensor]]:
+        for output in detect_stream(detector, stream, sizes):
+            watch(int((output[1] >= 0).sum()))
+            yield output
+
+    samples = index.splits[split].samples
+    if processes is None:
+        processes = 2 if samples >= 500 * ranks.world else 0
+    with stream.explained(), ThreadPoolExecutor(1, thread_name_prefix="truth") as reader:
+        truth = reader.submit(_truth, root, index, split, batch, ranks, loading, warn)
+        tally = evaluate_images(found_in(outputs()), truth, processes=processes)
+    tallies = gather(tally, ranks)
+    if not ranks.main:
+        return None
+    tally = join(tallies)
+    if len(tally.image_ids) != samples:
+        raise UserError(
+            f"{root}: {split} has {samples} images by its index, of which "
+            f"{len(tally.image_ids)} were found in the shards"
+        )
+    return accumulate(tally, {category.id: category.name for category in index.categories})
+
+
+def _truth(
+    root: str | os.PathLike[str],
+    index: Index,
+    split: str,
+    batch: int,
+    ranks: Ranks,
+    loading: RemoteConfig,
+    warn: Callable[[str], object],
+) -> Truth:
+    """The ground truth of all shards in which this rank has images."""
+    shards = index.splits[split].shards
+    plan = plan_evaluation(index.splits[split], batch=batch, world=ranks.world, rank=ranks.rank)
+    mine = sorted({segment.shard for step in plan for segment in step.segments})
+    samples = (s for i in mine for s in read_shard(root, shards[i], loading, warn))
+    records = (json.loads(record) for _, _, record in samples)
+    return by_image(ground_truth_from_samples(records, index.categories))

@@ -1,0 +1,1 @@
+"""A trained detector, and what it finds in images."""

@@ -1,0 +1,1 @@
+"""The detector as functions of tensors, from stored pixels to losses and detections."""

@@ -1,0 +1,133 @@
+"""How a device is to compute: what the table and the settings come to, decided once.
+
+That includes which RoIAlign runs: the device's own, if it computes the same as plain ATen in
+one small comparison, forward and backward, before the first step.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from casc.device.compute import Compute
+from casc.device.devices import (
+    CompileBackend,
+    choose_compiler,
+    choose_dtype,
+    compiler_missing,
+    traits,
+)
+from casc.errors import UserError
+from casc.model.detector import DetectorConfig
+from casc.ops.pyramid import flatten_pyramid
+from casc.ops.roi_align import RoiKernel, Sampling, roi_align
+
+# Of values around 1. Another convention (no half pixel, another grid) is off by 0.1 and more.
+TOLERANCE = 1e-3
+_STRIDES = (4, 8, 16, 32)
+
+
+def choose_compute(
+    config: DetectorConfig,
+    device: torch.device,
+    *,
+    dtype: str = "auto",
+    compile: bool = True,
+    backend: CompileBackend = "auto",
+    programs: Path | None = None,
+) -> tuple[Compute, list[str]]:
+    """How to compute a detector on a device, and what there is to say of it.
+
+    Args:
+        config: the detector.
+        device: from `choose_device`.
+        dtype: as for `choose_dtype`.
+        compile: whether to compile.
+        backend: as for `choose_compiler`.
+        programs: folder from `use_cache`, where compiled programs are kept.
+
+    Raises:
+        UserError: the device can't do what is asked for.
+    """
+    row = traits(device)
+    kernel, notes = choose_roi_kernel(config.roi_kernel, config.roi_align, device)
+    chosen = choose_compiler(backend, device) if compile else "inductor"
+    if compile and backend == "auto" and chosen != "inductor":
+        notes.append(f"compiling with {chosen}: inductor isn't usable, {compiler_missing(device)}")
+    return Compute(
+        choose_dtype(dtype, device),
+        row.memory_format,
+        compile,
+        row.dynamic_shapes,
+        programs if compile and chosen == "inductor" else None,
+        chosen,
+        kernel,
+    ), notes
+
+
+def choose_roi_kernel(
+    setting: RoiKernel, sampling: Sampling, device: torch.device
+) -> tuple[Literal["aten", "native"], list[str]]:
+    """What `roi_kernel` stands for on a device, and what there is to say of it.
+
+    Args:
+        setting: the config's `roi_kernel`.
+        sampling: the config's `roi_align`; "adaptive" is always native.
+        device: where to run.
+
+    Raises:
+        UserError: the device's own was asked for, or is the only one, and it differs.
+    """
+    row = traits(device)
+    must = setting == "native" or (sampling == "adaptive" and row.native_roi_align)
+    if not must and (setting == "aten" or not row.native_roi_align):
+        return "aten", []
+    try:
+        worst = native_difference(device)
+    except (RuntimeError, UserError) as error:
+        found = f"{row.roi_align}'s RoIAlign doesn't run on {device} ({error})"
+    else:
+        if worst <= TOLERANCE:
+            return "native", [f"RoIAlign by {row.roi_align}: {worst:.1g} from plain ATen's"]
+        found = (
+            f"{row.roi_align}'s RoIAlign on {device} is {worst:.3g} off plain ATen's, more than"
+            f" {TOLERANCE:g}"
+        )
+    if must:
+        flag = "--model.roi-align fixed" if sampling == "adaptive" else "--model.roi-kernel aten"
+        raise UserError(f"{found}; use {flag}")
+    return "aten", [f"warning: {found}, so RoIAlign is computed in plain ATen"]
+
+
+def native_difference(device: torch.device) -> float:
+    """The largest difference between the two, of values and of gradients, float32."""
+    boxes = _boxes().to(device)
+    image = torch.arange(boxes.shape[0], device=device) % 2
+    made = []
+    for kernel in ("aten", "native"):
+        levels = [level.to(device).requires_grad_() for level in _levels()]
+        aligned = roi_align(flatten_pyramid(levels, _STRIDES), boxes, image, 7, "fixed", kernel)
+        weight = _wave(aligned.shape).to(device)
+        made.append((aligned.detach(), *torch.autograd.grad(aligned, levels, weight)))
+    return max((a - b).abs().max().item() for a, b in zip(*made, strict=True))
+
+
+def _levels() -> list[Tensor]:
+    return [_wave((2, 16, 128 // stride, 160 // stride)) for stride in _STRIDES]
+
+
+def _wave(shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """Numbers in [-1, 1] that no two neighbours share."""
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).mul(0.7).sin().view(shape)
+
+
+def _boxes() -> Tensor:
+    """RoIs of every level: inside, across each border, outside, thin and empty."""
+    centre = _wave((24, 2)) * 90 + 70
+    side = torch.exp(_wave((24, 2)).flip(1) * 2 + 3.5)
+    extra = [[0.0, 0, 160, 128], [30, 20, 30, 60], [-400, -400, -300, -300]]
+    extra += [[-100.0, -100, 200, 200], [-200, -200, 300, 300]]
+    return torch.cat(
+        [torch.cat([centre - side / 2, centre + side / 2], dim=1), torch.tensor(extra)]
+    )

@@ -1,0 +1,447 @@
+"""Cascade Mask R-CNN, from canvas to losses and from canvas to detections.
+
+Pure functions of (parameters, buffers, inputs, noise) with shapes that never change.
+
+Legend: B images, H x W canvas, G ground-truth capacity, A anchors, P proposals, S samples
+per image and stage, K classes, D detections.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from casc.model import noise as noises
+from casc.model.anchors import AnchorConfig, grid_anchors
+from casc.model.box_head import (
+    BoxHeadConfig,
+    RoiSample,
+    StageConfig,
+    box_head,
+    box_head_at,
+    box_losses,
+    init_box_head,
+    max_positive,
+    refine,
+    sample_rois,
+)
+from casc.model.fpn import FPNConfig, fpn, init_fpn
+from casc.model.layers import Params
+from casc.model.mask_head import (
+    MaskHeadConfig,
+    MaskRois,
+    init_mask_head,
+    mask_head,
+    mask_loss,
+    mask_rois,
+    mask_targets,
+)
+from casc.model.matching import take
+from casc.model.resnet import ResNetConfig, init_resnet, is_frozen, out_channels, resnet
+from casc.model.rpn import (
+    Proposals,
+    RPNConfig,
+    candidates,
+    init_rpn,
+    propose,
+    rpn_head,
+    rpn_head_at,
+    rpn_losses,
+    rpn_targets,
+)
+from casc.model.targets import Targets
+from casc.ops.nms import NmsKernel, batched_nms
+from casc.ops.pyramid import Pyramid, flatten_pyramid
+from casc.ops.roi_align import RoiKernel, detach_unread, roi_align
+
+STAGES = (
+    StageConfig(iou=0.5, stds=(0.1, 0.1, 0.2, 0.2), loss_weight=1.0),
+    StageConfig(iou=0.6, stds=(0.05, 0.05, 0.1, 0.1), loss_weight=0.5),
+    StageConfig(iou=0.7, stds=(0.033, 0.033, 0.067, 0.067), loss_weight=0.25),
+)
+# P6 serves the RPN only.
+ROI_LEVELS = 4
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """From scores to detections."""
+
+    score_threshold: float = 0.05
+    """Scores up to this one are dropped before suppression."""
+    nms_iou: float = 0.5
+    """Class-wise suppression above this overlap."""
+    detections: int = 100
+    """The most detections per image."""
+    nms_kernel: NmsKernel = "auto"
+    """As of the RPN: greedy, fixed, or auto, which chooses by the device."""
+    average: Literal["logits", "probabilities"] = "logits"
+    """What of the stages' scores is averaged. logits: turned into probabilities once, as the
+    reference does. probabilities: of each stage by itself, as Detectron2 does."""
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Cascade Mask R-CNN; the defaults are the reference's R50-FPN."""
+
+    classes: int = 80
+    """Object classes, background not counted."""
+    backbone: ResNetConfig = field(default_factory=ResNetConfig)
+    fpn: FPNConfig = field(default_factory=FPNConfig)
+    anchors: AnchorConfig = field(default_factory=AnchorConfig)
+    rpn: RPNConfig = field(default_factory=RPNConfig)
+    stages: tuple[StageConfig, ...] = STAGES
+    """Cascade stages, first to last."""
+    box_head: BoxHeadConfig = field(default_factory=BoxHeadConfig)
+    mask_head: MaskHeadConfig = field(default_factory=MaskHeadConfig)
+    roi_align: Literal["fixed", "adaptive"] = "fixed"
+    """Samples per RoIAlign cell. fixed: 2x2. adaptive: the reference's ceil(side / cells)."""
+    roi_kernel: RoiKernel = "auto"
+    """How the fixed grid is computed. aten: by an embedding bag. native: by the device's own
+    RoIAlign. auto: native on an NPU, if it proves right before the first step; else aten."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+
+def reference_settings(config: DetectorConfig) -> DetectorConfig:
+    """The same detector with every equivalent replaced by the reference's own way."""
+    mask = replace(config.mask_head, target="bitmap")
+    return replace(config, roi_align="adaptive", mask_head=mask)
+
+
+class Inputs(NamedTuple):
+    """Images on their canvas, and their ground truth when training."""
+
+    image: Tensor
+    """[B, 3, H, W] normalised, 0 outside the image; H and W divisible by 32."""
+    size: Tensor
+    """[B, 2] float32, height and width of the image within the canvas."""
+    scale: Tensor
+    """[B, 4] float32, canvas pixels per stored pixel (x, y, x, y)."""
+    targets: Targets
+
+
+class Noise(NamedTuple):
+    """The random numbers of one step, uniform in [0, 1)."""
+
+    rpn: Tensor
+    """[B, A]."""
+    stages: tuple[Tensor, ...]
+    """Per stage [B, G + P] or [B, G + S]."""
+
+
+class Features(NamedTuple):
+    """What the heads read."""
+
+    levels: list[Tensor]
+    """P2 to P6, [B, C, H_l, W_l]."""
+    pyramid: Pyramid
+    """P2 to P5, ready for RoIAlign."""
+
+
+class Detections(NamedTuple):
+    """A fixed number of detections per image, best first."""
+
+    boxes: Tensor
+    """[B, D, 4] float32 xyxy in pixels of the stored image, 0 where invalid."""
+    scores: Tensor
+    """[B, D] float32, 0 where invalid."""
+    labels: Tensor
+    """[B, D] int64 in [0, K), 0 where invalid."""
+    valid: Tensor
+    """[B, D] bool."""
+    masks: Tensor
+    """[B, D, 28, 28] float32, probability that each cell of the box is on the object."""
+
+
+def init(config: DetectorConfig, generator: torch.Generator) -> tuple[Params, Params]:
+    """Fresh parameters and buffers (batch norm statistics), float32 on the CPU.
+
+    Keys are the reference's state_dict names.
+    """
+    params: Params = {}
+    buffers: Params = {}
+    init_resnet(config.backbone, params, buffers, generator)
+    init_fpn(config.fpn, out_channels(config.backbone), params, generator)
+    channels = config.fpn.channels
+    init_rpn(config.rpn, config.anchors, channels, params, generator)
+    for i in range(len(config.stages)):
+        init_box_head(config.box_head, i, config.classes, channels, params, generator)
+        init_mask_head(config.mask_head, i, config.classes, channels, params, generator)
+    return params, buffers
+
+
+def trainable(config: DetectorConfig, params: Params) -> Params:
+    """The parameters that learn: all but the backbone's frozen stages."""
+    return {k: v for k, v in params.items() if not is_frozen(config.backbone, k)}
+
+
+def draw_noise(config: DetectorConfig, seed: Tensor, anchors: int, capacity: int) -> Noise:
+    """All noise of a step from one seed per image.
+
+    Args:
+        config: how many numbers each part needs.
+        seed: [B] int64.
+        anchors: A, of all levels.
+        capacity: G.
+    """
+    counts = [config.rpn.train_proposals] + [config.box_head.samples] * len(config.stages)
+    return Noise(
+        noises.uniform(seed, noises.RPN, anchors),
+        tuple(
+            noises.uniform(seed, noises.STAGE + i, capacity + counts[i])
+            for i in range(len(config.stages))
+        ),
+    )
+
+
+def extract(params: Params, buffers: Params, config: DetectorConfig, image: Tensor) -> Features:
+    """Backbone and pyramid of [B, 3, H, W] images."""
+    maps = resnet(params, buffers, config.backbone, image)
+    levels = fpn(params, config.fpn, maps)
+    strides = config.anchors.strides[:ROI_LEVELS]
+    return Features(levels, flatten_pyramid(levels[:ROI_LEVELS], strides))
+
+
+def level_sizes(levels: list[Tensor]) -> list[tuple[int, int]]:
+    """Height and width of each level, in cells."""
+    return [(x.shape[2], x.shape[3]) for x in levels]
+
+
+def losses(
+    params: Params,
+    buffers: Params,
+    config: DetectorConfig,
+    inputs: Inputs,
+    noise: Noise,
+) -> dict[str, Tensor]:
+    """Every loss of a batch in one graph; their sum (`total`) is what training lowers.
+
+    Mask heads run on as many RoIs as there can be. `casc.model.steps` splits the same
+    functions in two graphs when it may count the positives instead.
+
+    Args:
+        params: weights by name.
+        buffers: batch norm statistics by name.
+        config: the detector.
+        inputs: images with ground truth.
+        noise: the step's random numbers.
+
+    Returns:
+        Scalar float32 losses and measures, named like the reference's log.
+    """
+    features = extract(params, buffers, config, inputs.image)
+    result, pyramid, rois = box_branch(params, config, features, inputs, noise)
+    for i in range(len(config.stages)):
+        loss = mask_branch(params, config, i, pyramid, rois[i], inputs.targets)
+        result[f"s{i}.loss_mask"] = config.stages[i].loss_weight * loss
+    return result
+
+
+def total(losses: dict[str, Tensor]) -> Tensor:
+    """The sum of all entries whose name says that they are losses."""
+    return torch.stack([v for k, v in losses.items() if "loss" in k]).sum()
+
+
+def box_branch(
+    params: Params, config: DetectorConfig, features: Features, inputs: Inputs, noise: Noise
+) -> tuple[dict[str, Tensor], Pyramid, list[MaskRois]]:
+    """All losses but the masks', and what these need: features, and each stage's positive RoIs.
+
+    The pyramid goes from reader to reader, which bounds the gradients held at once.
+    """
+    anchors = grid_anchors(config.anchors, level_sizes(features.levels), inputs.size.device)
+    result, pyramid = rpn_branch(params, config, features, torch.cat(anchors), inputs, noise.rpn)
+    with torch.no_grad():
+        output = rpn_head(params, features.levels)
+    found = candidates(config.rpn, output, anchors, inputs.size, train=True)
+    proposals = propose(config.rpn, found, train=True)
+    cascade, pyramid, samples = cascade_losses(
+        params, config, pyramid, proposals, inputs, noise.stages
+    )
+    rois = [mask_rois(s, max_positive(config.box_head)) for s in samples]
+    return result | cascade, detach_unread(pyramid, config.roi_align, config.roi_kernel), rois
+
+
+def rpn_branch(
+    params: Params,
+    config: DetectorConfig,
+    features: Features,
+    anchors: Tensor,
+    inputs: Inputs,
+    keys: Tensor,
+) -> tuple[dict[str, Tensor], Pyramid]:
+    """The RPN's losses and number of positive anchors per image; the pyramid for what follows."""
+    gt = inputs.targets
+    targets = rpn_targets(config.rpn, anchors, inputs.size, gt.boxes, gt.valid, keys)
+    sizes = level_sizes(features.levels)
+    sampled, pyramid = rpn_head_at(params, features.pyramid, sizes, targets.sample.indices)
+    result = rpn_losses(config.rpn, sampled, anchors, targets, gt.boxes)
+    result["rpn.positives"] = _per_image(targets.sample.positive)
+    return result, pyramid
+
+
+def cascade_losses(
+    params: Params,
+    config: DetectorConfig,
+    pyramid: Pyramid,
+    proposals: Proposals,
+    inputs: Inputs,
+    keys: tuple[Tensor, ...],
+) -> tuple[dict[str, Tensor], Pyramid, list[RoiSample]]:
+    """Box losses of every stage, each starting from the boxes refined by the one before.
+
+    Also the pyramid for what follows, and each stage's RoIs.
+    """
+    boxes, valid = proposals.boxes, proposals.valid
+    result: dict[str, Tensor] = {}
+    samples = []
+    for i, stage in enumerate(config.stages):
+        rois = sample_rois(
+            config.box_head, stage, config.classes, boxes, valid, inputs.targets, keys[i]
+        )
+        flat, image = _flat(rois.boxes)
+        sampling, kernel = config.roi_align, config.roi_kernel
+        output, pyramid = box_head_at(
+            params, config.box_head, i, pyramid, flat, image, sampling, kernel
+        )
+        stage_losses = box_losses(config.box_head, stage, output, rois, inputs.targets)
+        result |= {f"s{i}.{k}": v for k, v in stage_losses.items()}
+        result[f"s{i}.positives"] = _per_image(rois.positive)
+        boxes = refine(stage, rois.boxes, output.deltas, inputs.size)
+        # Ground truth is added afresh by each stage; its own refinement would come twice.
+        valid = rois.valid & ~rois.from_gt
+        samples.append(rois)
+    return result, pyramid, samples
+
+
+def mask_branch(
+    params: Params,
+    config: DetectorConfig,
+    stage: int,
+    pyramid: Pyramid,
+    rois: MaskRois,
+    targets: Targets,
+) -> Tensor:
+    """The mask loss of one stage, without its weight."""
+    head = config.mask_head
+    features = roi_align(
+        pyramid, rois.boxes, rois.image, head.cells, config.roi_align, config.roi_kernel
+    )
+    logits = mask_head(params, head, stage, features, rois.labels)
+    return mask_loss(logits, mask_targets(head, rois, targets), rois.valid)
+
+
+def detect(params: Params, buffers: Params, config: DetectorConfig, inputs: Inputs) -> Detections:
+    """Detections with masks; `inputs.targets` isn't read.
+
+    Each stage scores the RoIs that it was given; the mean of the three stages' logits is
+    turned into scores once (see `InferenceConfig.average`). Masks are the mean of the three
+    heads' probabilities.
+    """
+    features = extract(params, buffers, config, inputs.image)
+    anchors = grid_anchors(config.anchors, level_sizes(features.levels), inputs.size.device)
+    output = rpn_head(params, features.levels)
+    found = candidates(config.rpn, output, anchors, inputs.size, train=False)
+    proposals = propose(config.rpn, found, train=False)
+    logits, boxes = cascade_scores(params, config, features.pyramid, proposals, inputs.size)
+    boxes, scores, labels, valid = select(
+        config.inference, logits, boxes / inputs.scale[:, None], proposals.valid
+    )
+    masks = detect_masks(params, config, features.pyramid, boxes * inputs.scale[:, None], labels)
+    return Detections(boxes, scores, labels, valid, masks * valid[..., None, None])
+
+
+def cascade_scores(
+    params: Params, config: DetectorConfig, pyramid: Pyramid, proposals: Proposals, size: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean logits [B, P, K + 1] and final boxes [B, P, 4] in canvas pixels.
+
+    Where the config averages probabilities, the logarithms of these are the logits.
+    """
+    boxes = proposals.boxes
+    logits = []
+    for i, stage in enumerate(config.stages):
+        output = box_head(params, i, _align(config, pyramid, boxes, config.box_head.cells))
+        logits.append(output.logits.reshape(*boxes.shape[:2], -1))
+        boxes = refine(stage, boxes, output.deltas, size)
+    if config.inference.average == "probabilities":
+        logs = torch.stack(logits).log_softmax(dim=-1)
+        return logs.logsumexp(dim=0) - math.log(len(logits)), boxes
+    return torch.stack(logits).sum(dim=0) / len(logits), boxes
+
+
+def select(
+    config: InferenceConfig, logits: Tensor, boxes: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Threshold, class-wise suppression, and the best over all classes.
+
+    Args:
+        config: thresholds.
+        logits: [B, P, K + 1].
+        boxes: [B, P, 4] xyxy in pixels of the stored image.
+        valid: [B, P] bool.
+
+    Returns:
+        boxes [B, D, 4], scores [B, D], labels [B, D] and valid [B, D]; 0 where invalid.
+    """
+    scores = logits.softmax(dim=-1)[..., :-1]
+    classes = scores.shape[-1]
+    candidate = (scores > config.score_threshold) & valid[..., None]
+    labels = torch.arange(classes, device=scores.device).repeat(scores.shape[1])
+    index, kept = batched_nms(
+        boxes.repeat_interleave(classes, dim=1),
+        scores.flatten(1),
+        labels,
+        candidate.flatten(1),
+        iou=config.nms_iou,
+        count=config.detections,
+        groups=classes,
+        largest=scores.shape[1],
+        kernel=config.nms_kernel,
+    )
+    best = take(boxes, index // classes)
+    return (
+        torch.where(kept[..., None], best, 0.0),
+        torch.where(kept, take(scores.flatten(1), index), 0.0),
+        torch.where(kept, index % classes, 0),
+        kept,
+    )
+
+
+def detect_masks(
+    params: Params, config: DetectorConfig, pyramid: Pyramid, boxes: Tensor, labels: Tensor
+) -> Tensor:
+    """Mean mask probability of all stages: [B, D, 28, 28] float32.
+
+    Args:
+        params: weights by name.
+        config: the detector.
+        pyramid: features.
+        boxes: [B, D, 4] xyxy in canvas pixels.
+        labels: [B, D] int64.
+    """
+    features = _align(config, pyramid, boxes, config.mask_head.cells)
+    stages = [
+        mask_head(params, config.mask_head, i, features, labels.flatten()).sigmoid()
+        for i in range(len(config.stages))
+    ]
+    mean = torch.stack(stages).sum(dim=0) / len(stages)
+    return mean.reshape(*labels.shape, *mean.shape[1:])
+
+
+def _align(config: DetectorConfig, pyramid: Pyramid, boxes: Tensor, cells: int) -> Tensor:
+    """RoIAlign of [B, N, 4] boxes: [B * N, C, cells, cells]."""
+    return roi_align(pyramid, *_flat(boxes), cells, config.roi_align, config.roi_kernel)
+
+
+def _flat(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, N, 4] boxes as [B * N, 4], and the image of each."""
+    image = torch.arange(boxes.shape[0], device=boxes.device).repeat_interleave(boxes.shape[1])
+    return boxes.flatten(0, 1), image
+
+
+def _per_image(mask: Tensor) -> Tensor:
+    """Mean count of a [B, N] mask per image."""
+    return mask.sum(dtype=torch.float32) / mask.shape[0]

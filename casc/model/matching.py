@@ -1,0 +1,161 @@
+"""Which ground truth each box answers for, and which boxes a loss looks at.
+
+Legend: B images, G ground-truth capacity, N boxes, S samples.
+Everything has a fixed shape: a missing object or sample is a false mask, never a
+shorter tensor.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from casc.model.boxes import iou_matrix
+
+# Anchors meet the ground truths in so many blocks: smaller tensors are faster and, eager, need
+# less memory, but each block is compiled anew.
+GT_BLOCKS = 4
+
+
+class Matches(NamedTuple):
+    """The assignment of boxes to ground truth."""
+
+    gt: Tensor
+    """[B, N] int64, index of the box's ground truth (meaningful where positive)."""
+    iou: Tensor
+    """[B, N] float32, the best overlap with any ground truth; -1 if there is none."""
+    positive: Tensor
+    """[B, N] bool."""
+    negative: Tensor
+    """[B, N] bool; a box that is neither is ignored."""
+
+
+class Sample(NamedTuple):
+    """A fixed number of boxes per image: positives first, then negatives, then padding."""
+
+    indices: Tensor
+    """[B, S] int64 into the boxes (arbitrary where invalid)."""
+    valid: Tensor
+    """[B, S] bool."""
+    positive: Tensor
+    """[B, S] bool."""
+
+
+def match_anchors(
+    anchors: Tensor,
+    inside: Tensor,
+    gt_boxes: Tensor,
+    gt_valid: Tensor,
+    *,
+    positive_iou: float,
+    negative_iou: float,
+    low_quality_iou: float,
+) -> Matches:
+    """Match the RPN's anchors (MaxIoUAssigner with low-quality matches).
+
+    An anchor is positive from `positive_iou`, negative below `negative_iou`. Then each
+    ground truth in turn claims every anchor that shares its very best overlap, if that
+    is at least `low_quality_iou`; the last claim wins, even over a better match.
+
+    Args:
+        anchors: [N, 4] xyxy.
+        inside: [B, N] bool; the other anchors take no part.
+        gt_boxes: [B, G, 4] xyxy.
+        gt_valid: [B, G] bool.
+        positive_iou: e.g. 0.7.
+        negative_iou: e.g. 0.3.
+        low_quality_iou: e.g. 0.3.
+
+    Returns:
+        Matches of N anchors.
+    """
+    best = torch.full(inside.shape, -1.0, device=inside.device)
+    gt = torch.zeros(inside.shape, dtype=torch.int32, device=inside.device)
+    claim = torch.full_like(gt, -1)
+    capacity = gt_boxes.shape[1]
+    step = max(1, -(-capacity // GT_BLOCKS))
+    for first in range(0, capacity, step):
+        last = min(first + step, capacity)
+        iou = iou_matrix(gt_boxes[:, first:last], anchors[None])
+        # Both sides of an equality below must come out of this one tensor: recomputed in
+        # another fused kernel, the same overlap may differ in its last bit.
+        iou = torch.where(gt_valid[:, first:last, None] & inside[:, None], iou, -1.0)
+        order = torch.arange(first, last, dtype=torch.int32, device=iou.device)[None, :, None]
+        # The first of the best: max() says so too, but no compiler makes it fast.
+        block_best = iou.amax(dim=1, keepdim=True)
+        block_gt = torch.where(iou == block_best, order, capacity).amin(dim=1)
+        gt = torch.where(block_best[:, 0] > best, block_gt, gt)
+        best = torch.maximum(best, block_best[:, 0])
+        gt_best = iou.amax(dim=2, keepdim=True)
+        claimed = (iou == gt_best) & (gt_best >= low_quality_iou)
+        claim = torch.maximum(claim, torch.where(claimed, order, -1).amax(dim=1))
+    positive = inside & ((best >= positive_iou) | (claim >= 0))
+    negative = inside & (best < negative_iou) & ~positive
+    return Matches(torch.where(claim >= 0, claim, gt).long(), best, positive, negative)
+
+
+def match_rois(
+    boxes: Tensor, valid: Tensor, gt_boxes: Tensor, gt_valid: Tensor, *, iou: float
+) -> Matches:
+    """Match a cascade stage's boxes: positive from `iou`, negative below it.
+
+    Args:
+        boxes: [B, N, 4] xyxy.
+        valid: [B, N] bool.
+        gt_boxes: [B, G, 4] xyxy.
+        gt_valid: [B, G] bool.
+        iou: the stage's threshold.
+
+    Returns:
+        Matches of N boxes; invalid boxes are neither positive nor negative.
+    """
+    overlap = torch.where(gt_valid[..., None], iou_matrix(gt_boxes, boxes), -1.0)
+    best, gt = overlap.max(dim=1)
+    return Matches(gt, best, valid & (best >= iou), valid & (best < iou))
+
+
+def sample(
+    positive: Tensor, negative: Tensor, keys: Tensor, *, count: int, max_positive: int
+) -> Sample:
+    """Draw at random at most `max_positive` positives and fill up with negatives.
+
+    The randomness is `keys`: the boxes with the largest keys are drawn, in the order of
+    their keys. Keys that fall with the index give the reference's "first k".
+
+    Args:
+        positive: [B, N] bool.
+        negative: [B, N] bool.
+        keys: [B, N] float32 in [0, 1).
+        count: S, samples per image.
+        max_positive: the most positives among them.
+
+    Returns:
+        S samples per image; all positives lie within the first `max_positive`.
+    """
+    n = keys.shape[1]
+    top_pos, pos = torch.where(positive, keys, -1.0).topk(min(max_positive, n), dim=1)
+    top_neg, neg = torch.where(negative, keys, -1.0).topk(min(count, n), dim=1)
+    n_pos = (top_pos >= 0).sum(dim=1, keepdim=True)
+    n_neg = (top_neg >= 0).sum(dim=1, keepdim=True)
+    slot = torch.arange(count, device=keys.device).expand(keys.shape[0], count)
+    is_positive = slot < n_pos
+    index = torch.where(
+        is_positive,
+        pos.gather(1, slot.clamp(max=pos.shape[1] - 1)),
+        neg.gather(1, (slot - n_pos).clamp(0, neg.shape[1] - 1)),
+    )
+    return Sample(index, slot < n_pos + n_neg, is_positive)
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of each image's values.
+
+    Args:
+        values: [B, N] or [B, N, ...].
+        index: [B, K] int64.
+
+    Returns:
+        [B, K] or [B, K, ...].
+    """
+    batch = torch.arange(index.shape[0], device=index.device)[:, None]
+    return values[batch, index]

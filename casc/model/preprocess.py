@@ -1,0 +1,283 @@
+"""Resize, crop, flip, normalise and pad on the device, inside the compiled step.
+
+The loader hands over decoded images at their stored size; the numbers here are those of
+the reference's pipeline (Resize, RandomCrop, RandomFlip, Normalize, Pad), as gathers of static
+shape: how large an image becomes and what of it is seen are inputs, the canvas is fixed.
+
+Legend: B images, Hi x Wi input canvas (stored pixels), H x W canvas that the network sees,
+G ground-truth capacity, E edge capacity.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from casc.data.batch import Batch
+from casc.data.index import Bucket
+from casc.data.index import canvas as bucket_canvas
+from casc.model import noise as noises
+from casc.model.crop_boxes import visible_boxes
+from casc.model.detector import Inputs
+from casc.model.targets import Targets
+
+LEAST_SIDE = 0.01
+"""Pixels of a cropped object's sides, as MMDetection's FilterAnnotations has it for large-scale
+jitter; what shows less is no ground truth."""
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """From stored pixels to what the network sees."""
+
+    short: int = 800
+    """The shorter side is resized to this many pixels..."""
+    long: int = 1333
+    """...unless the longer one would then exceed this many."""
+    train_short: tuple[int, int] | None = None
+    """Multi-scale training: each image's shorter side becomes one of these two or between,
+    every whole number as likely, and the longer one `long` at most. None: `short` for all."""
+    jitter: tuple[float, float] | None = None
+    """Large-scale jitter (Ghiasi et al., 2021) in place of `short` and `long` when training: an
+    image that fits `jitter_size` is resized by a factor drawn from these two or between, and
+    a window of at most `jitter_size` of it is seen. None: no jitter."""
+    jitter_size: int = 1024
+    """Both sides of the canvas of large-scale jitter, in pixels."""
+    flip: float = 0.5
+    """Probability of a horizontal flip when training."""
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """Subtracted from red, green and blue (0 to 255)."""
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """Divides red, green and blue."""
+
+
+class View(NamedTuple):
+    """How each image of a batch is seen."""
+
+    size: Tensor
+    """[B, 2] int64, height and width that the whole image is resized to."""
+    corner: Tensor | None
+    """[B, 2] int64, row and column of the resized image in the window's top left corner; the
+    window is the canvas. None: the whole image fits, and is seen."""
+    flip: Tensor
+    """[B] bool, whether the window is mirrored."""
+
+
+def plain_view(size: Tensor, config: ImageConfig) -> View:
+    """Whole images as they are at inference.
+
+    Args:
+        size: [B, 2] stored height and width.
+        config: `short` and `long`.
+    """
+    new = resized(size, config.short, config.long)
+    return View(new, None, torch.zeros_like(new[:, 0], dtype=torch.bool))
+
+
+def random_view(size: Tensor, seed: Tensor, config: ImageConfig, canvas: tuple[int, int]) -> View:
+    """How images are seen in training, from one seed per image.
+
+    Args:
+        size: [B, 2] stored height and width.
+        seed: [B] int64.
+        config: what is random, and how.
+        canvas: (H, W) from `training_canvas`.
+    """
+    flip = noises.uniform(seed, noises.FLIP, 1)[:, 0] < config.flip
+    if config.jitter is not None:
+        # Whole numbers, as MMDetection's Resize with ratio_range has them.
+        least, most = (int(config.jitter_size * factor) for factor in config.jitter)
+        target = _drawn(noises.uniform(seed, noises.SCALE, 1), least, most)
+        new = resized(size, target, target).clamp(min=1)
+        beyond = new - _within(new, canvas)
+        return View(new, _drawn(noises.uniform(seed, noises.CROP, 2), 0, beyond), flip)
+    if config.train_short is not None:
+        short = _drawn(noises.uniform(seed, noises.SCALE, 1), *config.train_short)
+        return View(resized(size, short, config.long), None, flip)
+    return View(resized(size, config.short, config.long), None, flip)
+
+
+def training_canvas(bucket: Bucket, config: ImageConfig) -> tuple[int, int]:
+    """The canvas (H, W) on which a bucket's images are trained on, at every scale."""
+    if config.jitter is not None:
+        return config.jitter_size, config.jitter_size
+    short = config.short if config.train_short is None else config.train_short[1]
+    return bucket_canvas(bucket, short, config.long)
+
+
+def resized(size: Tensor, short: Tensor | int, long: Tensor | int) -> Tensor:
+    """The size of each image after resizing, aspect kept: int(side * scale + 0.5).
+
+    scale = min(long / longer side, short / shorter side), in exact integer arithmetic.
+
+    Args:
+        size: [B, 2] float32 or int64, stored height and width.
+        short: target of the shorter side in pixels; of each image if [B, 1] int64.
+        long: limit of the longer side in pixels; likewise.
+
+    Returns:
+        [B, 2] int64.
+    """
+    size = size.to(torch.int64)
+    shorter, longer = size.amin(dim=1, keepdim=True), size.amax(dim=1, keepdim=True)
+    long_limits = long * shorter < short * longer
+    target = torch.where(long_limits, long, short)
+    side = torch.where(long_limits, longer, shorter).clamp(min=1)
+    return (2 * size * target + side) // (2 * side)
+
+
+def prepare(
+    batch: Batch,
+    view: View | None,
+    config: ImageConfig,
+    canvas: tuple[int, int],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Inputs:
+    """Put a batch on its canvas.
+
+    Bilinear with half-pixel centres and repeated borders, as cv2 does, but without its
+    rounding to whole grey levels. Boxes are scaled per axis and clipped to the image; where
+    windows are cut out they become the bounds of what shows of their object, and objects of
+    which less than 0.01 pixels show are no longer valid. Polygon edges are moved and not clipped.
+
+    Args:
+        batch: decoded images and ground truth.
+        view: how each image is seen; None as `plain_view` says.
+        config: sizes and normalisation.
+        canvas: (H, W), at least as large as every resized image without a window.
+        dtype: of the image.
+        memory_format: of the image.
+
+    Returns:
+        Images and ground truth in canvas pixels.
+    """
+    if view is None:
+        view = plain_view(batch.size, config)
+    ratio = view.size.to(torch.float32) / batch.size.clamp(min=1)
+    scale = ratio.flip(-1).repeat(1, 2)
+    shown = _shown(view, canvas)
+    image = _resample(batch, view, canvas)
+    image = _normalise(image, shown, config).to(dtype)
+    # Back to NCHW: this is channels_last as it stands, and a copy otherwise.
+    image = image.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+    targets = _move_targets(batch, view, scale, canvas)
+    return Inputs(image, shown.to(torch.float32), scale, targets)
+
+
+def _drawn(uniform: Tensor, least: int, most: int | Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) to whole ones from `least` to `most`, both included."""
+    # One rounded product, the same on every device.
+    return least + (uniform * (most - least + 1)).floor().long()
+
+
+def _within(size: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """What of a size fits: [B, 2] int64."""
+    return torch.stack([size[:, i].clamp(max=side) for i, side in enumerate(canvas)], dim=1)
+
+
+def _shown(view: View, canvas: tuple[int, int]) -> Tensor:
+    """Height and width of what is seen: [B, 2] int64."""
+    return view.size if view.corner is None else _within(view.size, canvas)
+
+
+def _resample(batch: Batch, view: View, canvas: tuple[int, int]) -> Tensor:
+    """Bilinear: [B, Hi, Wi, 3] uint8 to [B, H, W, 3] float32."""
+    new = view.size
+    rows, columns = _source(view, canvas)
+    size = batch.size.to(torch.int64)
+    y0, y1, fy = _bilinear_taps(rows, size[:, 0], new[:, 0])
+    x0, x1, fx = _bilinear_taps(columns, size[:, 1], new[:, 1])
+    image = torch.arange(new.shape[0], device=new.device)[:, None, None]
+
+    def read(y: Tensor, x: Tensor) -> Tensor:
+        return batch.image[image, y[:, :, None], x[:, None, :]].to(torch.float32)
+
+    fx, fy = fx[:, None, :, None], fy[:, :, None, None]
+    top = read(y0, x0) * (1 - fx) + read(y0, x1) * fx
+    bottom = read(y1, x0) * (1 - fx) + read(y1, x1) * fx
+    return top * (1 - fy) + bottom * fy
+
+
+def _source(view: View, canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The resized image's row [B, H] and column [B, W] that each of the canvas shows."""
+    count, device = view.size.shape[0], view.size.device
+    rows = torch.arange(canvas[0], device=device).expand(count, -1)
+    columns = torch.arange(canvas[1], device=device).expand(count, -1)
+    width = _shown(view, canvas)[:, 1:2]
+    columns = torch.where(view.flip[:, None], width - 1 - columns, columns)
+    if view.corner is None:
+        return rows, columns
+    return rows + view.corner[:, 0:1], columns + view.corner[:, 1:2]
+
+
+def _bilinear_taps(at: Tensor, size: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Two neighbours and the second one's weight along one axis.
+
+    Args:
+        at: [B, N] int64, position in the resized image.
+        size: [B] int64, stored length.
+        new: [B] int64, resized length.
+
+    Returns:
+        [B, N] int64, [B, N] int64 and [B, N] float32.
+    """
+    step = (size.to(torch.float32) / new.to(torch.float32))[:, None]
+    last = (size - 1)[:, None].to(torch.float32)
+    source = ((at.to(torch.float32) + 0.5) * step - 0.5).clamp(min=0)
+    source = torch.minimum(source, last)
+    floor = source.floor()
+    return floor.long(), torch.minimum(floor + 1, last).long(), source - floor
+
+
+def _normalise(image: Tensor, new: Tensor, config: ImageConfig) -> Tensor:
+    """Subtract, divide, and set everything outside the image to 0 (padding comes last)."""
+    channels = [
+        (image[..., i] - mean) / std
+        for i, (mean, std) in enumerate(zip(config.mean, config.std, strict=True))
+    ]
+    rows = torch.arange(image.shape[1], device=image.device) < new[:, 0:1]
+    columns = torch.arange(image.shape[2], device=image.device) < new[:, 1:2]
+    inside = rows[:, :, None] & columns[:, None, :]
+    return torch.where(inside[..., None], torch.stack(channels, dim=-1), 0.0)
+
+
+def _move_targets(batch: Batch, view: View, scale: Tensor, canvas: tuple[int, int]) -> Targets:
+    shown = _shown(view, canvas).to(torch.float32)
+    limit = shown.flip(-1).repeat(1, 2)[:, None]
+    boxes, valid = batch.boxes * scale[:, None], batch.valid
+    edges = batch.edges * scale[:, None, None]
+    if view.corner is not None:
+        corner = view.corner.to(torch.float32).flip(-1).repeat(1, 2)[:, None]
+        boxes, edges = boxes - corner, edges - corner[:, None]
+        boxes = visible_boxes(boxes, edges, shown)
+        valid = valid & ((boxes[..., 2:] - boxes[..., :2]) >= LEAST_SIDE).all(dim=-1)
+    boxes = torch.minimum(boxes.clamp(min=0), limit)
+    width, flip = shown[:, 1], view.flip
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    mirrored = torch.stack([width[:, None] - x2, y1, width[:, None] - x1, y2], dim=-1)
+    boxes = torch.where(flip[:, None, None], mirrored, boxes) * valid[..., None]
+    x0, y0, x1, y1 = edges.unbind(-1)
+    far = width[:, None, None]
+    mirrored = torch.stack([far - x0, y0, far - x1, y1], dim=-1)
+    edges = torch.where(flip[:, None, None, None], mirrored, edges)
+    bitmaps = None
+    if batch.bitmaps is not None:
+        bitmaps = _resize_bitmaps(batch.bitmaps, batch.size, view, canvas)
+    return Targets(boxes, batch.labels, valid, edges, bitmaps)
+
+
+def _resize_bitmaps(bitmaps: Tensor, size: Tensor, view: View, canvas: tuple[int, int]) -> Tensor:
+    """Nearest as cv2 rounds it (floor): [B, G, Hi, Wi] to [B, G, H, W] uint8, 0 outside."""
+    new, stored = view.size, size.to(torch.int64)
+    rows, columns = _source(view, canvas)
+    # Flipped padding lies left of the image: any column would do, it is masked.
+    inside = (rows < new[:, 0:1])[:, :, None] & ((columns >= 0) & (columns < new[:, 1:2]))[:, None]
+    y = torch.minimum(rows * stored[:, 0:1] // new[:, 0:1], stored[:, 0:1] - 1)
+    x = columns.clamp(min=0) * stored[:, 1:2] // new[:, 1:2]
+    x = torch.minimum(x, stored[:, 1:2] - 1)
+    image = torch.arange(new.shape[0], device=new.device)[:, None, None]
+    # Advanced indices around a slice: the result is [B, H, W, G].
+    moved = bitmaps[image, :, y[:, :, None], x[:, None, :]]
+    return (moved * inside[..., None]).permute(0, 3, 1, 2)

@@ -1,0 +1,303 @@
+"""Region proposal network (Ren et al., 2015) over a pyramid: head, loss, proposals.
+
+Legend: B images, A anchors of all levels in the order (level, y, x, ratio), G ground-truth
+capacity, K proposals.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from casc.model import losses
+from casc.model.anchors import AnchorConfig, inside
+from casc.model.boxes import decode, encode
+from casc.model.layers import Params, conv, new_weight, normal_001
+from casc.model.matching import Matches, Sample, match_anchors, sample, take
+from casc.ops.nms import NmsKernel, batched_nms
+from casc.ops.pyramid import Pyramid, patches
+
+PREFIX = "rpn_head"
+STDS = (1.0, 1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class RPNConfig:
+    """The region proposal network."""
+
+    channels: int = 256
+    """Channels of its 3x3 convolution."""
+    positive_iou: float = 0.7
+    """An anchor is an object from this overlap on."""
+    negative_iou: float = 0.3
+    """An anchor is background below this overlap; in between it is ignored."""
+    low_quality_iou: float = 0.3
+    """Each object also claims its best anchors, if they overlap at least this much."""
+    samples: int = 256
+    """Anchors per image in the loss."""
+    positive_fraction: float = 0.5
+    """The most of them that may be positive."""
+    beta: float = 1 / 9
+    """Where the smooth L1 loss turns linear."""
+    nms_iou: float = 0.7
+    """Proposals that overlap a better one by more go."""
+    nms_kernel: NmsKernel = "auto"
+    """greedy: fast on the CPU. fixed: a fixed number of launches, no read. auto: greedy on the
+    CPU, else fixed. The proposals are the same."""
+    train_pre_nms: int = 2000
+    """Best anchors per level that enter suppression when training."""
+    train_proposals: int = 2000
+    """Proposals per image when training."""
+    test_pre_nms: int = 1000
+    """The same at inference."""
+    test_proposals: int = 1000
+    """The same at inference."""
+
+
+class RPNOutput(NamedTuple):
+    """The head's predictions, float32."""
+
+    logits: Tensor
+    """[B, A], or [B, S] of the anchors of a sample."""
+    deltas: Tensor
+    """[B, A, 4] or [B, S, 4]."""
+
+
+class RPNTargets(NamedTuple):
+    """What the loss compares with."""
+
+    matches: Matches
+    """Of all A anchors."""
+    sample: Sample
+    """The anchors in the loss."""
+
+
+class Proposals(NamedTuple):
+    """Candidate boxes, best first."""
+
+    boxes: Tensor
+    """[B, K, 4] xyxy pixels of the canvas, 0 where padded."""
+    scores: Tensor
+    """[B, K] in [0, 1], 0 where padded."""
+    valid: Tensor
+    """[B, K] bool."""
+
+
+def rpn_head(params: Params, levels: list[Tensor]) -> RPNOutput:
+    """Objectness and deltas of every anchor, the same head on each level."""
+    logits, deltas = [], []
+    for features in levels:
+        batch = features.shape[0]
+        x = F.relu(conv(params, f"{PREFIX}.rpn_conv", features, padding=1))
+        score = conv(params, f"{PREFIX}.rpn_cls", x)
+        delta = conv(params, f"{PREFIX}.rpn_reg", x)
+        logits.append(score.permute(0, 2, 3, 1).reshape(batch, -1).float())
+        deltas.append(delta.permute(0, 2, 3, 1).reshape(batch, -1, 4).float())
+    return RPNOutput(torch.cat(logits, dim=1), torch.cat(deltas, dim=1))
+
+
+def rpn_head_at(
+    params: Params, pyramid: Pyramid, sizes: list[tuple[int, int]], anchor: Tensor
+) -> tuple[RPNOutput, Pyramid]:
+    """What `rpn_head` says of chosen anchors only.
+
+    The loss looks at 256 anchors of an image and its gradient is zero everywhere else. So
+    the head runs over the whole pyramid without gradient, for proposals, and once more on
+    the neighbourhoods of the sample, with gradient: the dense backward pass, a sixth of all
+    operations of a step, isn't needed.
+
+    Args:
+        params: weights by name.
+        pyramid: features.
+        sizes: (H_l, W_l) of every level with anchors, P6 included.
+        anchor: [B, S] int64 into A.
+
+    Returns:
+        Logits [B, S] and deltas [B, S, 4], and the pyramid for the next reader.
+    """
+    weight = params[f"{PREFIX}.rpn_conv.weight"]
+    ratios = params[f"{PREFIX}.rpn_cls.weight"].shape[0]
+    x, pyramid = patches(pyramid, sizes, anchor // ratios, weight.shape[-1])
+    weight = weight.permute(0, 2, 3, 1).flatten(1).to(x.dtype)
+    x = F.relu(F.linear(x, weight, params[f"{PREFIX}.rpn_conv.bias"].to(x.dtype)))
+    score, delta = (
+        F.linear(
+            x,
+            params[f"{PREFIX}.{name}.weight"].flatten(1).to(x.dtype),
+            params[f"{PREFIX}.{name}.bias"].to(x.dtype),
+        )
+        .float()
+        .reshape(*anchor.shape, ratios, -1)
+        for name in ("rpn_cls", "rpn_reg")
+    )
+    # A product with ones and zeros is exact, and unlike an index's its backward has no order.
+    own = (anchor[..., None] % ratios == torch.arange(ratios, device=anchor.device))[..., None]
+    score, delta = ((t * own).sum(dim=-2) for t in (score, delta))
+    return RPNOutput(score[..., 0], delta), pyramid
+
+
+def rpn_targets(
+    config: RPNConfig,
+    anchors: Tensor,
+    size: Tensor,
+    gt_boxes: Tensor,
+    gt_valid: Tensor,
+    keys: Tensor,
+) -> RPNTargets:
+    """Match anchors that lie inside their image and draw the loss's sample.
+
+    Args:
+        config: thresholds and counts.
+        anchors: [A, 4] xyxy.
+        size: [B, 2] image height and width in pixels.
+        gt_boxes: [B, G, 4] xyxy.
+        gt_valid: [B, G] bool.
+        keys: [B, A] noise in [0, 1).
+
+    Returns:
+        Matches and sample.
+    """
+    matches = match_anchors(
+        anchors,
+        inside(anchors, size),
+        gt_boxes,
+        gt_valid,
+        positive_iou=config.positive_iou,
+        negative_iou=config.negative_iou,
+        low_quality_iou=config.low_quality_iou,
+    )
+    drawn = sample(
+        matches.positive,
+        matches.negative,
+        keys,
+        count=config.samples,
+        max_positive=_max_positive(config),
+    )
+    return RPNTargets(matches, drawn)
+
+
+def rpn_losses(
+    config: RPNConfig, sampled: RPNOutput, anchors: Tensor, targets: RPNTargets, gt_boxes: Tensor
+) -> dict[str, Tensor]:
+    """Objectness and box loss, both over the number of sampled anchors of the batch.
+
+    The reference counts at least one positive and one negative per image.
+
+    Args:
+        config: counts and the box loss's bend.
+        sampled: the head's output at `targets.sample`.
+        anchors: [A, 4] xyxy.
+        targets: matches and sample.
+        gt_boxes: [B, G, 4] xyxy.
+
+    Returns:
+        Scalars `loss_rpn_cls` and `loss_rpn_bbox`, and `rpn.samples`, the number that both
+        were divided by, per image.
+    """
+    index, valid, positive = targets.sample
+    per_image = [(m.sum(dim=1)).clamp(min=1) for m in (positive, valid & ~positive)]
+    count = (per_image[0] + per_image[1]).sum().to(torch.float32)
+    loss_cls = losses.binary_cross_entropy(sampled.logits, positive, valid)
+    # Positives come first in a sample: only so many rows can have a box loss.
+    first = slice(_max_positive(config))
+    index, positive = index[:, first], positive[:, first]
+    goal = encode(anchors[index], take(gt_boxes, take(targets.matches.gt, index)), STDS)
+    loss_bbox = losses.smooth_l1(sampled.deltas[:, first], goal, positive, config.beta)
+    return {
+        "loss_rpn_cls": loss_cls / count,
+        "loss_rpn_bbox": loss_bbox / count,
+        "rpn.samples": count / index.shape[0],
+    }
+
+
+class Candidates(NamedTuple):
+    """What enters suppression: the best anchors of each level, decoded."""
+
+    boxes: Tensor
+    """[B, N, 4] xyxy pixels of the canvas, levels one after the other."""
+    scores: Tensor
+    """[B, N] in [0, 1], falling within a level."""
+    level: Tensor
+    """[N] int64."""
+    valid: Tensor
+    """[B, N] bool; a box without width or height is not."""
+    levels: int
+    """How many levels there are."""
+
+
+def candidates(
+    config: RPNConfig, output: RPNOutput, anchors: list[Tensor], size: Tensor, *, train: bool
+) -> Candidates:
+    """Decode and clip the best anchors of each level; no gradient.
+
+    Args:
+        config: counts.
+        output: of the head.
+        anchors: per level [A_l, 4] xyxy.
+        size: [B, 2] image height and width in pixels.
+        train: whether the training or the inference count holds.
+
+    Returns:
+        N = sum over levels of min(count, A_l).
+    """
+    count = config.train_pre_nms if train else config.test_pre_nms
+    boxes, scores, levels = [], [], []
+    lengths = [level.shape[0] for level in anchors]
+    level_logits = output.logits.detach().split(lengths, dim=1)
+    level_deltas = output.deltas.detach().split(lengths, dim=1)
+    for i, level in enumerate(anchors):
+        score, best = level_logits[i].sigmoid().topk(min(count, lengths[i]), dim=1)
+        boxes.append(decode(level[best], take(level_deltas[i], best), STDS, size))
+        scores.append(score)
+        levels.append(torch.full_like(best[0], i))
+    all_boxes = torch.cat(boxes, dim=1)
+    sides = all_boxes[..., 2:] - all_boxes[..., :2]
+    valid = (sides > 0).all(dim=-1)
+    return Candidates(all_boxes, torch.cat(scores, dim=1), torch.cat(levels), valid, len(levels))
+
+
+def propose(config: RPNConfig, found: Candidates, *, train: bool) -> Proposals:
+    """One suppression within levels, then the best by score over all of them.
+
+    Returns:
+        K proposals per image.
+    """
+    index, kept = batched_nms(
+        found.boxes,
+        found.scores,
+        found.level,
+        found.valid,
+        iou=config.nms_iou,
+        count=config.train_proposals if train else config.test_proposals,
+        groups=found.levels,
+        largest=config.train_pre_nms if train else config.test_pre_nms,
+        kernel=config.nms_kernel,
+    )
+    return Proposals(
+        torch.where(kept[..., None], take(found.boxes, index), 0.0),
+        torch.where(kept, take(found.scores, index), 0.0),
+        kept,
+    )
+
+
+def init_rpn(
+    config: RPNConfig,
+    anchors: AnchorConfig,
+    in_channels: int,
+    params: Params,
+    generator: torch.Generator,
+) -> None:
+    """Add fresh RPN parameters: N(0, 0.01), zero biases."""
+    for name, out, channels, kernel in (
+        ("rpn_conv", config.channels, in_channels, 3),
+        ("rpn_cls", len(anchors.ratios), config.channels, 1),
+        ("rpn_reg", 4 * len(anchors.ratios), config.channels, 1),
+    ):
+        shape = (out, channels, kernel, kernel)
+        new_weight(params, f"{PREFIX}.{name}", shape, normal_001, generator, bias=out)
+
+
+def _max_positive(config: RPNConfig) -> int:
+    return int(config.samples * config.positive_fraction)

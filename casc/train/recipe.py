@@ -1,0 +1,166 @@
+"""The recipe: everything that decides a training run, in one frozen dataclass.
+
+Each room's settings lie beside the function that they configure; here they come together.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from casc.arguments import parse_arguments
+from casc.data.loader_config import TrainLoaderConfig
+from casc.device.devices import CompileBackend
+from casc.model import detector
+from casc.model.detector import DetectorConfig
+from casc.model.preprocess import ImageConfig
+from casc.train.ema import Ema
+from casc.train.optim import Optim
+from casc.train.schedule import Schedule
+
+IMAGENET, RANDOM = "imagenet", "random"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run. What isn't said on the command line is as the recipe has it."""
+
+    name: str
+    """The run's name: of its output folder and of its row in the results table."""
+    data: Path = Path("shards")
+    """Folder of shards made by `data_tools shard`, or its URL: http(s), or what fsspec opens."""
+    out: Path | None = None
+    """Output folder; by default runs/NAME under the current directory."""
+    init: str = IMAGENET
+    """Starting weights. imagenet: torchvision's for the backbone. random: none. Else a file,
+    a run's folder or a URL: of casc, the reference, or a torchvision ResNet."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: continue the run in the output folder if there is one, else start. never: refuse
+    to touch a folder that has a run. must: refuse to start anew."""
+
+    epochs: int = 12
+    """Passes over the training split."""
+    batch: int = 2
+    """Images per device and forward pass."""
+    accumulate: int = 1
+    """Forward and backward passes per update; ranks exchange gradients after the last. A step is
+    batch x accumulate x devices images."""
+    ddp_bucket_mb: int = 25
+    """MiB of gradients that ranks send at a time, as the backward pass makes them. Larger ones
+    where each message costs much: many devices, a slow network."""
+    normalise: Literal["rank", "world", "step"] = "rank"
+    """What losses are divided by. rank: the number of samples in the device's own batch, as the
+    reference does. world: the mean number over all devices, so that the update doesn't depend on
+    how a step's images are spread over them. step: over accumulated passes too, which costs
+    another forward pass for each where there are several."""
+    seed: int = 0
+    """Decides initial weights, order, flips and sampling."""
+    max_steps: int | None = None
+    """End after this many steps, for trials and for measuring speed."""
+    train_split: str = "train2017"
+    """Split of the shards to train on."""
+    val_split: str = "val2017"
+    """Split of the shards to evaluate on."""
+
+    device: str = "auto"
+    """auto: the accelerator if there is one, else the CPU. Or cpu, cuda, npu, cuda:1, ..."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of convolutions and matrix products; auto takes what suits the device. float16 scales the
+    loss, as little gradients would vanish otherwise."""
+    exactness: Literal["default", "reference"] = "default"
+    """default: faster equivalents of some of the reference's operations. reference: its own way
+    in all of them (adaptive RoIAlign, mask targets from bitmaps)."""
+    compile: bool = True
+    """Compile the step with torch.compile; off, the same numbers come slower."""
+    compile_backend: CompileBackend = "auto"
+    """inductor makes kernels. aot_eager only captures the graph and runs it operator by operator,
+    for devices without Triton. auto: inductor where it is usable."""
+    compile_cache: Path | None = None
+    """Folder to keep compiled code in, for later runs and shared by all processes; by default
+    $CASC_CACHE/compile, or casc/compile in ~/.cache. It may be deleted at any time."""
+    deterministic: bool = False
+    """The same bits every time on the same device; an operator that can't do so raises."""
+    warm_up: bool = True
+    """Compile for all canvases before the first step; off, each when it first comes up."""
+
+    evaluate_every: int = 1
+    """Epochs between evaluations, and one at the end; 0 never evaluates."""
+    save_every: int = 1
+    """Epochs between checkpoints, and one at the end; 0 never saves."""
+    save_steps: int | None = None
+    """Steps between further checkpoints, for long epochs."""
+    keep_last: int = 2
+    """Newest checkpoints to keep; 0 keeps all."""
+    keep_best: Literal["box_ap", "mask_ap", "none"] = "mask_ap"
+    """Also keep the checkpoint with the best of this figure."""
+    log_every: int = 50
+    """Steps between lines of the log; between them nothing is read from the device."""
+    watchdog_minutes: float = 30.0
+    """Report which rank is stuck with what, with stack traces, when nothing has got on for so
+    long; 0 never does. It ends nothing."""
+    tensorboard: bool = False
+    """Also write TensorBoard's format (needs the extra casc[tensorboard])."""
+    profile: Path | None = None
+    """Write a trace of three steps, after three others, to this file (.json.gz): for Perfetto."""
+
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    ema: Ema = field(default_factory=Ema)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    loading: TrainLoaderConfig = field(default_factory=TrainLoaderConfig)
+    model: DetectorConfig = field(default_factory=DetectorConfig)
+
+    @property
+    def folder(self) -> Path:
+        """Where output goes."""
+        return Path("runs") / self.name if self.out is None else self.out
+
+    @property
+    def images_per_rank(self) -> int:
+        """Images per device and update."""
+        return self.batch * self.accumulate
+
+
+# What may differ when a run is continued: nothing that is learnt depends on it. (Another
+# device, or compiling or not, may round differently.)
+RESUMABLE_CHANGES = frozenset(
+    (
+        "name", "data", "out", "init", "resume", "max_steps", "val_split", "device", "compile",
+        "compile_cache", "compile_backend", "deterministic", "model.roi_kernel",
+        "model.rpn.nms_kernel", "model.inference.nms_kernel", "warm_up", "ddp_bucket_mb",
+        "evaluate_every", "save_every", "save_steps", "keep_last", "keep_best",
+        "log_every", "watchdog_minutes", "tensorboard", "profile", "optim.max_skips",
+    )
+)  # fmt: skip
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with its model as `exactness` wants it."""
+    if recipe.exactness == "reference":
+        return dataclasses.replace(recipe, model=detector.reference_settings(recipe.model))
+    return recipe
+
+
+@dataclass(frozen=True)
+class _Command:
+    """What a recipe's command line accepts."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    dry_run: bool = False
+    """Print the resolved recipe and what follows from it, and stop."""
+
+
+def parse(
+    recipe: Recipe, description: str | None, args: list[str] | None = None
+) -> tuple[Recipe, bool]:
+    """The recipe as changed by the command line, and whether it is only to be shown."""
+    command = parse_arguments(
+        _Command,
+        sys.argv[1:] if args is None else args,
+        default=_Command(recipe),
+        description=description,
+    )
+    return command.recipe, command.dry_run

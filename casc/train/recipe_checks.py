@@ -1,0 +1,156 @@
+"""What a recipe may not say, and what it hardly means."""
+
+import math
+
+from casc.data.index import Index
+from casc.data.loader_config import check_loading
+from casc.device.devices import TRAITS
+from casc.errors import UserError
+from casc.model.preprocess import ImageConfig
+from casc.train.recipe import IMAGENET, RANDOM, Recipe
+
+
+def check(recipe: Recipe, index: Index, world: int = 1) -> None:
+    """Refuse a recipe that can't run, before any device is touched.
+
+    Args:
+        recipe: the recipe.
+        index: of its shards.
+        world: number of processes.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    for flag, value, least in (
+        ("epochs", recipe.epochs, 1),
+        ("batch", recipe.batch, 1),
+        ("accumulate", recipe.accumulate, 1),
+        ("ddp-bucket-mb", recipe.ddp_bucket_mb, 1),
+        ("max-steps", recipe.max_steps, 1),
+        ("save-steps", recipe.save_steps, 1),
+        ("log-every", recipe.log_every, 1),
+        ("evaluate-every", recipe.evaluate_every, 0),
+        ("save-every", recipe.save_every, 0),
+        ("keep-last", recipe.keep_last, 0),
+        ("watchdog-minutes", recipe.watchdog_minutes, 0),
+        ("optim.reference-batch", recipe.optim.reference_batch, 1),
+        ("optim.max-skips", recipe.optim.max_skips, 1),
+        ("schedule.warmup-steps", recipe.schedule.warmup_steps, 0),
+        ("image.short", recipe.image.short, 1),
+        ("image.long", recipe.image.long, recipe.image.short),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
+    check_loading(recipe.loading)
+    _check_image(recipe.image)
+    if not recipe.optim.lr > 0:
+        raise UserError(f"--optim.lr {recipe.optim.lr}: must be more than 0")
+    for part in ("backbone", "neck", "heads"):
+        factor = getattr(recipe.optim, f"{part}_lr")
+        if not 0 < factor < math.inf:
+            raise UserError(
+                f"--optim.{part}-lr {factor}: must be more than 0"
+                + (
+                    ", to freeze it use --model.backbone.frozen-stages 4"
+                    if part == "backbone"
+                    else ""
+                )
+            )
+    decay = recipe.ema.decay
+    if decay is not None and not 0 < decay < 1:
+        raise UserError(f"--ema.decay {decay}: must be between 0 and 1")
+    if decay is None and not recipe.ema.evaluate:
+        raise UserError("--ema.no-evaluate: there is no average; give --ema.decay, such as 0.9998")
+    if not -1 <= recipe.model.backbone.frozen_stages <= 4:
+        raise UserError(
+            f"--model.backbone.frozen-stages {recipe.model.backbone.frozen_stages}: must be from -1"
+            " (none) to 4 (all)"
+        )
+    if recipe.optim.clip_norm is not None and not recipe.optim.clip_norm > 0:
+        raise UserError(f"--optim.clip-norm {recipe.optim.clip_norm}: must be more than 0")
+    kind = recipe.device.partition(":")[0]
+    if kind not in ("auto", *TRAITS):
+        raise UserError(f"--device {recipe.device}: expected auto or one of {', '.join(TRAITS)}")
+    if world > 1 and ":" in recipe.device:
+        raise UserError(
+            f"--device {recipe.device}: torchrun gives each process its own; drop the number"
+        )
+    _check_data(recipe, index)
+    backbone = recipe.model.backbone
+    if recipe.init == IMAGENET and (backbone.norm != "frozen_bn" or backbone.width != 64):
+        raise UserError(
+            "--init imagenet: there are such weights for --model.backbone.norm frozen_bn and"
+            " --model.backbone.width 64 only; use --init random or a file"
+        )
+    if backbone.stride_in_1x1 and (backbone.depth < 50 or recipe.init == IMAGENET):
+        raise UserError(
+            "--model.backbone.stride-in-1x1: neither torchvision's weights (--init imagenet) nor"
+            " networks of fewer than 50 layers are built so"
+        )
+    if recipe.init == RANDOM and backbone.frozen_stages >= 0:
+        raise UserError(
+            "--init random: frozen stages would keep their random weights;"
+            " use --model.backbone.frozen-stages -1, or start from pretrained weights"
+        )
+
+
+def advice(recipe: Recipe) -> list[str]:
+    """What is allowed but seldom meant."""
+    found = []
+    if recipe.init == RANDOM and recipe.model.backbone.norm == "frozen_bn":
+        found.append(
+            "training from random weights without normalisation seldom converges;"
+            " see --model.backbone.norm gn"
+        )
+    late = [drop for drop in recipe.schedule.drops if drop >= recipe.epochs]
+    if recipe.schedule.kind == "step" and late:
+        found.append(f"the learning rate's drops after epochs {late} come after the run's end")
+    return found
+
+
+def _check_image(image: ImageConfig) -> None:
+    if not 0 <= image.flip <= 1:
+        raise UserError(f"--image.flip {image.flip}: must be from 0 to 1")
+    if image.train_short is not None:
+        least, most = image.train_short
+        if not 1 <= least <= most <= image.long:
+            raise UserError(
+                f"--image.train-short {least} {most}: must be from 1 to --image.long {image.long},"
+                " the smaller one first"
+            )
+    if image.jitter is None:
+        return
+    if image.train_short is not None:
+        raise UserError(
+            "--image.jitter: takes the place of --image.train-short; use one of them and None for"
+            " the other"
+        )
+    least, most = image.jitter
+    if image.jitter_size < 32 or image.jitter_size % 32:
+        raise UserError(f"--image.jitter-size {image.jitter_size}: must be a multiple of 32")
+    if not 1 <= least * image.jitter_size <= most * image.jitter_size < 2**15:
+        raise UserError(
+            f"--image.jitter {least:g} {most:g}: must make images of --image.jitter-size"
+            f" {image.jitter_size} at least one pixel and less than 32,768 large, the smaller"
+            " factor first"
+        )
+
+
+def _check_data(recipe: Recipe, index: Index) -> None:
+    flags = [("train-split", recipe.train_split)]
+    if recipe.evaluate_every:
+        flags.append(("val-split", recipe.val_split))
+    for flag, name in flags:
+        if name not in index.splits:
+            known = ", ".join(index.splits) or "none"
+            raise UserError(
+                f"--{flag} {name}: {recipe.data} has no such split (it has {known})"
+                + ("; or use --evaluate-every 0" if flag == "val-split" else "")
+            )
+    if not index.splits[recipe.train_split].train_samples:
+        raise UserError(f"--train-split {recipe.train_split}: it has no images to train on")
+    if recipe.model.classes != len(index.categories):
+        raise UserError(
+            f"--model.classes {recipe.model.classes}: {recipe.data} has {len(index.categories)}"
+            f" categories; use --model.classes {len(index.categories)}"
+        )

@@ -1,1 +1,0 @@
-"""Weights from elsewhere: files, URLs and the formats of other projects."""

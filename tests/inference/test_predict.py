@@ -1,0 +1,266 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from casc.data.batch import Batch
+from casc.data.index import Category
+from casc.errors import UserError
+from casc.inference.image_files import find_images, read_image
+from casc.inference.predict import canvas_chooser, image_batch, predict
+from casc.model.detector import Detections
+
+CATEGORIES = [Category(4, "red"), Category(9, "green")]
+
+
+def detect(batch: Batch) -> Detections:
+    """Find the red and the green rectangle, in pixels of the batch as the detector would."""
+    slots = 3
+    boxes, scores = torch.zeros(1, slots, 4), torch.zeros(1, slots)
+    image = batch.image[0].int()
+    height, width = (int(v) for v in batch.size[0])
+    assert not image[height:].any()
+    assert not image[:, width:].any()
+    for label in range(2):
+        hit = (image[..., label] - image[..., 1 - label]) > 60
+        if hit.any():
+            y, x = (np.flatnonzero(hit.any(dim=d).numpy()) for d in (1, 0))
+            boxes[0, label] = torch.tensor([x[0], y[0], x[-1] + 1, y[-1] + 1]).float()
+            scores[0, label] = 0.9 - 0.5 * label
+    scores[0, 2] = 0.99  # not valid, whatever the score
+    return Detections(
+        boxes,
+        scores,
+        torch.tensor([[0, 1, 1]]),
+        torch.tensor([[bool(scores[0, 0]), bool(scores[0, 1]), False]]),
+        torch.ones(1, slots, 28, 28),
+    )
+
+
+def save(path: Path, width: int = 200, height: int = 150, **options) -> None:
+    image = np.full((height, width, 3), 90, np.uint8)
+    image[height // 3 : height // 3 * 2, width // 4 : width // 2] = (230, 20, 20)
+    image[-height // 5 :, -width // 5 :] = (20, 230, 20)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, **options)
+
+
+def run(paths: list[Path], out: Path, **options):
+    options = {"canvas_for": canvas_chooser(256, 320), "log": lambda line: None, **options}
+    return predict(detect, paths, out, CATEGORIES, **options)
+
+
+def test_pictures_and_results_are_written(tmp_path: Path):
+    save(tmp_path / "photos" / "a.png")
+    lines: list[str] = []
+    done = run([tmp_path / "photos" / "a.png"], tmp_path / "out", log=lines.append)
+    assert done.exit_code == 0
+    assert done.pictures == [tmp_path / "out" / "a.jpg"]
+    stored = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert stored == done.results
+    assert done.results_file == tmp_path / "out" / "predictions.json"
+    (only,) = stored
+    assert set(only) == {
+        "image_id",
+        "file_name",
+        "category_id",
+        "bbox",
+        "score",
+        "segmentation",
+    }
+    assert (only["image_id"], only["file_name"], only["category_id"]) == (1, "a.png", 4)
+    assert only["bbox"] == [50, 50, 50, 50]
+    assert only["segmentation"]["size"] == [150, 200]
+    assert coco_mask.toBbox(only["segmentation"]).tolist() == [50, 50, 50, 50]
+    assert lines == [
+        f"{tmp_path / 'photos' / 'a.png'}: 1 red -> {tmp_path / 'out' / 'a.jpg'}",
+    ]
+    with Image.open(done.pictures[0]) as picture:
+        assert picture.width >= 200
+        assert picture.width / picture.height == pytest.approx(200 / 150)
+
+
+def test_threshold_chooses(tmp_path: Path):
+    save(tmp_path / "a.png")
+    low = run([tmp_path / "a.png"], tmp_path / "out", score_threshold=0.3)
+    assert [r["category_id"] for r in low.results] == [4, 9]
+    high = run([tmp_path / "a.png"], tmp_path / "out", score_threshold=0.95)
+    assert high.results == []
+    assert high.pictures[0].exists()
+    with pytest.raises(UserError, match="score_threshold"):
+        run([], tmp_path / "out", score_threshold=50)
+
+
+@pytest.mark.parametrize("size", [(2000, 1500), (1500, 2100), (3000, 400), (60, 40)])
+def test_large_images_keep_their_own_coordinates(tmp_path: Path, size: tuple[int, int]):
+    width, height = size
+    save(tmp_path / "big.png", width, height)
+    (found,) = run([tmp_path / "big.png"], tmp_path / "out").results
+    x, y, w, h = found["bbox"]
+    slack = max(width, height) / 320 * 1.5 + 1e-3
+    assert abs(x - width // 4) <= slack
+    assert abs(y - height // 3) <= slack
+    assert abs(x + w - width // 2) <= slack
+    assert abs(y + h - height // 3 * 2) <= slack
+    assert found["segmentation"]["size"] == [height, width]
+
+
+def test_bad_images_are_reported_and_the_others_done(tmp_path: Path):
+    save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.jpg").write_bytes(b"not an image")
+    save(tmp_path / "in" / "c.png")
+    data = (tmp_path / "in" / "c.png").read_bytes()
+    (tmp_path / "in" / "c.png").write_bytes(data[: len(data) // 2])
+    save(tmp_path / "in" / "d.png")
+    lines: list[str] = []
+    done = run(
+        [tmp_path / "in", tmp_path / "none.jpg", tmp_path / "*.tiff"],
+        tmp_path / "out",
+        log=lines.append,
+    )
+    assert done.exit_code == 1
+    assert [p.name for p in done.pictures] == ["a.jpg", "d.jpg"]
+    failed = {Path(name).name: reason for name, reason in done.failed}
+    assert set(failed) == {"b.jpg", "c.png", "none.jpg", "*.tiff"}
+    assert "known format" in failed["b.jpg"]
+    assert failed["none.jpg"] == "No such file or directory"
+    assert failed["*.tiff"] == "no file matches"
+    assert sum("skipped" in line for line in lines) == 4
+
+
+def test_folders_patterns_and_repeats(tmp_path: Path):
+    for name in ("b.JPG", "a.png", "notes.txt", "deeper/c.png"):
+        save(tmp_path / name, format="PNG")
+    (tmp_path / "empty").mkdir()
+    files, failed = find_images([tmp_path, str(tmp_path / "*.png"), tmp_path / "notes.txt"])
+    assert [f.name for f in files] == ["a.png", "b.JPG", "notes.txt"]
+    assert failed == []
+    files, failed = find_images([str(tmp_path / "**" / "*.png"), tmp_path / "empty"])
+    assert sorted(f.name for f in files) == ["a.png", "c.png"]
+    assert failed == [(str(tmp_path / "empty"), "the folder has no images")]
+
+
+def test_names_with_brackets_are_files_first(tmp_path: Path):
+    save(tmp_path / "photo [1].png")
+    files, _ = find_images([tmp_path / "photo [1].png"])
+    assert [f.name for f in files] == ["photo [1].png"]
+
+
+def test_same_names_dont_overwrite_each_other(tmp_path: Path):
+    for name in ("x/a.png", "y/a.png", "y/a-2.png"):
+        save(tmp_path / name)
+    done = run([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
+    assert len({p.name for p in done.pictures}) == 3
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 3
+    assert {r["file_name"] for r in done.results} == {
+        (tmp_path / name).as_posix() for name in ("x/a.png", "y/a.png", "y/a-2.png")
+    }
+
+
+def test_input_images_are_never_overwritten(tmp_path: Path):
+    save(tmp_path / "a.jpg")
+    before = (tmp_path / "a.jpg").read_bytes()
+    with pytest.raises(UserError, match=r"a\.jpg: would overwrite"):
+        run([tmp_path / "a.jpg"], tmp_path)
+    assert (tmp_path / "a.jpg").read_bytes() == before
+
+
+def test_image_ids_are_the_names_numbers(tmp_path: Path):
+    for name in ("000000000139.png", "000000000285.png"):
+        save(tmp_path / name)
+    assert [r["image_id"] for r in run([tmp_path], tmp_path / "out").results] == [139, 285]
+    save(tmp_path / "x.png")
+    assert [r["image_id"] for r in run([tmp_path], tmp_path / "out").results] == [1, 2, 3]
+
+
+def test_photographs_are_turned_upright(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "a.png", exif=exif)
+    assert read_image(tmp_path / "a.png").shape == (200, 150, 3)
+    (found,) = run([tmp_path / "a.png"], tmp_path / "out").results
+    assert found["segmentation"]["size"] == [200, 150]
+    exif[0x0112] = 77
+    save(tmp_path / "b.png", exif=exif)
+    assert read_image(tmp_path / "b.png").shape == (150, 200, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1"])
+def test_any_mode_is_read(tmp_path: Path, mode: str):
+    suffix = "jpg" if mode == "CMYK" else "png"
+    Image.new(mode, (40, 30)).save(tmp_path / f"a.{suffix}")
+    assert run([tmp_path / f"a.{suffix}"], tmp_path / "out").exit_code == 0
+
+
+def test_results_survive_an_interruption(tmp_path: Path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png")
+    calls: list[Batch] = []
+
+    def interrupted(batch: Batch) -> Detections:
+        calls.append(batch)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return detect(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(
+            interrupted,
+            [tmp_path],
+            tmp_path / "out",
+            CATEGORIES,
+            canvas_for=canvas_chooser(256, 320),
+            log=lambda line: None,
+        )
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 1
+
+
+def test_nan_scores_are_refused_not_hidden(tmp_path: Path):
+    save(tmp_path / "a.png")
+
+    def broken(batch: Batch) -> Detections:
+        found = detect(batch)
+        return found._replace(scores=found.scores * float("nan"))
+
+    with pytest.raises(UserError, match="not finite"):
+        predict(
+            broken, [tmp_path], tmp_path / "out", CATEGORIES, canvas_for=canvas_chooser(256, 320)
+        )
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000))
+def test_few_canvases_hold_images_of_any_size(height: int, width: int):
+    canvases = reference_canvases()
+    canvas = canvases(height, width)
+    assert canvas in {(800, 1088), (800, 1216), (800, 1344), (1088, 800), (1216, 800), (1344, 800)}
+    # What the network sees fits, so nothing more than that is lost by reducing the image.
+    scale = min(1333 / max(height, width), 800 / min(height, width))
+    assert int(height * scale + 0.5) <= canvas[0]
+    assert int(width * scale + 0.5) <= canvas[1]
+
+
+def reference_canvases() -> Callable[[int, int], tuple[int, int]]:
+    return canvas_chooser(800, 1333)
+
+
+def test_a_batch_of_one_has_no_ground_truth():
+    image = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    batch, scale = image_batch(image, (64, 96), 7)
+    assert scale == (1, 1)
+    assert (batch.image[0, :30, :40].numpy() == image).all()
+    assert batch.image.sum() == image.sum()
+    assert batch.size.tolist() == [[30, 40]]
+    assert batch.image_id.tolist() == [7]
+    assert not batch.valid.any()
+    assert batch.boxes.shape == (1, 1, 4)
+    assert batch.edges.shape == (1, 1, 1, 4)
+    batch, scale = image_batch(image, (15, 96))
+    assert batch.size.tolist() == [[15, 20]]
+    assert scale == (2, 2)

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from casc.model import layers
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def params_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}.{k}": v.detach() for k, v in module.state_dict().items()}
+
+
+def modules() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    made: dict[str, nn.Module] = {
+        "conv": nn.Conv2d(6, 8, 3, stride=2, padding=1),
+        "no_bias": nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False),
+        "bn": nn.BatchNorm2d(8).eval(),
+        "gn": nn.GroupNorm(32, 64),
+        "few": nn.GroupNorm(8, 24),
+        "linear": nn.Linear(5, 7),
+    }
+    norms = (m for m in made.values() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm))
+    for seed, norm in enumerate(norms):
+        shape = norm.weight.shape[0]
+        norm.weight.data = 1 + 0.3 * randn(shape, seed=seed)
+        norm.bias.data = randn(shape, seed=10 + seed)
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean = randn(shape, seed=20)
+            norm.running_var = 0.5 + randn(shape, seed=21).abs()
+    return made
+
+
+def test_layers_are_torchs(mode):
+    nets = modules()
+    params = {k: v for name, net in nets.items() for k, v in params_of(net, name).items()}
+    image, wide, rows = randn(2, 6, 9, 12), randn(2, 64, 4, 5), randn(3, 5)
+
+    def run(params, image, wide, rows):
+        return (
+            layers.conv(params, "conv", image, 2, 1),
+            layers.conv(params, "no_bias", image, 2, 1),
+            layers.conv_frozen_bn(params, params, "no_bias", "bn", image, 2, 1),
+            layers.group_norm(params, "gn", wide),
+            layers.group_norm(params, "few", wide[:, :24]),
+            layers.linear(params, "linear", rows),
+        )
+
+    with torch.no_grad():
+        expected = (
+            nets["conv"](image),
+            nets["no_bias"](image),
+            nets["bn"](nets["no_bias"](image)),
+            nets["gn"](wide),
+            nets["few"](wide[:, :24]),
+            nets["linear"](rows),
+        )
+        for made, right in zip(mode(run)(params, image, wide, rows), expected, strict=True):
+            torch.testing.assert_close(made, right, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_bn_has_batch_norms_gradients():
+    nets = modules()
+    conv, bn = nets["no_bias"], nets["bn"]
+    params = params_of(conv, "conv") | params_of(bn, "bn")
+    leaves = {
+        k: params[k].clone().requires_grad_() for k in ("conv.weight", "bn.weight", "bn.bias")
+    }
+    weight = randn(2, 8, 5, 6, seed=3)
+    made = layers.conv_frozen_bn(leaves, params, "conv", "bn", randn(2, 6, 9, 12), 2, 1)
+    (made * weight).sum().backward()
+    (bn(conv(randn(2, 6, 9, 12))) * weight).sum().backward()
+    theirs = dict(conv.named_parameters("conv")) | dict(bn.named_parameters("bn"))
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, theirs[name].grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_inputs_dtype_decides():
+    params = params_of(modules()["conv"], "conv")
+    image = randn(2, 6, 9, 12)
+    made = layers.conv(params, "conv", image.bfloat16(), 2, 1)
+    assert made.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        made.float(), layers.conv(params, "conv", image, 2, 1), rtol=0.03, atol=0.03
+    )
+
+
+@pytest.mark.parametrize("norm", ["none", "gn"])
+def test_conv_module_is_a_convolution_and_perhaps_a_norm(norm):
+    params: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    layers.new_conv_module(params, "m", (64, 6, 3, 3), layers.xavier_uniform, generator, norm)
+    norm_keys = {"m.gn.weight", "m.gn.bias"} if norm == "gn" else {"m.conv.bias"}
+    assert set(params) == {"m.conv.weight"} | norm_keys
+    image = randn(2, 6, 5, 7)
+    expected = nn.functional.conv2d(image, params["m.conv.weight"], padding=1)
+    if norm == "gn":
+        expected = nn.functional.group_norm(expected, 32)
+    torch.testing.assert_close(layers.conv_module(params, "m", image, 1, norm), expected)
+
+
+def test_fills_follow_the_generator():
+    for fill in (
+        layers.kaiming_normal,
+        layers.xavier_uniform,
+        layers.xavier_normal,
+        layers.normal_001,
+        layers.torch_default,
+    ):
+        made = [torch.empty(8, 4, 3, 3) for _ in range(3)]
+        for tensor, seed in zip(made, (1, 1, 2), strict=True):
+            fill(tensor, torch.Generator().manual_seed(seed))
+        assert torch.equal(made[0], made[1])
+        assert not torch.equal(made[0], made[2])

@@ -1,0 +1,70 @@
+import torch
+import torch.nn.functional as F
+
+from casc.model import losses
+
+
+def case(seed: int = 0, rows: int = 40):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, 7, generator=generator) * 3
+    boxes, goal = torch.randn(2, rows, 4, generator=generator)
+    labels = torch.randint(0, 7, (rows,), generator=generator)
+    mask = torch.rand(rows, generator=generator) < 0.4
+    return logits, boxes, goal, labels, mask
+
+
+def all_losses(logits, boxes, goal, labels, mask):
+    return (
+        losses.cross_entropy(logits, labels, mask),
+        losses.smooth_l1(boxes, goal, mask, 1.0),
+        losses.smooth_l1(boxes, goal, mask, 1 / 9),
+        losses.binary_cross_entropy(logits, (goal[:, :1] > 0).expand(-1, 7), mask[:, None]),
+        losses.binary_cross_entropy(logits, goal[:, :1].sigmoid().expand(-1, 7), mask[:, None]),
+    )
+
+
+def selected(logits, boxes, goal, labels, mask):
+    """The same with torch's own losses, on the rows that count alone."""
+    logits, boxes, goal, labels = (t[mask] for t in (logits, boxes, goal, labels))
+    hard = (goal[:, :1] > 0).float().expand(-1, 7)
+    return (
+        F.cross_entropy(logits, labels, reduction="sum"),
+        F.smooth_l1_loss(boxes, goal, reduction="sum", beta=1.0),
+        F.smooth_l1_loss(boxes, goal, reduction="sum", beta=1 / 9),
+        F.binary_cross_entropy_with_logits(logits, hard, reduction="sum"),
+        F.binary_cross_entropy_with_logits(
+            logits, goal[:, :1].sigmoid().expand(-1, 7), reduction="sum"
+        ),
+    )
+
+
+def gradients(function, logits, boxes, *rest):
+    logits, boxes = logits.clone().requires_grad_(), boxes.clone().requires_grad_()
+    values = function(logits, boxes, *rest)
+    torch.stack(list(values)).sum().backward()
+    return [*(v.detach() for v in values), logits.grad, boxes.grad]
+
+
+def test_losses_are_torchs_on_the_rows_that_count(mode):
+    expected = gradients(selected, *case())
+    for made, right in zip(gradients(mode(all_losses), *case()), expected, strict=True):
+        torch.testing.assert_close(made, right, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_do_not_count_are_exactly_zero():
+    logits, boxes, goal, labels, mask = case()
+    wild = torch.tensor([1e30, -1e30, 0.0, 88.0])
+    logits[~mask] = 1e30 * torch.tensor([1.0, -1, 1, -1, 0, 1, -1])
+    boxes[~mask] = wild
+    goal[~mask] = -wild
+    *values, logits_grad, boxes_grad = gradients(all_losses, logits, boxes, goal, labels, mask)
+    assert (logits_grad[~mask] == 0).all()
+    assert (boxes_grad[~mask] == 0).all()
+    for made, right in zip(values, selected(logits, boxes, goal, labels, mask), strict=True):
+        torch.testing.assert_close(made, right, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_that_counts_is_zero_with_a_zero_gradient():
+    logits, boxes, goal, labels, mask = case()
+    for value in gradients(all_losses, logits, boxes, goal, labels, torch.zeros_like(mask)):
+        assert (value == 0).all()
