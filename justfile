@@ -69,6 +69,10 @@ lint: setup
 docs *args: setup
     {{ bin }}/pdoc --docformat google --output-directory site {{ args }} casc data_tools
 
+# The rooms and their arrows, drawn into docs/rooms.svg
+rooms: setup
+    {{ bin }}/python docs/plot_rooms.py
+
 # Tests with coverage
 coverage: setup
     {{ bin }}/python -m coverage erase
