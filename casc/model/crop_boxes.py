@@ -43,35 +43,46 @@ def _bounds(edges: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     The extremes of that part are ends of edges, places where an edge crosses the window's
     border, or corners of the window that lie inside the polygon. Infinite if there are none.
     """
-    width, height = size[:, 1, None, None], size[:, 0, None, None]
-    x0, y0, x1, y1 = edges.unbind(-1)
-    # Liang and Barsky (1984): the stretch of an edge's parameter that is inside.
-    enter_x, leave_x = _inside(x0, x1 - x0, width)
-    enter_y, leave_y = _inside(y0, y1 - y0, height)
-    first = torch.maximum(enter_x, enter_y).clamp(min=0)
-    last = torch.minimum(leave_x, leave_y).clamp(max=1)
-    seen = (first <= last) & ((x0 != x1) | (y0 != y1))
-    t = torch.stack([first, last], dim=-1)
-    points_x = x0[..., None] + t * (x1 - x0)[..., None]
-    points_y = y0[..., None] + t * (y1 - y0)[..., None]
-    corners_x = torch.stack([torch.zeros_like(size[:, 1]), size[:, 1]] * 2, dim=-1)
-    corners_y = torch.stack([torch.zeros_like(size[:, 0])] * 2 + [size[:, 0]] * 2, dim=-1)
-    covered = _winding(edges, corners_x, corners_y) != 0
+    points, seen = _ends_inside(edges, size)
+    corners = _window_corners(size)
+    covered = _winding(edges, corners[..., 0], corners[..., 1]) != 0
+    corners = corners[:, None].expand(*covered.shape, 2)
+    return (
+        torch.minimum(_least(points, seen), _least(corners, covered)),
+        torch.maximum(-_least(-points, seen), -_least(-corners, covered)),
+    )
 
-    def extremes(points: Tensor, corners: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-        # A crossing may be rounded to just outside.
-        points = torch.minimum(points.clamp(min=0), limit[..., None])
-        corners = corners[:, None].expand_as(covered)
-        found = []
-        for empty, reduce in ((math.inf, torch.amin), (-math.inf, torch.amax)):
-            of_edges = reduce(torch.where(seen[..., None], points, empty), dim=(-1, -2))
-            of_corners = reduce(torch.where(covered, corners, empty), dim=-1)
-            found.append(reduce(torch.stack([of_edges, of_corners]), dim=0))
-        return found[0], found[1]
 
-    low_x, high_x = extremes(points_x, corners_x, width)
-    low_y, high_y = extremes(points_y, corners_y, height)
-    return torch.stack([low_x, low_y], dim=-1), torch.stack([high_x, high_y], dim=-1)
+def _ends_inside(edges: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Both ends of each edge's stretch inside the window, by Liang and Barsky (1984).
+
+    Returns:
+        points [B, G, 2 * E, 2], and whether there is such a stretch [B, G, 2 * E] bool.
+    """
+    start, step = edges[..., :2], edges[..., 2:] - edges[..., :2]
+    limit = size.flip(-1)[:, None, None]
+    enter, leave = _inside(start, step, limit)
+    first = enter.amax(dim=-1).clamp(min=0)
+    last = leave.amin(dim=-1).clamp(max=1)
+    seen = (first <= last) & (edges[..., :2] != edges[..., 2:]).any(dim=-1)
+    points = torch.cat([start + t[..., None] * step for t in (first, last)], dim=2)
+    # A crossing may be rounded to just outside.
+    points = torch.minimum(points.clamp(min=0), limit)
+    return points, torch.cat([seen, seen], dim=2)
+
+
+def _window_corners(size: Tensor) -> Tensor:
+    """[B, 4, 2] (x, y)."""
+    zero = torch.zeros_like(size[:, 0])
+    height, width = size.unbind(-1)
+    x = torch.stack([zero, width, zero, width], dim=-1)
+    y = torch.stack([zero, zero, height, height], dim=-1)
+    return torch.stack([x, y], dim=-1)
+
+
+def _least(points: Tensor, counts: Tensor) -> Tensor:
+    """[B, G, 2]: the least (x, y) of the [B, G, N, 2] points that count; infinite if none does."""
+    return torch.where(counts[..., None], points, math.inf).amin(dim=2)
 
 
 def _inside(start: Tensor, step: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:

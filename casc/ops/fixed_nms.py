@@ -106,22 +106,19 @@ def greedy(boxes: Tensor, valid: Tensor, iou: float) -> Tensor:
     """
     sets, size = valid.shape
     width = block_size(sets, size)
-    blocks = -(-size // width)
-    padded = blocks * width
-    boxes = torch.nn.functional.pad(boxes, (0, 0, 0, padded - size))
-    valid = torch.nn.functional.pad(valid, (0, padded - size))
+    padding = -size % width
+    boxes = torch.nn.functional.pad(boxes, (0, 0, 0, padding))
+    valid = torch.nn.functional.pad(valid, (0, padding))[..., None]
     overlaps = _overlaps(boxes, iou)
     outcomes = _outcomes(width, boxes)
-    constant, slope = _violations(overlaps, outcomes, blocks)
-    keep = torch.zeros_like(valid)[..., None]
-    for block in range(blocks):
-        now = slice(block * width, (block + 1) * width)
-        alive = valid[:, now, None]
-        if block:  # less those that a survivor of the blocks before overlaps
-            before = overlaps[:, : now.start, now].transpose(1, 2)
-            alive = torch.baddbmm(alive, before, keep[:, : now.start], alpha=-1).clamp_(min=0)
-        wrong = torch.baddbmm(constant[:, block], slope[:, block], alive)
-        keep[:, now] = outcomes[wrong[..., 0].argmin(dim=1)][..., None]
+    constant, slope = _violations(overlaps, outcomes)
+    keep = torch.zeros_like(valid)
+    for number, first in enumerate(range(0, size, width)):
+        block = slice(first, first + width)
+        alive = _not_suppressed(valid, keep, overlaps, block)
+        violations = torch.baddbmm(constant, slope[:, number], alive)
+        right = violations[..., 0].argmin(dim=1)
+        keep[:, block] = outcomes[right][..., None]
     return keep[:, :size, 0]
 
 
@@ -131,6 +128,16 @@ def block_size(sets: int, size: int) -> int:
     while width > 1 and sets * -(-size // width) * width * 2**width > MOST_COEFFICIENTS:
         width -= 1
     return width
+
+
+def _not_suppressed(valid: Tensor, keep: Tensor, overlaps: Tensor, block: slice) -> Tensor:
+    """[S, m, 1], 1 or 0: a block's valid boxes that no survivor of the blocks before overlaps."""
+    alive = valid[:, block]
+    if block.start == 0:
+        return alive
+    before = slice(0, block.start)
+    suppressed_by = overlaps[:, before, block].transpose(1, 2)
+    return torch.baddbmm(alive, suppressed_by, keep[:, before], alpha=-1).clamp_(min=0)
 
 
 def _overlaps(boxes: Tensor, iou: float) -> Tensor:
@@ -167,20 +174,21 @@ def _outcomes(width: int, like: Tensor) -> Tensor:
     return (torch.bitwise_right_shift(number[:, None], bit) & 1).to(like.dtype)
 
 
-def _violations(overlaps: Tensor, outcomes: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """How many equations each outcome c violates: constant + slope @ alive.
+def _violations(overlaps: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
+    """How many equations each outcome c of each block violates: constant + slope @ alive.
 
     Box j's equation is c[j] = alive[j] * free[j], where free[j] says that no box of c before
     it overlaps it: of c, alive and free known to be 1 or 0, the violation is
     c[j] + alive[j] * free[j] * (1 - 2 * c[j]).
 
     Returns:
-        [S, blocks, 2**m, 1] and [S, blocks, 2**m, m].
+        [S, 2**m, 1], the same for all blocks, and [S, blocks, 2**m, m].
     """
-    sets = overlaps.shape[0]
+    sets, size, _ = overlaps.shape
     width = outcomes.shape[1]
+    blocks = size // width
     within = overlaps.unflatten(2, (blocks, width)).unflatten(1, (blocks, width))
     within = within.diagonal(dim1=1, dim2=3).movedim(-1, 1)
     free = (torch.matmul(outcomes, within) < 0.5).to(overlaps.dtype)
-    slope = free * (1 - 2 * outcomes)
-    return outcomes.sum(dim=1)[:, None].expand(sets, blocks, -1, 1), slope
+    constant = outcomes.sum(dim=1)[:, None].expand(sets, -1, 1)
+    return constant, free * (1 - 2 * outcomes)

@@ -93,17 +93,23 @@ def _pixels_grad(
     """The gradient of the pixels, `later` from their next readers included."""
     channels = later.shape[1]
     trim_heap(grad.shape[0] * matrix.shape[1] * grad.itemsize, grad)
-    # [R, C, N] to [R, N, C] in place, as another block as large costs more than the copies.
-    rows = product(grad, matrix.t()).view(grad.shape[0], channels, -1)
-    for block in rows.split(_block(rows)):
-        turned = block.transpose(1, 2).contiguous()
-        block.view(turned.shape).copy_(turned)
-    return bag_backward_onto(later, rows.view(-1, channels), index, weight)
+    features_grad = product(grad, matrix.t()).view(grad.shape[0], channels, -1)
+    cells_grad = _channels_last_(features_grad).view(-1, channels)
+    return bag_backward_onto(later, cells_grad, index, weight)
 
 
 @_pixels_grad.register_fake
 def _(later, grad, index, weight, matrix):
     return later.new_empty(later.shape)
+
+
+def _channels_last_(features: Tensor) -> Tensor:
+    """[R, C, N] as [R, N, C] in the same memory: a second block as large costs more than copies."""
+    rois, channels, cells = features.shape
+    for block in features.split(_block(features)):
+        rows = block.transpose(1, 2).contiguous()
+        block.view(rows.shape).copy_(rows)
+    return features.view(rois, cells, channels)
 
 
 @torch.library.custom_op("casc::roi_linear_matrix", mutates_args=())
