@@ -10,8 +10,8 @@ from casc.data.index import Index, read_index
 from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.remote import location
 from casc.draw import contact_sheet, draw_sample
-from casc.errors import UserError
 from casc.draw.html import document, escape, picture, table
+from casc.errors import UserError
 from data_tools.choose import Choice, choose_samples, problems_of
 
 PAGE = (".html", ".htm")

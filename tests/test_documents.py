@@ -345,4 +345,5 @@ def test_reference_builds_without_a_warning(tmp_path):
     }
     missing = [path for path in sorted(public) if not (tmp_path / path).is_file()]
     assert missing == []
-    assert "Pixels per cell of each level" in (tmp_path / "casc" / "model" / "anchors.html").read_text()
+    page = tmp_path / "casc" / "model" / "anchors.html"
+    assert "Pixels per cell of each level" in page.read_text()

@@ -2,13 +2,13 @@
 
 from typing import Any
 
+from casc.draw.html import document, escape
 from casc.evaluate.metrics import Evaluation
 from casc.report import run_info as about
 from casc.report import sections
 from casc.report.charts import accuracy_chart, precision_charts, training_charts
 from casc.report.error_analysis import ErrorAnalysis
 from casc.report.history import History
-from casc.draw.html import document, escape
 from casc.train.loop import PICTURE
 
 _CHOICE = "pr-class"

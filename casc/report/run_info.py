@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from casc.config import differences, to_json
-from casc.report.history import History
 from casc.draw.html import escape, table
+from casc.report.history import History
 from casc.report.sections import note, when
 from casc.train.recipe import Recipe
 

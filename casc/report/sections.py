@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from casc.draw.html import chart, escape, picture, table
 from casc.evaluate.metrics import FIGURES, Evaluation
 from casc.report.charts import group_size, typical_speed
 from casc.report.error_analysis import ErrorAnalysis, Example
 from casc.report.history import History, number
-from casc.draw.html import chart, escape, picture, table
 
 _MESSAGES = 200
 _WIDEST = 1200

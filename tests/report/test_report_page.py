@@ -14,8 +14,8 @@ from made_up_run import EVIL, a_look
 from PIL import Image
 
 from casc.cli import main as cli
-from casc.report.history import newest_evaluation, read_history
 from casc.draw.html import document, picture
+from casc.report.history import newest_evaluation, read_history
 from casc.report.page import report_page
 from casc.train.loop import train
 
