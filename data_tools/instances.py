@@ -1,6 +1,6 @@
 """COCO annotations to the records of a sample: what is trained on, and why the rest is not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,8 +8,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from casc.data.sample import signed_area
+from casc.data.segmentation import mask_area, pack, part_fault, rle_counts
 from data_tools.report import Finding
-from data_tools.rings import fill_rings, mask_iou, trace_mask
+from data_tools.rings import fill_rings, mask_iou, trace_mask, winding_numbers
 
 _BEYOND = 0.5
 """Pixels that a box may reach out of the image without being reported."""
@@ -60,7 +61,7 @@ def make_record(
     x, y, w, h = annotation["bbox"]
     area = annotation["area"]
     if area is None:
-        area = mask.area if mask.area is not None else w * h
+        area = mask.area() if mask.area is not None else w * h
     if (across, down) != (1, 1):
         x, y, w, h = x * across, y * down, w * across, h * down
         area = area * across * down
@@ -101,8 +102,8 @@ class _Mask(NamedTuple):
     segmentation: Any
     """In stored pixels, always something that pycocotools can read."""
     empty: bool
-    area: float | None = None
-    """In annotated pixels."""
+    area: Callable[[], int] | None = None
+    """In annotated pixels, as pycocotools counts them."""
     rings: list[np.ndarray] | None = None
     iou: float | None = None
 
@@ -112,7 +113,7 @@ def _mask(segmentation: Any, frame: Frame, tolerance: float, find: Any) -> _Mask
         return _rle_mask(segmentation, frame, tolerance, find)
     parts: list[list[float]] = []
     for part in segmentation or []:
-        fault = _part_fault(part, frame)
+        fault = part_fault(part, frame.width, frame.height)
         if fault:
             find("bad_polygon_part", fault)
         else:
@@ -121,81 +122,67 @@ def _mask(segmentation: Any, frame: Frame, tolerance: float, find: Any) -> _Mask
         return _empty_mask(frame)
     if len(parts) > 1:
         find("multi_part")
-    area = sum(abs(signed_area(np.reshape(part, (-1, 2)).astype(float))) for part in parts)
-    scale = frame.stored_width / frame.width, frame.stored_height / frame.height
+    return _polygon_mask(parts, frame, tolerance, find)
+
+
+def _polygon_mask(parts: list[list[float]], frame: Frame, tolerance: float, find: Any) -> _Mask:
+    """Training fills outlines by the non-zero rule, pycocotools by the even-odd one.
+
+    They differ where an outline overlaps itself: then training gets pycocotools' mask, traced.
+    """
+    width, height = frame.stored_width, frame.stored_height
+    scale = width / frame.width, height / frame.height
+    whole = parts
     if scale != (1, 1):
         parts = [(np.reshape(part, (-1, 2)) * scale).reshape(-1).tolist() for part in parts]
-    return _Mask(parts, empty=False, area=area)
+    outlines = [np.reshape(part, (-1, 2)).astype(np.float64) for part in parts]
+    outlines = [ring if signed_area(ring) >= 0 else ring[::-1] for ring in outlines]
+    windings = [winding_numbers(ring, height, width) for ring in outlines]
+    overlapping = [bool(((found < 0) | (found > 1)).any()) for found in windings]
+    # An outline that holds no pixel's centre may still hold a pixel for pycocotools.
+    empty = (
+        any(overlapping) or not any((found == 1).any() for found in windings)
+    ) and not mask_area(parts, width, height)
+
+    def area() -> int:
+        return mask_area(whole, frame.width, frame.height)
+
+    if not any(overlapping):
+        return _Mask(parts, empty=empty, area=area)
+    find("self_overlap")
+    if empty:
+        return _Mask(parts, empty=True, area=area)
+    rings: list[np.ndarray] = []
+    for part, ring, overlaps in zip(parts, outlines, overlapping, strict=True):
+        rings += trace_mask(_decode([part], width, height), tolerance) if overlaps else [ring]
+    iou = mask_iou(_decode(parts, width, height), fill_rings(rings, height, width))
+    return _Mask(parts, empty=False, area=area, rings=rings, iou=round(iou, 6))
 
 
-def _part_fault(part: Sequence[float], frame: Frame) -> str:
-    if len(part) % 2:
-        return f"odd number of coordinates ({len(part)})"
-    if len(part) < 6:
-        return f"only {len(part) // 2} points"
-    # Comparisons, which NaN fails and integers of any size pass. What is further off than
-    # the image is long isn't an inaccuracy, and would cost a rasteriser all its memory.
-    if not all(-frame.width <= x <= 2 * frame.width for x in part[0::2]) or not all(
-        -frame.height <= y <= 2 * frame.height for y in part[1::2]
-    ):
-        return "a coordinate that is NaN, infinite or far outside the image"
-    return ""
+def _decode(segmentation: Any, width: int, height: int) -> np.ndarray:
+    return coco_mask.decode(pack(segmentation, width, height)).astype(bool)  # type: ignore[arg-type]
 
 
 def _rle_mask(rle: Mapping[str, Any], frame: Frame, tolerance: float, find: Any) -> _Mask:
-    size = [frame.height, frame.width]
-    if rle["size"] != size:
-        find("bad_rle", f"size {rle['size']}, the image's is {size}")
-        return _empty_mask(frame)
     try:
-        counts = rle["counts"]
-        counts = _decompress(counts) if isinstance(counts, str) else counts
-        if any(count < 0 for count in counts):
-            raise ValueError("a count is negative")
-        total = sum(counts)
-        if total != frame.width * frame.height:
-            raise ValueError(f"counts sum to {total}, not {frame.width * frame.height}")
+        counts = rle_counts(rle, frame.width, frame.height)
     except ValueError as error:
         find("bad_rle", str(error))
         return _empty_mask(frame)
     find("rle_mask")
-    packed: Any = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)  # type: ignore[arg-type]
-    mask = coco_mask.decode(packed).astype(bool)
-    area = int(mask.sum())
+    mask = _decode({"counts": counts}, frame.width, frame.height)
+    area = sum(counts[1::2])
     segmentation: Any = dict(rle)
     if (frame.stored_height, frame.stored_width) != (frame.height, frame.width):
         mask = _resize_mask(mask, frame)
-        packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        packed: Any = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         segmentation = {"size": list(mask.shape), "counts": packed["counts"].decode("ascii")}
     if not mask.any():
-        return _Mask(segmentation, empty=True, area=area)
+        return _Mask(segmentation, empty=True, area=lambda: area)
     rings = trace_mask(mask, tolerance)
     filled = fill_rings(rings, *mask.shape)
     iou = round(mask_iou(mask, filled), 6)
-    return _Mask(segmentation, empty=False, area=area, rings=rings, iou=iou)
-
-
-def _decompress(text: str) -> list[int]:
-    """COCO's packing of counts: 5 bits a character from "0" on, each less the last but one."""
-    counts: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64:
-            raise ValueError(f"{character!a} isn't a character of a compressed RLE")
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if shift > 60:
-            raise ValueError("a count is too long")
-        if bits & 0x20:
-            continue
-        if bits & 0x10:
-            value -= 1 << shift
-        counts.append(value + counts[-2] if len(counts) > 2 else value)
-        value = shift = 0
-    if shift:
-        raise ValueError("the text ends inside a count")
-    return counts
+    return _Mask(segmentation, empty=False, area=lambda: area, rings=rings, iou=iou)
 
 
 def _resize_mask(mask: np.ndarray, frame: Frame) -> np.ndarray:

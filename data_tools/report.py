@@ -55,6 +55,7 @@ KINDS: dict[str, Kind] = {
     "missing_area": Kind("annotation", "computed", "no area given"),
     "missing_iscrowd": Kind("annotation", "taken as 0", "no iscrowd given"),
     "rle_mask": Kind("annotation", "traced", "RLE mask"),
+    "self_overlap": Kind("annotation", "traced", "outline overlaps itself; pycocotools' mask"),
     # Worth knowing.
     "out_of_bounds": Kind("annotation", "kept", "reaches out of the image by over 0.5 px"),
     "multi_part": Kind("annotation", "kept", "mask of several parts"),

@@ -48,6 +48,29 @@ def fill_rings(rings: list[np.ndarray], height: int, width: int) -> np.ndarray:
     return winding != 0
 
 
+def winding_numbers(ring: np.ndarray, height: int, width: int) -> np.ndarray:
+    """How often a closed polygon `[n, 2]` winds round the centre of each pixel.
+
+    Returns:
+        `[height, width]` int32, positive where it runs clockwise on the screen.
+    """
+    following = np.roll(ring, -1, axis=0)
+    down = following[:, 1] > ring[:, 1]
+    # Both directions of an edge are computed from its upper end, so that they cancel exactly.
+    upper = np.where(down[:, None], ring, following)
+    lower = np.where(down[:, None], following, ring)
+    first = np.clip(np.ceil(upper[:, 1] - 0.5), 0, height).astype(np.int64)
+    count = np.clip(np.ceil(lower[:, 1] - 0.5), 0, height).astype(np.int64) - first
+    edge = np.repeat(np.arange(len(ring)), count)
+    row = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count - first, count)
+    span = lower[edge] - upper[edge]
+    x = upper[edge, 0] + (row + 0.5 - upper[edge, 1]) * span[:, 0] / span[:, 1]
+    column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
+    steps = np.zeros((height, width + 1), np.int32)
+    np.add.at(steps, (row, column), np.where(down[edge], -1, 1))
+    return np.cumsum(steps[:, :width], axis=1, dtype=np.int32)
+
+
 def mask_iou(first: np.ndarray, second: np.ndarray) -> float:
     """Give the IoU of two bool masks; 1 where both are empty."""
     union = int((first | second).sum())

@@ -12,7 +12,7 @@ from casc.errors import UserError
 from data_tools.coco import Annotations, read_annotations
 from data_tools.plan import PlannedShard, Settings
 
-_CONTENT_VERSION = 1
+_CONTENT_VERSION = 2
 """Raised when the same input gives other shards than before, so that old ones aren't reused."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from casc.data.index import Category, Index
 from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.reader import read_shard
+from casc.data.segmentation import mask_area, usable_segmentation
 from casc.errors import UserError
 from casc.json_files import read_json
 
@@ -102,7 +103,8 @@ def usable_objects(
     """Copy the annotations of these images that can be measured against.
 
     They are numbered anew from 1: pycocotools takes the id 0 for "no match" and mixes up
-    ids that occur twice. A missing `iscrowd` becomes 0, a missing `area` the box's.
+    ids that occur twice. A missing `iscrowd` becomes 0, a missing `area` the mask's as
+    pycocotools has it, without a usable mask the box's.
 
     Returns:
         The annotations, and how many were left out for want of a box or a known category.
@@ -118,10 +120,17 @@ def usable_objects(
             continue
         area = annotation.get("area")
         if not are_numbers([area], 1):
-            area = box[2] * box[3]
+            size = (images[annotation["image_id"]][side] for side in ("width", "height"))
+            area = _area(annotation, *size)
         crowd = int(bool(annotation.get("iscrowd")))
         objects.append({**annotation, "id": len(objects) + 1, "area": area, "iscrowd": crowd})
     return objects, skipped
+
+
+def _area(annotation: Mapping[str, Any], width: int, height: int) -> float:
+    mask = usable_segmentation(annotation.get("segmentation"), width, height)
+    box = annotation["bbox"]
+    return box[2] * box[3] if mask is None else mask_area(mask, width, height)
 
 
 def with_masks(
@@ -136,18 +145,9 @@ def with_masks(
     """
     masked, without = [], 0
     for entry in objects:
-        mask = entry.get("segmentation")
-        if isinstance(mask, list):
-            # pycocotools takes a part of two points for a box, and stumbles over shorter ones.
-            parts = [p for p in mask if isinstance(p, list) and are_numbers(p, len(p) // 2 * 2)]
-            parts = [p for p in parts if len(p) >= 6]
-            usable = bool(parts)
-            mask = parts
-        else:
-            usable = is_rle(mask, uncompressed=True)
-            size = [images[entry["image_id"]][side] for side in ("height", "width")]
-            usable = usable and list(mask["size"]) == size  # type: ignore[index]
-        if usable:
+        size = (images[entry["image_id"]][side] for side in ("width", "height"))
+        mask = usable_segmentation(entry.get("segmentation"), *size)
+        if mask is not None:
             masked.append({**entry, "segmentation": mask})
             continue
         without += not entry["iscrowd"]
@@ -167,8 +167,8 @@ def are_numbers(values: object, count: int) -> bool:
     )
 
 
-def is_rle(mask: object, *, uncompressed: bool = False) -> bool:
-    """Whether this looks like COCO's run lengths, compressed unless said otherwise."""
+def is_rle(mask: object) -> bool:
+    """Whether this looks like COCO's compressed run lengths."""
     if not isinstance(mask, Mapping) or not are_numbers(mask.get("size"), 2):
         return False
-    return isinstance(mask.get("counts"), (str, bytes, list) if uncompressed else (str, bytes))
+    return isinstance(mask.get("counts"), (str, bytes))

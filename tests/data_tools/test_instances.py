@@ -125,7 +125,7 @@ def test_parts_are_reported():
 def test_missing_areas_are_measured():
     both = [GOOD, [1, 1, 5, 1, 5, 5]]
     record = make_record(annotation(segmentation=both, area=None), FRAME, LABELS)
-    assert record.entry["area"] == 208
+    assert record.entry["area"] == coco_area(both, 50, 60)
     record = make_record(annotation(segmentation=None, area=None), FRAME, LABELS)
     assert record.entry["area"] == 200
     rle = {"size": [50, 60], "counts": [100, 70, 2830]}

@@ -1,0 +1,114 @@
+"""COCO segmentations of any quality: what of one can be used, and what pycocotools makes of it.
+
+Sharding and evaluation share these rules, so that an annotation file and its shards are the
+same ground truth.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pycocotools import mask as coco_mask
+
+
+def part_fault(part: object, width: int, height: int) -> str:
+    """Why a polygon's part can't be used; empty if it can.
+
+    Args:
+        part: should be a flat list of coordinates in pixels.
+        width: the image's, in pixels.
+        height: likewise.
+    """
+    if not isinstance(part, list) or not set(map(type, part)) <= {int, float}:
+        return "not a list of numbers"
+    if len(part) % 2:
+        return f"odd number of coordinates ({len(part)})"
+    if len(part) < 6:
+        return f"only {len(part) // 2} points"
+    # Comparisons, which NaN fails and integers of any size pass. What is further off than
+    # the image is long isn't an inaccuracy, and would cost a rasteriser all its memory.
+    if not all(-width <= x <= 2 * width for x in part[0::2]) or not all(
+        -height <= y <= 2 * height for y in part[1::2]
+    ):
+        return "a coordinate that is NaN, infinite or far outside the image"
+    return ""
+
+
+def rle_counts(rle: Mapping[str, Any], width: int, height: int) -> list[int]:
+    """Give an RLE's run lengths down the columns, those off the mask first.
+
+    Raises:
+        ValueError: when it can't be decoded or isn't of this size.
+    """
+    size, counts = rle.get("size"), rle.get("counts")
+    if not isinstance(size, Sequence) or list(size) != [height, width]:
+        raise ValueError(f"size {size}, the image's is {[height, width]}")
+    if isinstance(counts, bytes):
+        counts = counts.decode("ascii", "replace")
+    if isinstance(counts, str):
+        counts = _decompress(counts)
+    if not isinstance(counts, list) or not all(type(count) is int for count in counts):
+        raise ValueError("counts are neither a text nor a list of integers")
+    if any(count < 0 for count in counts):
+        raise ValueError("a count is negative")
+    total = sum(counts)
+    if total != width * height:
+        raise ValueError(f"counts sum to {total}, not {width * height}")
+    return counts
+
+
+def usable_segmentation(
+    segmentation: object, width: int, height: int
+) -> list[list[float]] | Mapping[str, Any] | None:
+    """Give what pycocotools can read of a segmentation; None if nothing, or an RLE without a pixel.
+
+    A polygon too thin to hold a pixel counts as a mask, as it does for pycocotools.
+    """
+    if isinstance(segmentation, list):
+        parts = [part for part in segmentation if not part_fault(part, width, height)]
+        return parts or None
+    if not isinstance(segmentation, Mapping):
+        return None
+    try:
+        counts = rle_counts(segmentation, width, height)
+    except ValueError:
+        return None
+    return segmentation if any(counts[1::2]) else None
+
+
+def pack(segmentation: Any, width: int, height: int) -> dict[str, Any]:
+    """Give pycocotools' compressed RLE of what `usable_segmentation` gave; parts are united."""
+    if isinstance(segmentation, list):
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))  # type: ignore[arg-type]
+    counts = segmentation["counts"]
+    if isinstance(counts, list):
+        return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)  # type: ignore[arg-type]
+    counts = counts.encode("ascii") if isinstance(counts, str) else counts
+    return {"size": [height, width], "counts": counts}
+
+
+def mask_area(segmentation: Any, width: int, height: int) -> int:
+    """Give the pixels of what `usable_segmentation` gave."""
+    return int(coco_mask.area(pack(segmentation, width, height)))  # type: ignore[arg-type]
+
+
+def _decompress(text: str) -> list[int]:
+    """COCO's packing of counts: 5 bits a character from "0" on, each less the last but one."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"{character!a} isn't a character of a compressed RLE")
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if shift > 60:
+            raise ValueError("a count is too long")
+        if bits & 0x20:
+            continue
+        if bits & 0x10:
+            value -= 1 << shift
+        counts.append(value + counts[-2] if len(counts) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise ValueError("the text ends inside a count")
+    return counts
