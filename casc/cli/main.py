@@ -162,7 +162,7 @@ class PredictCommand:
 class VerifyCommand:
     """Check that this device computes what the reference computed.
 
-    Runs a training step and inference on recorded inputs and compares every recorded
+    Runs the steps that train and predict on recorded inputs and compares every recorded
     tensor; exits with 1 if one is out of tolerance. For a new device, driver or compiler.
     """
 

@@ -15,6 +15,7 @@ from casc.model.boxes import decode, encode
 from casc.model.layers import Params, cast, linear, new_weight, xavier_normal
 from casc.model.matching import match_rois, sample, take
 from casc.model.targets import Targets
+from casc.ops.probe import Probe, unwatched
 from casc.ops.pyramid import Pyramid
 from casc.ops.roi_align import RoiKernel, Sampling
 from casc.ops.roi_linear import roi_linear
@@ -91,6 +92,7 @@ def sample_rois(
     valid: Tensor,
     targets: Targets,
     keys: Tensor,
+    probe: Probe = unwatched,
 ) -> RoiSample:
     """Put the ground truth in front of the proposals, match, and draw the sample.
 
@@ -102,6 +104,7 @@ def sample_rois(
         valid: [B, N] bool.
         targets: padded ground truth.
         keys: [B, G + N] noise in [0, 1).
+        probe: sees the matches.
 
     Returns:
         S boxes per image.
@@ -110,6 +113,7 @@ def sample_rois(
     boxes = torch.cat([targets.boxes, proposals], dim=1)
     candidates = torch.cat([targets.valid, valid], dim=1)
     matches = match_rois(boxes, candidates, targets.boxes, targets.valid, iou=stage.iou)
+    matches = probe("box.matches", matches)
     # A ground truth answers for itself, even where it coincides with another.
     itself = torch.arange(capacity, device=boxes.device).expand(boxes.shape[0], -1)
     gt = torch.cat([itself, matches.gt[:, capacity:]], dim=1)
@@ -144,6 +148,7 @@ def box_head_at(
     image: Tensor,
     sampling: Sampling,
     kernel: RoiKernel,
+    probe: Probe = unwatched,
 ) -> tuple[BoxOutput, Pyramid]:
     """`box_head` on what RoIAlign reads, and the pyramid for the next reader; see `roi_linear`.
 
@@ -156,11 +161,14 @@ def box_head_at(
         image: [R] int64, each RoI's image in the batch.
         sampling: RoIAlign's, and its
         kernel: see `roi_align`.
+        probe: see `roi_linear`.
     """
     name = f"{PREFIX}.{stage}.shared_fcs.0"
     matrix = cast(params[f"{name}.weight"], pyramid.pixels.dtype)
     bias = params[f"{name}.bias"].to(matrix.dtype)
-    x, pyramid = roi_linear(pyramid, boxes, image, config.cells, sampling, kernel, matrix, bias)
+    x, pyramid = roi_linear(
+        pyramid, boxes, image, config.cells, sampling, kernel, matrix, bias, probe
+    )
     return _outputs(params, stage, x), pyramid
 
 
@@ -173,7 +181,12 @@ def _outputs(params: Params, stage: int, x: Tensor) -> BoxOutput:
 
 
 def box_losses(
-    config: BoxHeadConfig, stage: StageConfig, output: BoxOutput, rois: RoiSample, targets: Targets
+    config: BoxHeadConfig,
+    stage: StageConfig,
+    output: BoxOutput,
+    rois: RoiSample,
+    targets: Targets,
+    probe: Probe = unwatched,
 ) -> dict[str, Tensor]:
     """Classification and box loss, both over all samples of the batch.
 
@@ -188,7 +201,7 @@ def box_losses(
     hits = (output.logits.detach().argmax(dim=1) == labels) & valid
     first = max_positive(config)
     boxes, gt, positive = (t[:, :first] for t in (rois.boxes, rois.gt, rois.positive))
-    goal = encode(boxes, take(targets.boxes, gt), stage.stds)
+    goal = probe("box.goal", encode(boxes, take(targets.boxes, gt), stage.stds))
     deltas = output.deltas.reshape(*rois.valid.shape, 4)[:, :first]
     loss_bbox = losses.smooth_l1(deltas, goal, positive, config.beta)
     return {

@@ -53,6 +53,7 @@ from casc.model.rpn import (
 )
 from casc.model.targets import Targets
 from casc.ops.nms import NmsKernel, batched_nms
+from casc.ops.probe import Probe, unwatched
 from casc.ops.pyramid import Pyramid, flatten_pyramid
 from casc.ops.roi_align import RoiKernel, detach_unread, roi_align
 
@@ -196,10 +197,16 @@ def draw_noise(config: DetectorConfig, seed: Tensor, anchors: int, capacity: int
     )
 
 
-def extract(params: Params, buffers: Params, config: DetectorConfig, image: Tensor) -> Features:
+def extract(
+    params: Params,
+    buffers: Params,
+    config: DetectorConfig,
+    image: Tensor,
+    probe: Probe = unwatched,
+) -> Features:
     """Backbone and pyramid of [B, 3, H, W] images."""
-    maps = resnet(params, buffers, config.backbone, image)
-    levels = fpn(params, config.fpn, maps)
+    maps = probe("maps", resnet(params, buffers, config.backbone, image))
+    levels = probe("levels", fpn(params, config.fpn, maps))
     strides = config.anchors.strides[:ROI_LEVELS]
     return Features(levels, flatten_pyramid(levels[:ROI_LEVELS], strides))
 
@@ -215,6 +222,7 @@ def losses(
     config: DetectorConfig,
     inputs: Inputs,
     noise: Noise,
+    probe: Probe = unwatched,
 ) -> dict[str, Tensor]:
     """Every loss of a batch in one graph; their sum (`total`) is what training lowers.
 
@@ -227,14 +235,15 @@ def losses(
         config: the detector.
         inputs: images with ground truth.
         noise: the step's random numbers.
+        probe: sees what is computed on the way.
 
     Returns:
         Scalar float32 losses and measures, named like the reference's log.
     """
-    features = extract(params, buffers, config, inputs.image)
-    result, pyramid, rois = box_branch(params, config, features, inputs, noise)
+    features = extract(params, buffers, config, inputs.image, probe)
+    result, pyramid, rois = box_branch(params, config, features, inputs, noise, probe)
     for i in range(len(config.stages)):
-        loss = mask_branch(params, config, i, pyramid, rois[i], inputs.targets)
+        loss = mask_branch(params, config, i, pyramid, rois[i], inputs.targets, probe)
         result[f"s{i}.loss_mask"] = config.stages[i].loss_weight * loss
     return result
 
@@ -245,20 +254,26 @@ def total(losses: dict[str, Tensor]) -> Tensor:
 
 
 def box_branch(
-    params: Params, config: DetectorConfig, features: Features, inputs: Inputs, noise: Noise
+    params: Params,
+    config: DetectorConfig,
+    features: Features,
+    inputs: Inputs,
+    noise: Noise,
+    probe: Probe = unwatched,
 ) -> tuple[dict[str, Tensor], Pyramid, list[MaskRois]]:
     """All losses but the masks', and what these need: features, and each stage's positive RoIs.
 
     The pyramid goes from reader to reader, which bounds the gradients held at once.
     """
     anchors = grid_anchors(config.anchors, level_sizes(features.levels), inputs.size.device)
-    result, pyramid = rpn_branch(params, config, features, torch.cat(anchors), inputs, noise.rpn)
+    every = probe("anchors", torch.cat(anchors))
+    result, pyramid = rpn_branch(params, config, features, every, inputs, noise.rpn, probe)
     with torch.no_grad():
-        output = rpn_head(params, features.levels)
-    found = candidates(config.rpn, output, anchors, inputs.size, train=True)
-    proposals = propose(config.rpn, found, train=True)
+        output = probe("rpn.output", rpn_head(params, features.levels))
+    found = probe("candidates", candidates(config.rpn, output, anchors, inputs.size, train=True))
+    proposals = probe("proposals", propose(config.rpn, found, train=True))
     cascade, pyramid, samples = cascade_losses(
-        params, config, pyramid, proposals, inputs, noise.stages
+        params, config, pyramid, proposals, inputs, noise.stages, probe
     )
     rois = [mask_rois(s, max_positive(config.box_head)) for s in samples]
     return result | cascade, detach_unread(pyramid, config.roi_align, config.roi_kernel), rois
@@ -271,13 +286,16 @@ def rpn_branch(
     anchors: Tensor,
     inputs: Inputs,
     keys: Tensor,
+    probe: Probe = unwatched,
 ) -> tuple[dict[str, Tensor], Pyramid]:
     """The RPN's losses and number of positive anchors per image; the pyramid for what follows."""
     gt = inputs.targets
-    targets = rpn_targets(config.rpn, anchors, inputs.size, gt.boxes, gt.valid, keys)
+    targets = rpn_targets(config.rpn, anchors, inputs.size, gt.boxes, gt.valid, keys, probe)
+    targets = probe("rpn.targets", targets)
     sizes = level_sizes(features.levels)
     sampled, pyramid = rpn_head_at(params, features.pyramid, sizes, targets.sample.indices)
-    result = rpn_losses(config.rpn, sampled, anchors, targets, gt.boxes)
+    sampled = probe("rpn.sampled", sampled)
+    result = rpn_losses(config.rpn, sampled, anchors, targets, gt.boxes, probe)
     result["rpn.positives"] = _per_image(targets.sample.positive)
     return result, pyramid
 
@@ -289,6 +307,7 @@ def cascade_losses(
     proposals: Proposals,
     inputs: Inputs,
     keys: tuple[Tensor, ...],
+    probe: Probe = unwatched,
 ) -> tuple[dict[str, Tensor], Pyramid, list[RoiSample]]:
     """Box losses of every stage, each starting from the boxes refined by the one before.
 
@@ -298,15 +317,18 @@ def cascade_losses(
     result: dict[str, Tensor] = {}
     samples = []
     for i, stage in enumerate(config.stages):
+        boxes, valid = probe("box.candidates", (boxes, valid))
         rois = sample_rois(
-            config.box_head, stage, config.classes, boxes, valid, inputs.targets, keys[i]
+            config.box_head, stage, config.classes, boxes, valid, inputs.targets, keys[i], probe
         )
+        rois = probe("box.rois", rois)
         flat, image = _flat(rois.boxes)
         sampling, kernel = config.roi_align, config.roi_kernel
         output, pyramid = box_head_at(
-            params, config.box_head, i, pyramid, flat, image, sampling, kernel
+            params, config.box_head, i, pyramid, flat, image, sampling, kernel, probe
         )
-        stage_losses = box_losses(config.box_head, stage, output, rois, inputs.targets)
+        output = probe("box.output", output)
+        stage_losses = box_losses(config.box_head, stage, output, rois, inputs.targets, probe)
         result |= {f"s{i}.{k}": v for k, v in stage_losses.items()}
         result[f"s{i}.positives"] = _per_image(rois.positive)
         boxes = refine(stage, rois.boxes, output.deltas, inputs.size)
@@ -323,38 +345,54 @@ def mask_branch(
     pyramid: Pyramid,
     rois: MaskRois,
     targets: Targets,
+    probe: Probe = unwatched,
 ) -> Tensor:
     """The mask loss of one stage, without its weight."""
     head = config.mask_head
+    rois = probe("mask.rois", rois)
     features = roi_align(
         pyramid, rois.boxes, rois.image, head.cells, config.roi_align, config.roi_kernel
     )
-    logits = mask_head(params, head, stage, features, rois.labels)
-    return mask_loss(logits, mask_targets(head, rois, targets), rois.valid)
+    features = probe("mask.features", features)
+    logits = probe("mask.logits", mask_head(params, head, stage, features, rois.labels))
+    goal = probe("mask.goal", mask_targets(head, rois, targets))
+    return mask_loss(logits, goal, rois.valid)
 
 
-def detect(params: Params, buffers: Params, config: DetectorConfig, inputs: Inputs) -> Detections:
+def detect(
+    params: Params,
+    buffers: Params,
+    config: DetectorConfig,
+    inputs: Inputs,
+    probe: Probe = unwatched,
+) -> Detections:
     """Detections with masks; `inputs.targets` isn't read.
 
     Each stage scores the RoIs that it was given; the mean of the three stages' logits is
     turned into scores once (see `InferenceConfig.average`). Masks are the mean of the three
     heads' probabilities.
     """
-    features = extract(params, buffers, config, inputs.image)
+    features = extract(params, buffers, config, inputs.image, probe)
     anchors = grid_anchors(config.anchors, level_sizes(features.levels), inputs.size.device)
     output = rpn_head(params, features.levels)
     found = candidates(config.rpn, output, anchors, inputs.size, train=False)
-    proposals = propose(config.rpn, found, train=False)
-    logits, boxes = cascade_scores(params, config, features.pyramid, proposals, inputs.size)
+    proposals = probe("proposals", propose(config.rpn, found, train=False))
+    logits, boxes = cascade_scores(params, config, features.pyramid, proposals, inputs.size, probe)
     boxes, scores, labels, valid = select(
         config.inference, logits, boxes / inputs.scale[:, None], proposals.valid
     )
-    masks = detect_masks(params, config, features.pyramid, boxes * inputs.scale[:, None], labels)
+    rois = probe("mask.rois", boxes * inputs.scale[:, None])
+    masks = detect_masks(params, config, features.pyramid, rois, labels, probe)
     return Detections(boxes, scores, labels, valid, masks * valid[..., None, None])
 
 
 def cascade_scores(
-    params: Params, config: DetectorConfig, pyramid: Pyramid, proposals: Proposals, size: Tensor
+    params: Params,
+    config: DetectorConfig,
+    pyramid: Pyramid,
+    proposals: Proposals,
+    size: Tensor,
+    probe: Probe = unwatched,
 ) -> tuple[Tensor, Tensor]:
     """Mean logits [B, P, K + 1] and final boxes [B, P, 4] in canvas pixels.
 
@@ -363,13 +401,15 @@ def cascade_scores(
     boxes = proposals.boxes
     logits = []
     for i, stage in enumerate(config.stages):
+        boxes = probe("box.rois", boxes)
         output = box_head(params, i, _align(config, pyramid, boxes, config.box_head.cells))
+        output = probe("box.output", output)
         logits.append(output.logits.reshape(*boxes.shape[:2], -1))
         boxes = refine(stage, boxes, output.deltas, size)
     if config.inference.average == "probabilities":
         logs = torch.stack(logits).log_softmax(dim=-1)
         return logs.logsumexp(dim=0) - math.log(len(logits)), boxes
-    return torch.stack(logits).sum(dim=0) / len(logits), boxes
+    return probe("box.average", torch.stack(logits).sum(dim=0) / len(logits)), boxes
 
 
 def select(
@@ -411,7 +451,12 @@ def select(
 
 
 def detect_masks(
-    params: Params, config: DetectorConfig, pyramid: Pyramid, boxes: Tensor, labels: Tensor
+    params: Params,
+    config: DetectorConfig,
+    pyramid: Pyramid,
+    boxes: Tensor,
+    labels: Tensor,
+    probe: Probe = unwatched,
 ) -> Tensor:
     """Mean mask probability of all stages: [B, D, 28, 28] float32.
 
@@ -421,12 +466,14 @@ def detect_masks(
         pyramid: features.
         boxes: [B, D, 4] xyxy in canvas pixels.
         labels: [B, D] int64.
+        probe: sees each stage's logits.
     """
     features = _align(config, pyramid, boxes, config.mask_head.cells)
-    stages = [
-        mask_head(params, config.mask_head, i, features, labels.flatten()).sigmoid()
+    logits = [
+        probe("mask.logits", mask_head(params, config.mask_head, i, features, labels.flatten()))
         for i in range(len(config.stages))
     ]
+    stages = [each.sigmoid() for each in logits]
     mean = torch.stack(stages).sum(dim=0) / len(stages)
     return mean.reshape(*labels.shape, *mean.shape[1:])
 

@@ -17,6 +17,7 @@ from casc.model.boxes import decode, encode
 from casc.model.layers import Params, conv, new_weight, normal_001
 from casc.model.matching import Matches, Sample, match_anchors, sample, take
 from casc.ops.nms import NmsKernel, batched_nms
+from casc.ops.probe import Probe, unwatched
 from casc.ops.pyramid import Pyramid, patches
 
 PREFIX = "rpn_head"
@@ -145,6 +146,7 @@ def rpn_targets(
     gt_boxes: Tensor,
     gt_valid: Tensor,
     keys: Tensor,
+    probe: Probe = unwatched,
 ) -> RPNTargets:
     """Match anchors that lie inside their image and draw the loss's sample.
 
@@ -155,13 +157,14 @@ def rpn_targets(
         gt_boxes: [B, G, 4] xyxy.
         gt_valid: [B, G] bool.
         keys: [B, A] noise in [0, 1).
+        probe: sees which anchors lie inside.
 
     Returns:
         Matches and sample.
     """
     matches = match_anchors(
         anchors,
-        inside(anchors, size),
+        probe("rpn.inside", inside(anchors, size)),
         gt_boxes,
         gt_valid,
         positive_iou=config.positive_iou,
@@ -179,7 +182,12 @@ def rpn_targets(
 
 
 def rpn_losses(
-    config: RPNConfig, sampled: RPNOutput, anchors: Tensor, targets: RPNTargets, gt_boxes: Tensor
+    config: RPNConfig,
+    sampled: RPNOutput,
+    anchors: Tensor,
+    targets: RPNTargets,
+    gt_boxes: Tensor,
+    probe: Probe = unwatched,
 ) -> dict[str, Tensor]:
     """Objectness and box loss, both over the number of sampled anchors of the batch.
 
@@ -191,6 +199,7 @@ def rpn_losses(
         anchors: [A, 4] xyxy.
         targets: matches and sample.
         gt_boxes: [B, G, 4] xyxy.
+        probe: sees the box loss's targets.
 
     Returns:
         Scalars `loss_rpn_cls` and `loss_rpn_bbox`, and `rpn.samples`, the number that both
@@ -204,6 +213,7 @@ def rpn_losses(
     first = slice(_max_positive(config))
     index, positive = index[:, first], positive[:, first]
     goal = encode(anchors[index], take(gt_boxes, take(targets.matches.gt, index)), STDS)
+    goal = probe("rpn.goal", goal)
     loss_bbox = losses.smooth_l1(sampled.deltas[:, first], goal, positive, config.beta)
     return {
         "loss_rpn_cls": loss_cls / count,

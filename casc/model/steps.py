@@ -24,6 +24,7 @@ from casc.model.mask_head import MaskRois, pack, stage_params
 from casc.model.normalise import Shared, over_ranks, over_shared
 from casc.model.preprocess import ImageConfig, prepare, random_view
 from casc.model.targets import Targets
+from casc.ops.probe import Probe, Recorder, recorded, unwatched
 from casc.ops.pyramid import Pyramid
 
 LossStep = Callable[..., tuple[Tensor, dict[str, Tensor]]]
@@ -44,6 +45,7 @@ def make_loss_step(
     canvas: tuple[int, int],
     compute: Compute,
     together: Ranks | None = None,
+    recorder: Recorder | None = None,
 ) -> LossStep:
     """The losses of a batch whose images fit `canvas`.
 
@@ -55,6 +57,8 @@ def make_loss_step(
         together: ranks whose number of samples losses are divided by; None takes this
             batch's own. All of them then have to call the step at once, unless it is told
             what to divide by.
+        recorder: keeps what is computed on the way, and may replace the network's `inputs`,
+            the `noise`, the `proposals`.
 
     Returns:
         f(params, buffers, batch) -> (total, measures): the scalar to differentiate, and
@@ -64,19 +68,22 @@ def make_loss_step(
     config = resolve_auto(config, compute)
 
     def boxes(
-        params: Params, buffers: Params, batch: Batch
+        params: Params, buffers: Params, batch: Batch, probe: Probe = unwatched
     ) -> tuple[dict[str, Tensor], Pyramid, list[MaskRois], Targets]:
-        inputs = training_inputs(batch, image, canvas, compute)
+        inputs = probe("inputs", training_inputs(batch, image, canvas, compute))
         anchors = anchor_count(config.anchors, canvas)
         noise = detector.draw_noise(config, batch.seed, anchors, batch.valid.shape[1])
-        features = detector.extract(params, buffers, config, inputs.image)
-        losses, pyramid, rois = detector.box_branch(params, config, features, inputs, noise)
+        noise = probe("noise", noise)
+        features = detector.extract(params, buffers, config, inputs.image, probe)
+        losses, pyramid, rois = detector.box_branch(params, config, features, inputs, noise, probe)
         return losses, pyramid, rois, inputs.targets
 
-    def apart(params: Params, buffers: Params, batch: Batch) -> dict[str, Tensor]:
-        losses, pyramid, rois, targets = boxes(params, buffers, batch)
+    def apart(
+        params: Params, buffers: Params, batch: Batch, probe: Probe = unwatched
+    ) -> dict[str, Tensor]:
+        losses, pyramid, rois, targets = boxes(params, buffers, batch, probe)
         for i, stage in enumerate(config.stages):
-            loss = detector.mask_branch(params, config, i, pyramid, rois[i], targets)
+            loss = detector.mask_branch(params, config, i, pyramid, rois[i], targets, probe)
             losses[f"s{i}.loss_mask"] = stage.loss_weight * loss
         return losses
 
@@ -89,22 +96,35 @@ def make_loss_step(
             losses = over_ranks(losses, batch.image.shape[0], together)
         return detector.total(losses), {k: v.detach() for k, v in losses.items()}
 
-    def full(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return finished(apart(params, buffers, batch), batch)
+    def full(
+        params: Params, buffers: Params, batch: Batch, probe: Probe = unwatched
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return finished(apart(params, buffers, batch, probe), batch)
+
+    def compiled(function: Callable) -> Callable:
+        return _maybe_compile(function, compute, config, image, canvas)
 
     if config.mask_head.capacity == "full" and together is None:
-        return _maybe_compile(full, compute, config, image, canvas)
+        return recorded(full, recorder, compiled)
     if config.mask_head.capacity == "full":
-        step = _maybe_compile(apart, compute, config, image, canvas)
+        step = recorded(apart, recorder, compiled)
         return lambda params, buffers, batch, shared=None: finished(
             step(params, buffers, batch), batch, shared
         )
 
-    def masks(head: Params, pyramid: Pyramid, rois: MaskRois, targets: Targets) -> Tensor:
-        return detector.mask_branch(head, config, 0, pyramid, rois, targets)
+    def masks(
+        head: Params,
+        pyramid: Pyramid,
+        rois: MaskRois,
+        targets: Targets,
+        probe: Probe = unwatched,
+    ) -> Tensor:
+        return detector.mask_branch(head, config, 0, pyramid, rois, targets, probe)
 
-    box_step = _maybe_compile(boxes, compute, config, image, canvas)
-    mask_step = _compile_for_any_count(masks, compute, config)
+    box_step = recorded(boxes, recorder, compiled)
+    mask_step = recorded(
+        masks, recorder, lambda function: _compile_for_any_count(function, compute, config)
+    )
 
     def counted(
         params: Params, buffers: Params, batch: Batch, shared: Shared | None = None
@@ -126,20 +146,28 @@ def make_loss_step(
 
 
 def make_detect_step(
-    config: DetectorConfig, image: ImageConfig, canvas: tuple[int, int], compute: Compute
+    config: DetectorConfig,
+    image: ImageConfig,
+    canvas: tuple[int, int],
+    compute: Compute,
+    recorder: Recorder | None = None,
 ) -> DetectStep:
     """Detections of a batch whose images fit `canvas`; one graph, no gradient.
+
+    Arguments are as for `make_loss_step`.
 
     Returns:
         f(params, buffers, batch) -> Detections in pixels of the stored images.
     """
     config = resolve_auto(config, compute)
 
-    def run(params: Params, buffers: Params, batch: Batch) -> Detections:
+    def run(params: Params, buffers: Params, batch: Batch, probe: Probe = unwatched) -> Detections:
         inputs = prepare(batch, None, image, canvas, compute.dtype, compute.memory_format)
-        return detector.detect(params, buffers, config, inputs)
+        return detector.detect(params, buffers, config, probe("inputs", inputs), probe)
 
-    step = _maybe_compile(run, compute, config, image, canvas)
+    step = recorded(
+        run, recorder, lambda function: _maybe_compile(function, compute, config, image, canvas)
+    )
 
     def detect(params: Params, buffers: Params, batch: Batch) -> Detections:
         with torch.no_grad():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from casc.ops.heap import trim_heap
 from casc.ops.linear import linear, product
+from casc.ops.probe import Probe, unwatched
 from casc.ops.pyramid import Pyramid
 from casc.ops.roi_align import RoiKernel, Sampling, fixed_taps, is_native, roi_align
 from casc.ops.row_sums import bag_backward_onto, weighted_row_sums
@@ -31,6 +32,7 @@ def roi_linear(
     kernel: RoiKernel,
     matrix: Tensor,
     bias: Tensor,
+    probe: Probe = unwatched,
 ) -> tuple[Tensor, Pyramid]:
     """`linear(roi_align(...).flatten(1), matrix, bias)`, and the pyramid for the next reader.
 
@@ -43,12 +45,14 @@ def roi_linear(
         kernel: as for `roi_align`; a native one keeps its features.
         matrix: [K, C * N] of the features' dtype.
         bias: [K] of that dtype.
+        probe: sees a native kernel's features; others aren't all there at once.
 
     Returns:
         [R, K], and the pyramid as `chained_bags` hands it on.
     """
     if is_native(sampling, kernel):
         features = roi_align(pyramid, boxes, image, cells, sampling, kernel)
+        features = probe("box.features", features)
         return linear(features.flatten(1), matrix, bias), pyramid
     index, weight = fixed_taps(pyramid, boxes.detach(), image, cells)
     made, pixels = _Chained.apply(pyramid.pixels, index, weight, matrix, bias)

@@ -11,24 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from casc.device.devices import choose_compiler
+from casc.device.compute import Compute
 from casc.errors import UserError
 from casc.evaluate.mask_rle import paste_masks
-from casc.model.choose_compute import choose_roi_kernel
-from casc.model.detector import DetectorConfig, Inputs, Noise, reference_settings, trainable
+from casc.model.choose_compute import choose_compute
+from casc.model.detector import DetectorConfig, Inputs, reference_settings, trainable
 from casc.model.layers import Params
 from casc.model.rpn import Proposals
-from casc.model.steps import anchor_count
+from casc.model.steps import anchor_count, make_detect_step, make_loss_step
+from casc.ops.probe import Recorder, map_tensors
 from casc.verify.compare import Comparison, Row
 from casc.verify.compare_detections import compare_detections
+from casc.verify.compare_inputs import compare_inputs
 from casc.verify.compare_training import compare_gradients, compare_training
 from casc.verify.goldens import (
     GoldenSet,
     digest,
     golden_weights,
+    image_config,
     read_sets,
     sampling_noise,
+    test_batch,
     test_inputs,
+    train_batch,
     train_inputs,
 )
 from casc.verify.record import Record, detection_record, training_record
@@ -59,13 +64,13 @@ def verify(
     """
     passed = True
     reference = reference_settings(DetectorConfig())
-    _, notes = choose_roi_kernel(reference.roi_kernel, reference.roi_align, device)
+    compute, notes = choose_compute(reference, device, dtype="float32", compile=compile)
     for note in notes:
         log(note)
     for golden in read_sets(folder, log):
         mode = "compiled" if compile else "eager"
         log(f"{golden.name}: reference settings, float32, {mode}, {device}")
-        rows = verify_set(golden, device, compile=compile)
+        rows = verify_set(golden, device, compute)
         for line in format_rows(rows):
             log(line)
         passed = passed and all(row.passed for row in rows)
@@ -73,8 +78,8 @@ def verify(
     return passed
 
 
-def verify_set(golden: GoldenSet, device: torch.device, *, compile: bool = False) -> list[Row]:
-    """Every comparison of one golden set."""
+def verify_set(golden: GoldenSet, device: torch.device, compute: Compute) -> list[Row]:
+    """Every comparison of one golden set: what the steps themselves come by on the way."""
     config = reference_settings(DetectorConfig())
     params, buffers = golden_weights(config)
     ours, recorded = digest(params | buffers), golden.facts["weights_digest"]
@@ -86,17 +91,17 @@ def verify_set(golden: GoldenSet, device: torch.device, *, compile: bool = False
     params = {k: v.to(device) for k, v in params.items()}
     buffers = {k: v.to(device) for k, v in buffers.items()}
     table = Comparison(golden.tensors)
-    record, gradients = run_training(golden, config, params, buffers, device, compile=compile)
-    compare_training(golden, record, table)
+    made, record, gradients = run_training(golden, config, params, buffers, device, compute)
+    compare_inputs(golden, "train", made, table)
+    compare_training(golden, config, record, table)
     compare_gradients(golden, gradients, table)
-    for image, (found, masks) in enumerate(
-        run_detections(golden, config, params, buffers, device, compile=compile)
-    ):
-        compare_detections(golden, config, image, found, masks, table)
-    # The pipeline's products are what the rest is computed from.
-    inputs = ("raw.", "train.img", "train.gt_", "test")
+    detections = run_detections(golden, config, params, buffers, device, compute)
+    for image, (made, record, masks) in enumerate(detections):
+        compare_inputs(golden, f"test{image}", made, table)
+        compare_detections(golden, config, image, record, masks, table)
     for key in golden.tensors.keys() - table.seen:
-        if not key.startswith(inputs):
+        # Stored images are what all begins with, and the steps make masks of one class only.
+        if not key.startswith(("raw.", "test")) and ".mask_pred." not in key:
             table.add("left over", key, float("inf"), 0, "not compared")
     return table.rows
 
@@ -132,26 +137,35 @@ def run_training(
     params: Params,
     buffers: Params,
     device: torch.device,
-    *,
-    compile: bool,
-) -> tuple[Record, dict[str, Tensor | None]]:
-    """The training step on a set's batch: its record, and every parameter's gradient."""
+    compute: Compute,
+) -> tuple[Inputs, Record, dict[str, Tensor | None]]:
+    """The training step on a set's batch.
+
+    Its network is given the reference's inputs, its sampling what draws the same samples, and
+    its cascade the reference's proposals, so that two anchors whose scores differ in the last
+    bit can't change what later parts are compared with. What it would have gone on with itself
+    is recorded.
+
+    Returns:
+        The step's own inputs, its record, and every parameter's gradient.
+    """
     inputs = train_inputs(golden)
     height, width = inputs.image.shape[2:]
-    noise = sampling_noise(golden, config, anchor_count(config.anchors, (height, width)))
     stored = [golden.tensors[f"rpn.proposals.{i}"] for i in range(inputs.image.shape[0])]
-    proposals = _proposals(stored, config.rpn.train_proposals)
+    given = {
+        "inputs": inputs,
+        "noise": sampling_noise(golden, config, anchor_count(config.anchors, (height, width))),
+        "proposals": _proposals(stored, config.rpn.train_proposals),
+    }
+    recorder = Recorder({k: _to(v, device) for k, v in given.items()})
     params = {k: v.detach() for k, v in params.items()}
     for value in trainable(config, params).values():
         value.requires_grad_()
-
-    def run(inputs: Inputs, noise: Noise, proposals: Proposals) -> tuple[Tensor, Record]:
-        return training_record(params, buffers, config, inputs, noise, proposals)
-
-    step = _compiled(run, device) if compile else run
-    loss, record = step(*_to((inputs, noise, proposals), device))
+    step = make_loss_step(config, image_config(golden), (height, width), compute, recorder=recorder)
+    loss, losses = step(params, buffers, _to(train_batch(golden), device))
     loss.backward()
-    return record, {k: v.grad for k, v in params.items()}
+    record = training_record(recorder.seen, loss, losses)
+    return recorder.seen["inputs"][0], record, {k: v.grad for k, v in params.items()}
 
 
 def run_detections(
@@ -160,30 +174,31 @@ def run_detections(
     params: Params,
     buffers: Params,
     device: torch.device,
-    *,
-    compile: bool,
-) -> Iterator[tuple[Record, Tensor]]:
-    """Inference on each of a set's test images: its record, and masks at original size."""
+    compute: Compute,
+) -> Iterator[tuple[Inputs, Record, Tensor]]:
+    """Inference on each of a set's test images, from the reference's inputs and proposals.
 
-    def run(inputs: Inputs, proposals: Proposals) -> Record:
-        with torch.no_grad():
-            return detection_record(params, buffers, config, inputs, proposals)
-
-    step = _compiled(run, device) if compile else run
+    Yields:
+        The step's own inputs, its record, and masks at original size.
+    """
     image = 0
     while f"test{image}.img" in golden.tensors:
+        inputs = test_inputs(golden, image)
+        height, width = inputs.image.shape[2:]
         stored = golden.tensors[f"test{image}.proposals"]
-        proposals = _proposals([stored], config.rpn.test_proposals)
-        record = step(*_to((test_inputs(golden, image), proposals), device))
+        given = {
+            "inputs": inputs,
+            "proposals": _proposals([stored], config.rpn.test_proposals),
+        }
+        recorder = Recorder({k: _to(v, device) for k, v in given.items()})
+        step = make_detect_step(config, image_config(golden), (height, width), compute, recorder)
+        found = step(params, buffers, _to(test_batch(golden, image), device))
+        record = detection_record(recorder.seen, found)
         height, width = golden.facts[f"test{image}.meta"]["ori_shape"][:2]
-        boxes = record["det_bboxes"][0, :, :4].cpu()
-        yield record, paste_masks(record["mask_prob"][0].cpu(), boxes, height, width)
+        boxes = found.boxes[0].cpu()
+        masks = paste_masks(found.masks[0].cpu(), boxes, height, width)
+        yield recorder.seen["inputs"][0], record, masks
         image += 1
-
-
-def _compiled(function: Callable, device: torch.device) -> Callable:
-    backend = choose_compiler("auto", device)
-    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
 
 
 def _proposals(stored: list[Tensor], count: int) -> Proposals:
@@ -198,9 +213,4 @@ def _proposals(stored: list[Tensor], count: int) -> Proposals:
 
 def _to(values: Any, device: torch.device) -> Any:
     """Nested tuples of tensors on a device."""
-    if isinstance(values, Tensor):
-        return values.to(device)
-    if isinstance(values, tuple):
-        moved = [_to(v, device) for v in values]
-        return type(values)(*moved) if hasattr(values, "_fields") else tuple(moved)
-    return values
+    return map_tensors(lambda tensor: tensor.to(device), values)

@@ -12,6 +12,10 @@ BOX_PIXELS = 0.05
 ANCHOR_PIXELS = 1e-3
 SCORE = 1e-4
 MASK = 1e-3
+# The reference rounds a resized image to whole grey levels; we don't.
+GREY_LEVELS, MEAN_GREY_LEVELS = 1.0, 0.3
+# Moved boxes differ by rounding only.
+MOVED_PIXELS = 1e-4
 # Share of a pasted mask's pixels that may fall on the other side of one half.
 MASK_PIXELS = 1e-4
 

@@ -6,20 +6,26 @@ Legend: B images, A anchors, N what the reference recorded.
 import torch
 from torch import Tensor
 
+from casc.model.detector import ROI_LEVELS, DetectorConfig, Inputs
+from casc.model.mask_targets import bitmap_coverage
 from casc.ops.nms import batched_nms
-from casc.verify.compare import ANCHOR_PIXELS, BOX_PIXELS, GRADIENT, RELATIVE, Comparison
-from casc.verify.goldens import GoldenSet, gradient_probe
+from casc.ops.roi_align import roi_levels
+from casc.verify.compare import ANCHOR_PIXELS, BOX_PIXELS, GRADIENT, RELATIVE, SCORE, Comparison
+from casc.verify.goldens import GoldenSet, gradient_probe, train_inputs
 from casc.verify.record import Record
 
 
-def compare_training(golden: GoldenSet, record: Record, table: Comparison) -> None:
+def compare_training(
+    golden: GoldenSet, config: DetectorConfig, record: Record, table: Comparison
+) -> None:
     """Rows for everything recorded of the training step but the gradients."""
     record = {k: v.cpu() for k, v in record.items()}
+    inputs = train_inputs(golden)
     _features(table, record)
     _rpn_maps(table, record)
     for image in range(record["rpn.inside"].shape[0]):
         _rpn_matching(table, record, image)
-        _rpn_proposals(table, record, image)
+        _rpn_proposals(table, config, record, image)
     _rpn_targets(table, record)
     stage = 0
     while f"s{stage}.rois" in record:
@@ -27,9 +33,9 @@ def compare_training(golden: GoldenSet, record: Record, table: Comparison) -> No
             k.removeprefix(f"s{stage}."): v for k, v in record.items() if k.startswith(f"s{stage}.")
         }
         for image in range(rows["rois"].shape[0]):
-            _stage_matching(table, rows, stage, image)
+            _stage_matching(table, rows, inputs, stage, image)
         _box_head(table, rows, stage)
-        _mask_head(table, rows, stage)
+        _mask_head(table, rows, inputs, stage)
         stage += 1
     _losses(table, golden, record)
 
@@ -77,6 +83,13 @@ def _rpn_maps(table: Comparison, record: Record) -> None:
         anchors = record["rpn.anchors"][rows]
         table.absolute("rpn", f"rpn.anchors.{level}", anchors, ANCHOR_PIXELS, "pixels")
         start, level = rows.stop, level + 1
+    # With gradient the head runs on the sampled anchors only, by other operators.
+    drawn, valid = record["rpn.sampled"], record["rpn.sampled_valid"]
+    batch = torch.arange(len(drawn))[:, None]
+    for name, dense in (("logits", record["rpn.logits"]), ("deltas", record["rpn.deltas"])):
+        error = (dense[batch, drawn] - record[f"rpn.sampled_{name}"]).abs()[valid].max()
+        error = error / dense.abs().max().clamp(min=1e-12)
+        table.add("rpn", f"{name} of the sample", error, RELATIVE, "relative")
 
 
 def _rpn_matching(table: Comparison, record: Record, image: int) -> None:
@@ -97,25 +110,34 @@ def _rpn_matching(table: Comparison, record: Record, image: int) -> None:
     table.equal("rpn", f"rpn.sample.neg_inds.{image}", drawn[negative].sort().values)
 
 
-def _rpn_proposals(table: Comparison, record: Record, image: int) -> None:
+def _rpn_proposals(table: Comparison, config: DetectorConfig, record: Record, image: int) -> None:
     """Candidates and proposals as sets; suppression alone, on the golden candidates, as a list."""
     name = "rpn.prenms"
     boxes, scores, level, keep = (
         table.golden(f"{name}.{k}.{image}") for k in ("boxes", "scores", "level", "keep")
     )
+    valid = record[f"{name}.valid"][image]
+    if scores is not None and len(scores) == valid.sum():
+        # The reference sorts only levels that have more than enter suppression.
+        apart = scores.sort().values - record[f"{name}.scores"][image][valid].sort().values
+        table.add("rpn", f"{name}.scores.{image}", apart.abs().max(), SCORE, "score")
     if boxes is not None and scores is not None:
-        valid = record[f"{name}.valid"][image]
         ours = [record[f"{name}.boxes"][image], record[f"{name}.scores"][image][:, None]]
         golden = torch.cat([boxes, scores[:, None]], dim=1)
         table.box_set("rpn", f"{name}.{image}", golden, torch.cat(ours, dim=1)[valid])
         if level is not None and keep is not None:
             everything = torch.ones(1, len(boxes), dtype=torch.bool)
             index, kept = batched_nms(
-                boxes[None], scores[None], level[None], everything, iou=0.7, count=len(boxes)
+                boxes[None],
+                scores[None],
+                level[None],
+                everything,
+                iou=config.rpn.nms_iou,
+                count=len(boxes),
             )
             table.equal("rpn", f"{name}.keep.{image}", index[kept])
     if level is not None:
-        counts = record[f"{name}.level"][record[f"{name}.valid"][image]].bincount()
+        counts = record[f"{name}.level"][valid].bincount()
         wrong = (counts != level.long().bincount(minlength=len(counts))).sum()
         table.add("rpn", f"{name}.level.{image}", wrong, 0, "mismatches")
     ours = record["rpn.proposals"][image][record["rpn.proposals_valid"][image]]
@@ -127,27 +149,33 @@ def _rpn_targets(table: Comparison, record: Record) -> None:
     """Dense targets [B, A]: label 0 is an object and 1 background, there."""
     labels = torch.ones_like(record["rpn.gt"])
     weights = torch.zeros_like(record["rpn.iou"])
-    box_weights = torch.zeros_like(record["rpn.bbox_targets"])
+    box_weights = torch.zeros_like(record["rpn.deltas"])
+    goal = torch.zeros_like(record["rpn.deltas"])
     for image, drawn in enumerate(record["rpn.sampled"]):
         positive = drawn[record["rpn.sampled_positive"][image]]
         labels[image, positive] = 0
         weights[image, drawn[record["rpn.sampled_valid"][image]]] = 1
         box_weights[image, positive] = 1
+        goal[image, positive] = record["rpn.goal"][image][: len(positive)]
     table.equal("rpn", "rpn.target.labels", labels)
     table.relative("rpn", "rpn.target.label_weights", weights)
     table.relative("rpn", "rpn.target.bbox_weights", box_weights)
-    goal = torch.where(box_weights > 0, record["rpn.bbox_targets"], 0.0)
     table.relative("rpn", "rpn.target.bbox_targets", goal)
 
 
-def _stage_matching(table: Comparison, r: Record, stage: int, image: int) -> None:
+def _stage_matching(table: Comparison, r: Record, inputs: Inputs, stage: int, image: int) -> None:
     part, s = f"stage {stage}", f"s{stage}"
     valid = r["proposals_valid"][image]
     proposals = r["proposals"][image][valid]
     table.absolute(part, f"{s}.proposals.{image}", proposals, BOX_PIXELS, "pixels")
-    gt = _gt_numbers(r, "", image)[valid]
+    if stage:
+        key = f"s{stage - 1}.refined.{image}"
+        table.absolute(part, key, proposals, BOX_PIXELS, "pixels")
+    # The step matches ground truth, which stands in front, to itself as well.
+    own = inputs.targets.boxes.shape[1]
+    gt = _gt_numbers(r, "", image)[own:][valid]
     table.equal(part, f"{s}.assign.gt_inds.{image}", gt)
-    iou = r["iou"][image][valid].clamp(min=0)
+    iou = r["iou"][image][own:][valid].clamp(min=0)
     table.relative(part, f"{s}.assign.max_overlaps.{image}", iou)
     labels = table.golden(f"train.gt_labels.{image}")
     if labels is not None and len(labels):
@@ -155,7 +183,9 @@ def _stage_matching(table: Comparison, r: Record, stage: int, image: int) -> Non
         table.equal(part, f"{s}.assign.labels.{image}", ours)
     positive = r["sampled_positive"][image]
     negative = r["valid"][image] & ~positive
-    place = _reference_places(r, image)
+    # Where each slot (ground truths, proposals) stands when padding is left out.
+    present = torch.cat([inputs.targets.valid[image], valid])
+    place = present.long().cumsum(0) - 1
     for name, rows in (("pos_inds", positive), ("neg_inds", negative)):
         table.equal(part, f"{s}.sample.{name}.{image}", place[r["sampled"][image][rows]])
     for name, values in (
@@ -164,14 +194,6 @@ def _stage_matching(table: Comparison, r: Record, stage: int, image: int) -> Non
         ("pos_is_gt", r["from_gt"]),
     ):
         table.equal(part, f"{s}.sample.{name}.{image}", values[image][positive])
-    refined = r["refined"][image][r["refined_valid"][image]]
-    table.absolute(part, f"{s}.refined.{image}", refined, BOX_PIXELS, "pixels")
-
-
-def _reference_places(r: Record, image: int) -> Tensor:
-    """Where each of our slots (ground truths, proposals) stands when padding is left out."""
-    present = torch.cat([r["gt_valid"][image], r["proposals_valid"][image]])
-    return present.long().cumsum(0) - 1
 
 
 def _box_head(table: Comparison, r: Record, stage: int) -> None:
@@ -180,10 +202,12 @@ def _box_head(table: Comparison, r: Record, stage: int) -> None:
     image = torch.arange(r["rois"].shape[0])[:, None].expand(r["valid"].shape).flatten()
     rois = torch.cat([image[:, None].float(), r["rois"].flatten(0, 1)], dim=1)
     table.absolute(part, f"{s}.rois", rois[valid], BOX_PIXELS, "pixels")
-    table.equal(part, f"{s}.roi_levels", r["roi_levels"][valid])
+    table.equal(part, f"{s}.roi_levels", roi_levels(rois[valid][:, 1:], ROI_LEVELS))
     table.equal(part, f"{s}.target.labels", r["sampled_labels"].flatten()[valid])
     table.relative(part, f"{s}.target.label_weights", valid[valid].float())
-    goal = torch.where(positive[:, None], r["bbox_targets"].flatten(0, 1), 0.0)
+    goal = torch.zeros_like(r["rois"])
+    goal[:, : r["goal"].shape[1]] = r["goal"]
+    goal = torch.where(positive[:, None], goal.flatten(0, 1), 0.0)
     table.relative(part, f"{s}.target.bbox_targets", goal[valid])
     weights = positive[:, None].expand(-1, 4).float()
     table.relative(part, f"{s}.target.bbox_weights", weights[valid])
@@ -193,17 +217,20 @@ def _box_head(table: Comparison, r: Record, stage: int) -> None:
     table.relative(part, f"{s}.bbox_pred", r["bbox_pred"][valid])
 
 
-def _mask_head(table: Comparison, r: Record, stage: int) -> None:
+def _mask_head(table: Comparison, r: Record, inputs: Inputs, stage: int) -> None:
     part, s = f"stage {stage}", f"s{stage}"
     valid = r["mask_valid"]
     rois = torch.cat([r["mask_image"][:, None].float(), r["mask_boxes"]], dim=1)
     table.absolute(part, f"{s}.mask_rois", rois[valid], BOX_PIXELS, "pixels")
     table.equal(part, f"{s}.mask_labels", r["mask_labels"][valid])
-    table.relative(part, f"{s}.mask_targets_soft", r["mask_coverage"][valid])
+    if table.golden(f"{s}.mask_targets_soft") is not None:
+        assert inputs.targets.bitmaps is not None, "golden inputs carry bitmaps"
+        at = (r["mask_boxes"], r["mask_image"], r["mask_gt"])
+        soft = bitmap_coverage(inputs.targets.bitmaps, *at, r["mask_targets"].shape[-1])
+        table.relative(part, f"{s}.mask_targets_soft", soft[valid])
     table.equal(part, f"{s}.mask_targets", r["mask_targets"][valid])
     table.relative(part, f"{s}.mask_logits", r["mask_logits"][valid])
     _row_sums(table, part, f"{s}.mask_feats", r["mask_feats"][valid])
-    _row_sums(table, part, f"{s}.mask_pred", r["mask_pred"][valid])
 
 
 def _row_sums(table: Comparison, part: str, key: str, rows: Tensor) -> None:

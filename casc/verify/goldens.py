@@ -20,9 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from casc.data.batch import Batch
+from casc.data.collate import collate
+from casc.data.index import Bucket
+from casc.data.sample import Sample, annotations_edges
 from casc.errors import UserError
+from casc.model import noise as noises
 from casc.model.detector import DetectorConfig, Inputs, Noise, init
 from casc.model.layers import Params
+from casc.model.preprocess import ImageConfig
 from casc.model.targets import Targets
 
 PREFIX = "goldens_"
@@ -135,6 +141,55 @@ def _gain(name: str) -> float:
         "conv_logits": 0.7,
     }
     return next((gain for part, gain in gains.items() if part in name), 1.0)
+
+
+def image_config(golden: GoldenSet) -> ImageConfig:
+    """The resize of the reference's pipeline: its largest sides tell."""
+    sides = [meta["img_shape"][:2] for meta in golden.facts["train.meta"]]
+    return ImageConfig(short=max(min(s) for s in sides), long=max(max(s) for s in sides))
+
+
+def train_batch(golden: GoldenSet) -> Batch:
+    """The training batch before its preprocessing, with seeds that flip what was flipped."""
+    metas = golden.facts["train.meta"]
+    flips = noises.uniform(torch.arange(1000), noises.FLIP, 1)[:, 0] < ImageConfig().flip
+    seeds = [int((flips == meta["flip"]).nonzero()[0]) for meta in metas]
+    return _batch([_sample(golden, image) for image in range(len(metas))], seeds)
+
+
+def test_batch(golden: GoldenSet, image: int) -> Batch:
+    """One image before its preprocessing."""
+    return _batch([_sample(golden, image)], [0])
+
+
+def _batch(samples: list[Sample], seeds: list[int]) -> Batch:
+    heights, widths = zip(*(sample.image.shape[:2] for sample in samples), strict=True)
+    edges = max(len(lines) for sample in samples for lines in sample.edges)
+    objects = max(len(sample.boxes) for sample in samples)
+    bucket = Bucket("golden", 0.0, None, max(heights), max(widths), objects, edges, 0)
+    return collate(samples, bucket, seeds=seeds, bitmaps=True)
+
+
+def _sample(golden: GoldenSet, image: int) -> Sample:
+    """A stored image and its trainable objects, as the reference's data set has them."""
+    coco = golden.facts["coco"]
+    number = coco["images"][image]["id"]
+    kept = [
+        a
+        for a in coco["annotations"]
+        if a["image_id"] == number and not a["iscrowd"] and min(a["bbox"][2:]) >= 1
+    ]
+    rows = np.array([a["bbox"] for a in kept], np.float32).reshape(-1, 4)
+    classes = sorted(category["id"] for category in coco["categories"])
+    return Sample(
+        # OpenCV decodes to BGR.
+        image=golden.tensors[f"raw.{image}"].numpy()[..., ::-1],
+        boxes=np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:]], axis=1),
+        labels=np.array([classes.index(a["category_id"]) for a in kept], np.int64),
+        edges=annotations_edges(kept),
+        segmentations=[a["segmentation"] for a in kept],
+        image_id=number,
+    )
 
 
 def train_inputs(golden: GoldenSet) -> Inputs:

@@ -12,8 +12,10 @@ from torchvision.models.detection._utils import BoxCoder
 
 from casc.checkpoints.model import Trained, load_trained
 from casc.cli import main as cli
-from casc.model.detector import DetectorConfig
+from casc.device.compute import Compute
+from casc.model.detector import DetectorConfig, detect
 from casc.model.rpn import Proposals
+from casc.ops.probe import Recorder
 from casc.verify import goldens, run_detections
 from casc.verify.compare import BOX_PIXELS, MASK, SCORE, Comparison
 from casc.verify.compare_detections import compare_detections
@@ -58,8 +60,9 @@ def test_mmdetections_checkpoint_gives_the_golden_detections(golden, reference, 
     torch.save({"meta": meta, "state_dict": reference}, tmp_path / "epoch_12.pth")
     convert(tmp_path / "epoch_12.pth", tmp_path / "in.safetensors")
     trained = load_trained(str(tmp_path / "in.safetensors"))
-    record, masks = next(
-        run_detections(golden, trained.model, trained.params, trained.buffers, CPU, compile=False)
+    eager = Compute(compile=False)
+    _, record, masks = next(
+        run_detections(golden, trained.model, trained.params, trained.buffers, CPU, eager)
     )
     table = Comparison(golden.tensors)
     compare_detections(golden, trained.model, 0, record, masks, table)
@@ -102,8 +105,10 @@ def run(golden: GoldenSet, trained: Trained) -> Record:
     rows = golden.tensors["test0.proposals"][None]
     valid = torch.ones(rows.shape[:2], dtype=torch.bool)
     proposals = Proposals(rows[..., :4], rows[..., 4], valid)
+    recorder = Recorder({"proposals": proposals})
     with torch.no_grad():
-        record = detection_record(trained.params, trained.buffers, trained.model, inputs, proposals)
+        found = detect(trained.params, trained.buffers, trained.model, inputs, recorder)
+    record = detection_record(recorder.seen, found)
     return {name: value[0] for name, value in record.items()}
 
 
