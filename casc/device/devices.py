@@ -111,7 +111,7 @@ TRAITS = {
         bag_backward=False,
         ready=_ready_npu,
         environment=(
-            Setting("TASK_QUEUE_ENABLE", "2", "launches are prepared in a second thread"),
+            Setting("TASK_QUEUE_ENABLE", "1", "launches have a thread; 2 forbids graphs"),
             Setting("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True", "less fragmentation"),
             Setting("CPU_AFFINITY_CONF", "1", "each process keeps to the cores near its card"),
             Setting("HCCL_CONNECT_TIMEOUT", "7200", "ranks wait for one to compile first"),

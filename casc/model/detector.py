@@ -485,8 +485,8 @@ def _align(config: DetectorConfig, pyramid: Pyramid, boxes: Tensor, cells: int) 
 
 def _flat(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """[B, N, 4] boxes as [B * N, 4], and the image of each."""
-    image = torch.arange(boxes.shape[0], device=boxes.device).repeat_interleave(boxes.shape[1])
-    return boxes.flatten(0, 1), image
+    image = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand(boxes.shape[:2])
+    return boxes.flatten(0, 1), image.reshape(-1)
 
 
 def _per_image(mask: Tensor) -> Tensor:

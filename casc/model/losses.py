@@ -20,8 +20,22 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tenso
     Returns:
         Scalar float32.
     """
-    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+    loss = _BinaryCrossEntropy.apply(logits, targets.to(logits.dtype))
     return torch.where(mask, loss, 0.0).sum()
+
+
+# torch's own function in its own terms, to the bit. torch_npu replaces the gradient of
+# F.binary_cross_entropy_with_logits by an operator that no compiler can trace.
+class _BinaryCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.save_for_backward(logits, targets)
+        return (1 - targets) * logits - F.logsigmoid(logits)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        logits, targets = ctx.saved_tensors
+        return (logits.sigmoid() - targets) * grads[0], None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:

@@ -28,17 +28,19 @@ def uniform(seed: Tensor, purpose: int, count: int) -> Tensor:
     """
     stream = _mix(_mix(seed) ^ (purpose * 0x9E3779B1 & _MASK))
     index = _mix(torch.arange(count, device=seed.device))
-    return (_mix(stream[:, None] ^ index) >> 8).to(torch.float32) * 2.0**-24
+    return (_mix(stream[:, None] ^ index) // 2**8).to(torch.float32) * 2.0**-24
 
 
 def _mix(x: Tensor) -> Tensor:
     """A bijection of 32-bit integers, held in int64, that changes half the bits.
 
     Xor-shift and multiply with the constants of C. Wellons' hash-prospector search. The
-    second constant is written minus 2**32: then no product leaves int64.
+    second constant is written minus 2**32: then no product leaves int64. Shifts to the right are
+    written as divisions, the same for what isn't negative: torch_npu copies the other operand
+    of a shift from the host at every call.
     """
-    x = x ^ (x >> 16)
+    x = x ^ (x // 2**16)
     x = (x * 0x21F0AAAD) & _MASK
-    x = x ^ (x >> 15)
+    x = x ^ (x // 2**15)
     x = (x * (0xD35A2D97 - 2**32)) & _MASK
-    return x ^ (x >> 15)
+    return x ^ (x // 2**15)

@@ -68,3 +68,28 @@ def test_nothing_that_counts_is_zero_with_a_zero_gradient():
     logits, boxes, goal, labels, mask = case()
     for value in gradients(all_losses, logits, boxes, goal, labels, torch.zeros_like(mask)):
         assert (value == 0).all()
+
+
+def test_binary_cross_entropy_is_torchs_to_the_bit(mode):
+    """Written out it is another graph; what training computes must stay the same."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(1000, generator=generator) * 5
+    logits[:5] = torch.tensor([0.0, 1e30, -1e30, 88.0, -104.0])
+    mask = torch.rand(1000, generator=generator) < 0.6
+    mask[:5] = True
+
+    def right(logits, targets):
+        loss = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+        return torch.where(mask, loss, 0.0).sum() * 0.37
+
+    def made(logits, targets):
+        return losses.binary_cross_entropy(logits, targets, mask) * 0.37
+
+    for targets in (torch.rand(1000, generator=generator), logits.roll(7) > 1):
+        results = []
+        for function in (mode(made), mode(right)):
+            x = logits.clone().requires_grad_()
+            value = function(x, targets)
+            value.backward()
+            results.append((value.detach(), x.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

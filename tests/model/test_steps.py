@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
 
+from casc.bench.budgets import Recorder
 from casc.data.batch import Batch
 from casc.device.compute import Compute
 from casc.model import detector, steps
@@ -270,6 +272,27 @@ def test_a_step_reads_this_often(tiny, tiny_batch, model, monkeypatch, capacity,
         total, _ = step(model[1], model[2], tiny_batch((2, 1)))
     assert total.isfinite()
     assert count == reads
+
+
+def test_the_step_keeps_clear_of_what_torch_npu_does_its_own_way(tiny, tiny_batch, model):
+    """It differentiates these by operators that can't be traced, or copies a scalar for them."""
+    own_gradient = ("binary_cross_entropy_with_logits", "l1_loss", "kl_div", "repeat_interleave")
+    copied = ("bitwise_right_shift", "bitwise_left_shift", "__rshift__", "__lshift__")
+    config, image, canvas = tiny
+    batch = tiny_batch((2, 1))
+    seen = []
+
+    class Names(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    step = make_loss_step(config, image, canvas, EAGER)
+    with Names(), Recorder() as recorder:
+        run(step, model, batch)
+    names = {*seen, *(name.split("::")[1].partition(".")[0] for name in recorder.counts)}
+    assert {"conv2d", "convolution_backward"} <= names
+    assert names.intersection(own_gradient + copied) == set()
 
 
 def test_the_step_is_pure(tiny, tiny_batch, model):
