@@ -25,3 +25,5 @@ class Compute(NamedTuple):
     """torch.compile's, from `casc.device.devices.choose_compiler`."""
     roi_kernel: Literal["aten", "native"] = "aten"
     """What the config's "auto" stands for, from `casc.model.choose_compute`."""
+    nms_kernel: Literal["auto", "triton"] = "auto"
+    """Likewise; "auto" is what `batched_nms` makes of it."""

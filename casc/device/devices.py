@@ -41,6 +41,8 @@ class Traits:
     """Of images and convolution weights."""
     triton: tuple[str, ...] = ()
     """Triton's backends of which Inductor needs one; it needs none where this is empty."""
+    triton_kernels: bool = False
+    """Whether casc's own Triton kernels are used here, if they prove right; else plain ATen."""
     backend: str
     """torch.distributed's: for objects on the host, and for tensors on the device."""
     pin_memory: bool
@@ -87,6 +89,7 @@ TRAITS = {
     "cuda": Traits(
         memory_format=torch.channels_last,
         triton=("nvidia", "amd"),
+        triton_kernels=True,
         backend="cpu:gloo,cuda:nccl",
         pin_memory=True,
         fused_optimizer=True,
@@ -220,6 +223,13 @@ def compiler_missing(device: torch.device) -> str | None:
     if not wanted or any(_installed(f"triton.backends.{name}") for name in wanted):
         return None
     return f"it needs Triton with its backend for {device.type}, which isn't installed"
+
+
+def triton_missing(device: torch.device) -> str | None:
+    """Why casc's own Triton kernels can't run on a device; None where they can."""
+    if not traits(device).triton_kernels:
+        return f"there are no Triton kernels for {device.type}"
+    return compiler_missing(device)
 
 
 def _installed(module: str) -> bool:

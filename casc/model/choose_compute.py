@@ -1,7 +1,8 @@
 """How a device is to compute: what the table and the settings come to, decided once.
 
-That includes which RoIAlign runs: the device's own, if it computes the same as plain ATen in
-one small comparison, forward and backward, before the first step.
+That includes which RoIAlign and which suppression run: the device's own or casc's Triton kernels,
+if they compute the same as plain ATen in one small comparison before the first step, RoIAlign
+forward and backward.
 """
 
 from pathlib import Path
@@ -17,9 +18,11 @@ from casc.device.devices import (
     choose_dtype,
     compiler_missing,
     traits,
+    triton_missing,
 )
 from casc.errors import UserError
 from casc.model.detector import DetectorConfig
+from casc.ops.nms import batched_nms
 from casc.ops.pyramid import flatten_pyramid
 from casc.ops.roi_align import RoiKernel, Sampling, roi_align
 
@@ -52,6 +55,8 @@ def choose_compute(
     """
     row = traits(device)
     kernel, notes = choose_roi_kernel(config.roi_kernel, config.roi_align, device)
+    nms_kernel, nms_notes = choose_nms_kernel(config, device)
+    notes += nms_notes
     chosen = choose_compiler(backend, device) if compile else "inductor"
     if compile and backend == "auto" and chosen != "inductor":
         notes.append(f"compiling with {chosen}: inductor isn't usable, {compiler_missing(device)}")
@@ -63,6 +68,7 @@ def choose_compute(
         programs if compile and chosen == "inductor" else None,
         chosen,
         kernel,
+        nms_kernel,
     ), notes
 
 
@@ -98,6 +104,52 @@ def choose_roi_kernel(
         flag = "--model.roi-align fixed" if sampling == "adaptive" else "--model.roi-kernel aten"
         raise UserError(f"{found}; use {flag}")
     return "aten", [f"warning: {found}, so RoIAlign is computed in plain ATen"]
+
+
+def choose_nms_kernel(
+    config: DetectorConfig, device: torch.device
+) -> tuple[Literal["auto", "triton"], list[str]]:
+    """What "auto" of both `nms_kernel`s stands for on a device, and what there is to say of it.
+
+    Raises:
+        UserError: Triton was asked for, and it isn't there or differs from plain ATen.
+    """
+    settings = {"rpn": config.rpn.nms_kernel, "inference": config.inference.nms_kernel}
+    asked = [f"--model.{part}.nms-kernel" for part, name in settings.items() if name == "triton"]
+    wrong = triton_missing(device)
+    if not asked and (wrong or "auto" not in settings.values()):
+        return "auto", []
+    wrong = wrong or _wrong_survivors(device)
+    if wrong and asked:
+        raise UserError(f"{asked[0]} triton: {wrong}; use {asked[0]} fixed")
+    if wrong:
+        return "auto", [f"warning: {wrong}, so suppression is computed in plain ATen"]
+    return "triton", ["suppression by Triton: the same as plain ATen's"]
+
+
+def _wrong_survivors(device: torch.device) -> str | None:
+    """What is wrong with suppression by Triton on a device, next to plain ATen on it."""
+    corner = _wave((2, 200, 2)).mul(40).round()
+    boxes = torch.cat([corner, corner + 20 + _wave((2, 200, 2)).mul(10).round()], dim=2).to(device)
+    scores = _wave((2, 200)).mul(9).round().to(device)  # many ties
+    group = torch.arange(200, device=device) % 3
+    valid = scores > -7
+    try:
+        made, right = (
+            batched_nms(
+                boxes, scores, group, valid, iou=0.5, count=80, groups=3, largest=67, kernel=kernel
+            )
+            for kernel in ("triton", "fixed")
+        )
+    except Exception as error:  # whatever a compiler or driver may raise
+        return f"suppression by Triton doesn't run on {device} ({_in_short(error)})"
+    if all(torch.equal(a, b) for a, b in zip(made, right, strict=True)):
+        return None
+    return f"suppression by Triton on {device} keeps other boxes than plain ATen"
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def native_difference(device: torch.device) -> float:

@@ -211,7 +211,14 @@ def to_format(params: Params, memory_format: torch.memory_format) -> Params:
 
 def resolve_auto(config: DetectorConfig, compute: Compute) -> DetectorConfig:
     """The config with what "auto" stands for on this device in its place."""
-    return replace(config, roi_kernel=compute.roi_kernel) if config.roi_kernel == "auto" else config
+    if config.roi_kernel == "auto":
+        config = replace(config, roi_kernel=compute.roi_kernel)
+    if config.rpn.nms_kernel == "auto":
+        config = replace(config, rpn=replace(config.rpn, nms_kernel=compute.nms_kernel))
+    if config.inference.nms_kernel == "auto":
+        inference = replace(config.inference, nms_kernel=compute.nms_kernel)
+        config = replace(config, inference=inference)
+    return config
 
 
 def _maybe_compile(function: Callable, compute: Compute, *closed_over: Any) -> Callable:

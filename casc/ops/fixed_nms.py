@@ -18,6 +18,8 @@ chains of any length come out right.
 Legend: B images, N boxes, G groups, M boxes of the largest group, m boxes of a block, K kept.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -56,16 +58,54 @@ def fixed_nms(
         index [B, K] int64 by falling score, equal scores in the boxes' order, 0 where padded;
         and the number of survivors [B] int64, at most K.
     """
+    return suppress_in_slots(
+        lambda table, alive: greedy(table, alive, iou),
+        boxes,
+        scores,
+        group,
+        valid,
+        count,
+        groups,
+        largest,
+    )
+
+
+@fixed_nms.register_fake
+def _(boxes, scores, group, valid, iou, count, groups, largest):
+    shape = (boxes.shape[0], count)
+    return boxes.new_empty(shape, dtype=torch.long), boxes.new_empty(shape[:1], dtype=torch.long)
+
+
+def suppress_in_slots(
+    survive: Callable[[Tensor, Tensor], Tensor],
+    boxes: Tensor,
+    scores: Tensor,
+    group: Tensor,
+    valid: Tensor,
+    count: int,
+    groups: int,
+    largest: int,
+) -> tuple[Tensor, Tensor]:
+    """What `fixed_nms` does, by any function that suppresses within sets as `greedy` does.
+
+    Args:
+        survive: ([B * G, M, 4] boxes, [B * G, M] valid) -> [B * G, M], 1 or 0; of each set its
+            best `count` survivors are enough.
+        boxes: this and the others as of `fixed_nms`.
+        scores: likewise.
+        group: likewise.
+        valid: likewise.
+        count: likewise.
+        groups: likewise.
+        largest: likewise.
+    """
     batch, boxes_per_image = scores.shape
     slot = _slots(scores, group, groups, largest)
     size = groups * largest
     table = boxes.new_zeros((batch, size, 4)).scatter(1, slot[..., None].expand(-1, -1, 4), boxes)
     alive = boxes.new_zeros((batch, size)).scatter(1, slot, valid.to(boxes.dtype))
-    keep = greedy(
-        table.reshape(batch * groups, largest, 4),
-        alive.reshape(batch * groups, largest),
-        iou,
-    )
+    sets = batch * groups
+    keep = survive(table.reshape(sets, largest, 4), alive.reshape(sets, largest))
     kept = keep.reshape(batch, size).gather(1, slot) > 0
     most = min(count, boxes_per_image)
     order = torch.where(kept, scores, -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -73,12 +113,6 @@ def fixed_nms(
     survivors = kept.sum(dim=1)
     order = torch.where(torch.arange(most, device=order.device) < survivors[:, None], order, 0)
     return torch.nn.functional.pad(order, (0, count - most)), survivors.clamp(max=count)
-
-
-@fixed_nms.register_fake
-def _(boxes, scores, group, valid, iou, count, groups, largest):
-    shape = (boxes.shape[0], count)
-    return boxes.new_empty(shape, dtype=torch.long), boxes.new_empty(shape[:1], dtype=torch.long)
 
 
 def _slots(scores: Tensor, group: Tensor, groups: int, largest: int) -> Tensor:
@@ -146,7 +180,7 @@ def _overlaps(boxes: Tensor, iou: float) -> Tensor:
     earlier = torch.ones((size, size), dtype=torch.bool, device=boxes.device).triu(1)
     at_once = max(1, MOST_PAIRS // (size * size))
     parts = [
-        ((_iou(part) > _below(iou)) & earlier).to(boxes.dtype) for part in boxes.split(at_once)
+        ((_iou(part) > just_below(iou)) & earlier).to(boxes.dtype) for part in boxes.split(at_once)
     ]
     return torch.cat(parts)
 
@@ -161,7 +195,7 @@ def _iou(boxes: Tensor) -> Tensor:
     return inter / (area[:, :, None] + area[:, None] - inter)
 
 
-def _below(iou: float) -> float:
+def just_below(iou: float) -> float:
     """The largest float32 that isn't above `iou`: exceeding either is the same to a float32."""
     nearest = np.float32(iou)
     return float(np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > iou else nearest)

@@ -3,11 +3,13 @@
 torchvision's operator returns as many boxes as survive, so its result's shape depends
 on the data. Here it is wrapped in an operator of our own whose result is padded: the
 compiler sees fixed shapes, and the host reads nothing on the CPU. On an accelerator it
-would read per image, so there `fixed_nms` does the same by a fixed number of launches.
+would read per image, so there `fixed_nms` does the same by a fixed number of launches, and
+`nms_triton`, where there is Triton, by two.
 
 Legend: B images, N boxes, K kept.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from casc.ops.fixed_nms import fixed_nms
 
-NmsKernel = Literal["auto", "greedy", "fixed"]
+NmsKernel = Literal["auto", "greedy", "fixed", "triton"]
 
 # On the CPU each survivor meets all boxes in turn: from so many on, one group at a time is faster.
 MANY = 1000
@@ -49,7 +51,9 @@ def batched_nms(
             them all boxes are compared with all, which comes to the same.
         largest: most boxes of a group, valid or not.
         kernel: greedy walks from survivor to survivor, which is fast on the CPU. fixed takes
-            a fixed number of launches. auto is greedy on the CPU and else fixed.
+            a fixed number of launches of plain ATen, triton two of its kernels. auto is greedy
+            on the CPU and else fixed; `casc.model.choose_compute` puts triton in its place
+            where that proves right.
 
     Returns:
         index [B, K] int64 into N, by falling score (0 where padded), and
@@ -65,9 +69,16 @@ def batched_nms(
         # Groups are apart already: all as one is right too where their sizes aren't known.
         ids = torch.zeros_like(group) if largest is None else group
         sizes = (1, boxes.shape[1]) if largest is None else (groups, min(largest, boxes.shape[1]))
-        index, survivors = fixed_nms(shifted, scores, ids, valid, iou, count, *sizes)
+        suppress = _triton_nms() if kernel == "triton" else fixed_nms
+        index, survivors = suppress(shifted, scores, ids, valid, iou, count, *sizes)
     slot = torch.arange(count, device=boxes.device)
     return index, slot < survivors[:, None]
+
+
+def _triton_nms() -> Callable[..., tuple[Tensor, Tensor]]:
+    from casc.ops.nms_triton import triton_nms  # there isn't Triton for every device
+
+    return triton_nms
 
 
 @torch.library.custom_op("casc::nms", mutates_args=())

@@ -11,9 +11,16 @@ from casc.device.devices import RoiKernels, choose_compiler, choose_dtype
 from casc.errors import UserError
 from casc.model import choose_compute as kernels
 from casc.model import detector
-from casc.model.choose_compute import choose_compute, choose_roi_kernel, native_difference
+from casc.model.choose_compute import (
+    choose_compute,
+    choose_nms_kernel,
+    choose_roi_kernel,
+    native_difference,
+)
 from casc.model.detector import DetectorConfig
-from casc.model.steps import make_loss_step
+from casc.model.steps import make_loss_step, resolve_auto
+from casc.ops import nms
+from casc.ops.fixed_nms import fixed_nms
 from casc.ops.roi_align import roi_levels
 
 CPU = torch.device("cpu")
@@ -78,6 +85,76 @@ def test_a_kernel_that_raises_is_not_used_and_said(like_npu, monkeypatch):
     kernel, notes = choose_roi_kernel("auto", "fixed", CPU)
     assert kernel == "aten"
     assert "no such kernel on this chip" in notes[0]
+
+
+# ---- suppression by Triton ----
+
+
+@pytest.fixture
+def like_gpu(monkeypatch):
+    """The CPU's row with Triton kernels, whose compiler looks as if it were there."""
+    monkeypatch.setitem(devices.TRAITS, "cpu", replace(devices.TRAITS["cpu"], triton_kernels=True))
+
+
+def with_nms(rpn="auto", inference="auto") -> DetectorConfig:
+    config = DetectorConfig()
+    return replace(
+        config,
+        rpn=replace(config.rpn, nms_kernel=rpn),
+        inference=replace(config.inference, nms_kernel=inference),
+    )
+
+
+def replaced(monkeypatch, survivors):
+    """Stands in for suppression by Triton."""
+    monkeypatch.setattr(nms, "_triton_nms", lambda: survivors)
+
+
+def test_no_triton_where_the_table_has_none(monkeypatch):
+    def never(*_):
+        raise AssertionError("tried")
+
+    replaced(monkeypatch, never)
+    assert choose_nms_kernel(with_nms(), CPU) == ("auto", [])
+    with pytest.raises(UserError, match=r"--model.inference.nms-kernel triton: there are no Tri"):
+        choose_nms_kernel(with_nms(inference="triton"), CPU)
+    with pytest.raises(UserError, match=r"use --model.rpn.nms-kernel fixed"):
+        choose_compute(with_nms(rpn="triton"), CPU)
+
+
+def test_triton_where_it_keeps_the_same_boxes(like_gpu, monkeypatch):
+    replaced(monkeypatch, fixed_nms)
+    kernel, notes = choose_nms_kernel(with_nms(), CPU)
+    assert kernel == "triton"
+    assert len(notes) == 1
+    assert choose_nms_kernel(with_nms("fixed", "greedy"), CPU) == ("auto", [])
+    compute, _ = choose_compute(with_nms("fixed"), CPU)
+    resolved = resolve_auto(with_nms("fixed"), compute)
+    assert resolved.rpn.nms_kernel == "fixed"
+    assert resolved.inference.nms_kernel == "triton"
+
+
+@pytest.mark.parametrize("fault", ["another order of ties", "raises", "not installed"])
+def test_no_triton_that_differs_or_does_not_run(like_gpu, monkeypatch, fault):
+    def survivors(boxes, scores, *rest):
+        if fault == "raises":
+            raise ValueError("no machine code for this chip\nsecond line")
+        turned = [t.flip(1) for t in (boxes, scores, *rest[:2])]
+        index, count = fixed_nms(*turned, *rest[2:])
+        return boxes.shape[1] - 1 - index, count
+
+    replaced(monkeypatch, survivors)
+    if fault == "not installed":
+        row = replace(devices.TRAITS["cpu"], triton=("no_such_backend",))
+        monkeypatch.setitem(devices.TRAITS, "cpu", row)
+        assert choose_nms_kernel(with_nms(), CPU) == ("auto", [])
+    else:
+        kernel, notes = choose_nms_kernel(with_nms(), CPU)
+        assert kernel == "auto"
+        assert notes[0].startswith("warning: suppression by Triton")
+        assert "\n" not in notes[0]
+    with pytest.raises(UserError, match=r"--model.rpn.nms-kernel triton: .*; use"):
+        choose_nms_kernel(with_nms("triton"), CPU)
 
 
 def test_compilers(monkeypatch):

@@ -1,0 +1,133 @@
+"""casc's Triton kernels without a GPU: their numbers by interpretation, their code by compiling.
+
+No test here has run on a GPU. The interpreter runs the kernels' own source on the CPU, and ptxas
+makes the machine code that a GPU would load.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+HERE = Path(__file__).parent
+TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not TRITON, reason="Triton isn't installed")
+
+
+@needs_triton
+@pytest.mark.parametrize("what", ["nms"])
+def test_numbers_by_the_interpreter(what):
+    # Whether a kernel is interpreted is decided when its file is imported.
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"interpreted_{what}.py"],
+        cwd=HERE,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+
+
+# ---- what the compiler sees ----
+
+
+def kernels_of(function, *inputs) -> int:
+    """How many Triton kernels a function launches once it is compiled, its gradient included.
+
+    It is traced as one graph with tensors that have no values: a read would raise.
+    """
+    graphs = []
+
+    def record(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(value) for value in inputs]
+        backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+        result = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*fakes)
+        if isinstance(result, torch.Tensor) and result.requires_grad:
+            result.sum().backward()
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    return sum("triton_kernel_wrapper" in str(node.target) for node in nodes)
+
+
+@needs_triton
+def test_suppression_is_two_launches_and_reads_nothing():
+    from casc.ops.nms import batched_nms
+
+    def suppress(boxes, scores, group, valid):
+        return batched_nms(
+            boxes, scores, group, valid, iou=0.5, count=100, groups=5, largest=200, kernel="triton"
+        )
+
+    boxes, scores = torch.rand(2, 700, 4), torch.rand(2, 700)
+    group, valid = torch.arange(700) // 150, torch.ones(2, 700, dtype=torch.bool)
+    assert kernels_of(suppress, boxes, scores, group, valid) == 2
+
+
+# ---- machine code ----
+
+
+def cubin(kernel, capability: int, signature: dict[str, str], constants: dict, warps: int = 4):
+    """A kernel's compiled forms by name; pointers and sizes as aligned as torch's are."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = kernel.arg_names
+    aligned = [["tt.divisibility", 16]]
+    source = ASTSource(
+        kernel,
+        {name: signature.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): aligned for name, kind in signature.items() if kind[0] == "*"},
+    )
+    made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    assert made.asm["cubin"]
+    return made.asm
+
+
+def _ptxas() -> bool:
+    if not TRITON or not importlib.util.find_spec("triton.backends.nvidia"):
+        return False
+    spec = importlib.util.find_spec("triton.backends.nvidia")
+    assert spec is not None
+    assert spec.origin is not None
+    return (Path(spec.origin).parent / "bin" / "ptxas").exists()
+
+
+needs_ptxas = pytest.mark.skipif(not _ptxas(), reason="this Triton has no CUDA backend with ptxas")
+capabilities = pytest.mark.parametrize("capability", [80, 90, 100])
+
+
+@needs_ptxas
+@capabilities
+def test_suppression_compiles(capability, monkeypatch, tmp_path):
+    from casc.ops import nms_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tables = {"overlaps": "*i64", "valid": "*fp32", "size": "i32", "words": "i32"}
+    asm = cubin(
+        nms_triton._overlaps,
+        capability,
+        tables | {"boxes": "*fp32", "area": "*fp32", "iou": "fp32"},
+        {"BLOCK": 64},
+    )
+    # A fused product would round an overlap otherwise than the CPU does.
+    assert "fma" not in asm["ptx"]
+    assert "div.rn.f32" in asm["ptx"]
+    for words in (32, 256):
+        cubin(
+            nms_triton._sweep,
+            capability,
+            tables | {"keep": "*fp32", "count": "i32"},
+            {"BLOCK": 64, "WORDS": words, "ROWS": 8192 // max(words, 128)},
+        )
