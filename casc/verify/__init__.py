@@ -5,6 +5,7 @@ folder, with the reference's settings, and compares every recorded tensor.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ from casc.ops.probe import Recorder, map_tensors
 from casc.verify.compare import Comparison, Row
 from casc.verify.compare_detections import compare_detections
 from casc.verify.compare_inputs import compare_inputs
-from casc.verify.compare_training import compare_gradients, compare_training
+from casc.verify.compare_training import (
+    compare_fixed_grid,
+    compare_gradients,
+    compare_training,
+)
 from casc.verify.goldens import (
     GoldenSet,
     digest,
@@ -91,19 +96,42 @@ def verify_set(golden: GoldenSet, device: torch.device, compute: Compute) -> lis
     params = {k: v.to(device) for k, v in params.items()}
     buffers = {k: v.to(device) for k, v in buffers.items()}
     table = Comparison(golden.tensors)
-    made, record, gradients = run_training(golden, config, params, buffers, device, compute)
-    compare_inputs(golden, "train", made, table)
-    compare_training(golden, config, record, table)
-    compare_gradients(golden, gradients, table)
-    detections = run_detections(golden, config, params, buffers, device, compute)
-    for image, (made, record, masks) in enumerate(detections):
-        compare_inputs(golden, f"test{image}", made, table)
-        compare_detections(golden, config, image, record, masks, table)
+    for _ in compare_parts(golden, config, params, buffers, device, compute, table):
+        pass
     for key in golden.tensors.keys() - table.seen:
         # Stored images are what all begins with, and the steps make masks of one class only.
         if not key.startswith(("raw.", "test")) and ".mask_pred." not in key:
             table.add("left over", key, float("inf"), 0, "not compared")
     return table.rows
+
+
+def compare_parts(
+    golden: GoldenSet,
+    config: DetectorConfig,
+    params: Params,
+    buffers: Params,
+    device: torch.device,
+    compute: Compute,
+    table: Comparison,
+) -> Iterator[None]:
+    """Fill the table part by part, quick parts first, for who stops at the first that fails."""
+    made, record, loss, leaves = run_training(golden, config, params, buffers, device, compute)
+    compare_inputs(golden, "train", made, table)
+    compare_training(golden, config, record, table)
+    yield
+    detections = run_detections(golden, config, params, buffers, device, compute)
+    for image, (made, record, masks) in enumerate(detections):
+        compare_inputs(golden, f"test{image}", made, table)
+        compare_detections(golden, config, image, record, masks, table)
+        yield
+    fixed = replace(config, roi_align="fixed")
+    with torch.no_grad():
+        _, record, _, _ = run_training(golden, fixed, params, buffers, device, compute)
+    compare_fixed_grid(fixed, record, table)
+    yield
+    loss.backward()
+    compare_gradients(golden, {k: v.grad for k, v in leaves.items()}, table)
+    yield
 
 
 def format_rows(rows: Iterable[Row]) -> list[str]:
@@ -138,7 +166,7 @@ def run_training(
     buffers: Params,
     device: torch.device,
     compute: Compute,
-) -> tuple[Inputs, Record, dict[str, Tensor | None]]:
+) -> tuple[Inputs, Record, Tensor, Params]:
     """The training step on a set's batch.
 
     Its network is given the reference's inputs, its sampling what draws the same samples, and
@@ -147,7 +175,7 @@ def run_training(
     is recorded.
 
     Returns:
-        The step's own inputs, its record, and every parameter's gradient.
+        The step's own inputs, its record, the loss, and the parameters that it leads back to.
     """
     inputs = train_inputs(golden)
     height, width = inputs.image.shape[2:]
@@ -163,9 +191,8 @@ def run_training(
         value.requires_grad_()
     step = make_loss_step(config, image_config(golden), (height, width), compute, recorder=recorder)
     loss, losses = step(params, buffers, _to(train_batch(golden), device))
-    loss.backward()
     record = training_record(recorder.seen, loss, losses)
-    return recorder.seen["inputs"][0], record, {k: v.grad for k, v in params.items()}
+    return recorder.seen["inputs"][0], record, loss, params
 
 
 def run_detections(

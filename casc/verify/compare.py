@@ -66,6 +66,15 @@ class Comparison:
             scale = golden.double().abs().max().clamp(min=1e-12)
             self.add(part, key, error / scale, tolerance, "relative")
 
+    def relative_rows(self, part: str, key: str, ours: Tensor, rows: Tensor) -> None:
+        """`relative` of some rows; none is a failure, as nothing would have been compared."""
+        golden = self._same_shape(part, key, ours)
+        if golden is not None:
+            golden, ours = golden[rows].double(), ours[rows].double()
+            error = (golden - ours).abs().max() if len(golden) else float("inf")
+            scale = golden.abs().max().clamp(min=1e-12) if len(golden) else 1.0
+            self.add(part, f"{key} ({len(golden)} rows)", error / scale, RELATIVE, "relative")
+
     def absolute(self, part: str, key: str, ours: Tensor, tolerance: float, unit: str) -> None:
         """Largest difference."""
         golden = self._same_shape(part, key, ours)

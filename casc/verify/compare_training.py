@@ -62,6 +62,31 @@ def compare_gradients(
         table.add(part, f"{name} (direction)", error, GRADIENT, "relative")
 
 
+def compare_fixed_grid(config: DetectorConfig, record: Record, table: Comparison) -> None:
+    """Rows for the fixed grid of RoIAlign, where it is the reference's adaptive one.
+
+    That is so for RoIs whose cells have sides of 1 to 2 pixels of their level. Only the first
+    stage is given the reference's boxes.
+    """
+    rows = {k.removeprefix("s0."): v.cpu() for k, v in record.items() if k.startswith("s0.")}
+    part = "fixed grid"
+    boxes, valid = rows["rois"].flatten(0, 1), rows["valid"].flatten()
+    same = _samples_alike(boxes[valid], config.box_head.cells)
+    for name in ("cls_score", "bbox_pred"):
+        table.relative_rows(part, f"s0.{name}", rows[name][valid], same)
+    valid = rows["mask_valid"]
+    same = _samples_alike(rows["mask_boxes"][valid], config.mask_head.cells)
+    table.relative_rows(part, "s0.mask_logits", rows["mask_logits"][valid], same)
+
+
+def _samples_alike(boxes: Tensor, cells: int) -> Tensor:
+    """Which boxes [N, 4] the reference samples on a 2x2 grid in every cell, to the letter: [N]."""
+    strides = 4 * 2 ** roi_levels(boxes, ROI_LEVELS)
+    sides = (boxes[:, 2:] - boxes[:, :2]) / strides[:, None] / cells
+    # Not so near that rounding could decide.
+    return ((sides > 1.001) & (sides < 1.999)).all(dim=1)
+
+
 def _features(table: Comparison, record: Record) -> None:
     for name in [k for k in record if k.startswith("feat.")]:
         x = record[name]

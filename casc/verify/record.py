@@ -78,7 +78,9 @@ def _stage_record(seen: dict[str, Any]) -> Record:
     """Of one cascade stage of a training step, boxes and masks."""
     boxes, valid = seen["box.candidates"]
     matches, rois, masks = seen["box.matches"], seen["box.rois"], seen["mask.rois"]
-    return {
+    # The bags of the fixed grid never hold all features at once.
+    aligned = {"bbox_feats": seen["box.features"]} if "box.features" in seen else {}
+    return aligned | {
         "proposals": boxes,
         "proposals_valid": valid,
         "gt": matches.gt,
@@ -93,7 +95,6 @@ def _stage_record(seen: dict[str, Any]) -> Record:
         "sampled_labels": rois.labels,
         "from_gt": rois.from_gt,
         "goal": seen["box.goal"],
-        "bbox_feats": seen["box.features"],
         "cls_score": seen["box.output"].logits,
         "bbox_pred": seen["box.output"].deltas,
         "mask_boxes": masks.boxes,
