@@ -1,9 +1,7 @@
 """Tar files whose bytes depend on nothing but what is in them."""
 
 import hashlib
-import io
 import os
-import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,18 +19,25 @@ class Written(NamedTuple):
     sha256: str
 
 
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Written:
-    """Write a ustar archive under a temporary name, and rename it once it is on the disk."""
+def write_tar(path: Path, members: Iterable[tuple[str, str, bytes]]) -> Written:
+    """Write an archive under a temporary name, and rename it once it is on the disk.
+
+    Args:
+        path: of the archive.
+        members: key, extension and content of each; names are ASCII, below 100 characters.
+    """
+    # Imported late: it brings torch, which most of data_tools does without.
+    from webdataset.writer import TarWriter
+
     temporary = path.with_name(path.name + TEMPORARY)
     with temporary.open("w+b") as stream:
-        with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for name, data in members:
-                member = tarfile.TarInfo(name)  # owner, group and time are all 0
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-        size = stream.tell()
+        with TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) as archive:
+            for key, extension, data in members:
+                # One by one: TarWriter would sort a sample's members by extension.
+                archive.write({"__key__": key, extension: data})
         stream.seek(0)
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        size = stream.tell()
         os.fsync(stream.fileno())
     temporary.replace(path)
     sync_folder(path.parent)

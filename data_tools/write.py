@@ -43,7 +43,9 @@ class ShardResult(NamedTuple):
 class SampleMembers(NamedTuple):
     """A sample, ready to be put into a tar."""
 
-    image_name: str
+    key: str
+    extension: str
+    """Of the image."""
     image: bytes
     record: dict[str, Any]
     findings: list[Finding]
@@ -59,7 +61,7 @@ def write_shard(task: ShardTask) -> ShardResult:
     findings: list[Finding] = []
     counts: list[tuple[bool, int, int, int]] = []
 
-    def members() -> Iterator[tuple[str, bytes]]:
+    def members() -> Iterator[tuple[str, str, bytes]]:
         for item in task.shard.items:
             sample = make_sample(item, task)
             findings.extend(sample.findings)
@@ -67,10 +69,10 @@ def write_shard(task: ShardTask) -> ShardResult:
             edges = max((len(annotation_edges(entry)) for entry in objects), default=0)
             listed = len(sample.record["annotations"])
             counts.append((sample.record["train"], listed, len(objects), edges))
-            yield sample.image_name, sample.image
+            yield sample.key, sample.extension, sample.image
             # Compact, and the same on every run; keys stay in the order of the code.
             text = json.dumps(sample.record, separators=(",", ":"), allow_nan=False)
-            yield f"{item.image.id:012d}.json", text.encode("ascii")
+            yield sample.key, "json", text.encode("ascii")
 
     task.path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -105,7 +107,8 @@ def make_sample(item: Item, task: ShardTask) -> SampleMembers:
         for annotation in item.annotations
     ]
     return SampleMembers(
-        image_name=f"{image.id:012d}.{item.probe.extension}",
+        key=f"{image.id:012d}",
+        extension=item.probe.extension,
         image=stored.data,
         record={
             "image_id": image.id,

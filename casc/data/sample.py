@@ -171,48 +171,82 @@ def iter_tar(
 ) -> Iterator[tuple[str, bytes, bytes]]:
     """Yield `(key, image bytes, JSON bytes)` of a shard's samples in order.
 
-    The tar is read as a stream, so a pipe or a download will do as `source`.
+    The tar is read as a stream, by webdataset, so a pipe or a download will do as `source`.
+    As webdataset has it, what isn't a file (folders, links) is passed over.
 
     Args:
         source: a file's path, or what has its `read`.
         name: what errors call it; by default the path.
 
     Raises:
-        UserError: when the tar is damaged, ends early, or isn't in pairs of members.
+        UserError: when the tar is damaged, compressed, ends early, or isn't in pairs of members.
     """
     name = name or ("shard" if hasattr(source, "read") else str(source))
     try:
         opened = open(source, "rb") if isinstance(source, (str, os.PathLike)) else source  # noqa: SIM115, PTH123
     except OSError as error:
         raise UserError(f"{name}: can't be opened ({error.strerror})") from None
+    stream = _TarStream(opened)
     try:
-        yield from _pairs(opened, name)
+        yield from _pairs(stream, name)
+    except UserError as error:
+        error.args = stream.raised or error.args  # webdataset adds to what passes through it
+        raise
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{name}: not a complete tar file ({error})") from None
+        why = error if isinstance(error, OSError) else error.args[0]
+        raise UserError(f"{name}: not a complete tar file ({why})") from None
     finally:
         if isinstance(opened, io.BufferedReader) and opened is not source:
             opened.close()
 
 
-def _pairs(stream: Readable, name: str) -> Iterator[tuple[str, bytes, bytes]]:
-    pending: tuple[str, bytes] | None = None
-    # Larger blocks make tarfile slower: it cuts every member out of them.
-    source: Any = stream
-    with tarfile.open(fileobj=source, mode="r|", bufsize=2**16) as archive:
-        for member in archive:
-            content = archive.extractfile(member) if member.isfile() else None
-            if content is None:
-                raise UserError(f"{name}: {member.name!r} is not a plain file")
-            data = content.read()
-            if len(data) != member.size:
-                raise UserError(f"{name}: {member.name!r} is cut short")
-            key, _, extension = member.name.partition(".")
-            if pending is None and extension != "json":
-                pending = key, data
-            elif pending is not None and extension == "json" and pending[0] == key:
-                yield key, pending[1], data
-                pending = None
-            else:
-                raise UserError(f"{name}: {member.name!r} is not one of a pair of image and JSON")
-    if pending is not None:
-        raise UserError(f"{name}: ends after the image {pending[0]!r}, its JSON is missing")
+class _TarStream:
+    """What webdataset reads a tar from: counts the bytes, and refuses compressed archives."""
+
+    def __init__(self, source: Readable) -> None:
+        self.source, self.at = source, 0
+        self.raised: tuple[Any, ...] = ()
+        """Arguments of the error that reading raised."""
+
+    def __str__(self) -> str:
+        return f"byte {self.at:,}"
+
+    def read(self, count: int) -> bytes:
+        try:
+            data = self.source.read(count)
+        except UserError as error:
+            self.raised = error.args
+            raise
+        # A small compressed archive may unpack to more than there is memory.
+        if self.at == 0 and data[257:262] != b"ustar":
+            raise tarfile.ReadError("it doesn't begin with a tar header")
+        self.at += len(data)
+        return data
+
+
+def _pairs(stream: _TarStream, name: str) -> Iterator[tuple[str, bytes, bytes]]:
+    # Imported late: it brings torch, which most of data_tools does without.
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    members = tar_file_expander([{"url": name, "stream": stream}])
+    samples = group_by_keys(members, keys=_key_and_extension, lcase=False)
+    while True:
+        try:
+            sample = next(samples, None)
+        except ValueError as error:
+            raise UserError(f"{name}: {error.args[0]}") from None
+        if sample is None:
+            return
+        key = sample["__key__"]
+        found = [extension for extension in sample if not extension.startswith("__")]
+        images = [extension for extension in found if extension != "json"]
+        if len(images) != 1 or len(found) != 2:
+            raise UserError(
+                f"{name}: {key!r} has the members {', '.join(found)}, not one image and one json"
+            )
+        yield key, sample[images[0]], sample["json"]
+
+
+def _key_and_extension(name: str) -> tuple[str, str]:
+    key, _, extension = name.partition(".")
+    return key, extension

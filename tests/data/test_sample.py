@@ -197,12 +197,13 @@ def test_area_is_positive_clockwise_on_the_screen():
     assert signed_area(far) == 1
 
 
-def tar(*members: tuple[str, bytes], directory: bool = False) -> bytes:
+def tar(*members: tuple[str, bytes], other: str = "", kind: bytes = b"", mode: str = "w") -> bytes:
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        if directory:
-            entry = tarfile.TarInfo("folder")
-            entry.type = tarfile.DIRTYPE
+    archive: tarfile.TarFile
+    with tarfile.open(fileobj=out, mode=mode) as archive:  # type: ignore[call-overload]
+        if other:
+            entry = tarfile.TarInfo(other)
+            entry.type, entry.linkname = kind, "/etc/passwd"
             archive.addfile(entry)
         for name, data in members:
             entry = tarfile.TarInfo(name)
@@ -227,10 +228,13 @@ def test_a_tar_gives_its_pairs_in_order(tmp_path: Path):
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        (PAIRS[:3], "ends after the image '02'"),
-        (PAIRS[1:], "'01.json' is not one of a pair"),
-        ([PAIRS[0], PAIRS[3]], "'02.json' is not one of a pair"),
-        ([PAIRS[0], PAIRS[2]], "'02.png' is not one of a pair"),
+        (PAIRS[:3], "'02' has the members png, not one image and one json"),
+        (PAIRS[1:], "'01' has the members json, not"),
+        ([PAIRS[0], PAIRS[3]], "'01' has the members jpg, not"),
+        ([PAIRS[0], PAIRS[2]], "'01' has the members jpg, not"),
+        ([PAIRS[0], ("01.png", b"y"), PAIRS[1]], "'01' has the members jpg, png, json, not"),
+        ([*PAIRS[:2], PAIRS[1]], "01.json: duplicate"),
+        ([*PAIRS[:2], ("README", b"")], "'README' has the members , not"),
     ],
 )
 def test_members_without_a_partner_are_refused(members: list[tuple[str, bytes]], reason: str):
@@ -248,5 +252,35 @@ def test_a_damaged_tar_is_named(tmp_path: Path):
         list(iter_tar(path))
     with pytest.raises(UserError, match=r"absent\.tar: can't be opened"):
         list(iter_tar(tmp_path / "absent.tar"))
-    with pytest.raises(UserError, match="not a plain file"):
-        list(iter_tar(io.BytesIO(tar(*PAIRS, directory=True))))
+
+
+def test_links_are_never_read_and_folders_passed_over():
+    expected = [("01", b"x" * 700, b"{}"), ("02", b"y", b"[]")]
+    whole = tar(*PAIRS, other="folder", kind=tarfile.DIRTYPE)
+    assert list(iter_tar(io.BytesIO(whole))) == expected
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+        linked = tar(PAIRS[1], other="01.jpg", kind=kind)
+        with pytest.raises(UserError, match="'01' has the members json, not one image"):
+            list(iter_tar(io.BytesIO(linked)))
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_a_compressed_tar_is_refused(mode: str):
+    """One of a few kilobytes may unpack to more than there is memory."""
+    bomb = tar(("01.jpg", bytes(10**6)), PAIRS[1], mode=mode)
+    with pytest.raises(UserError, match="doesn't begin with a tar header"):
+        list(iter_tar(io.BytesIO(bomb)))
+
+
+@pytest.mark.parametrize("bytes_before", [0, 512, 20_000, 40_000])
+def test_what_reading_raises_keeps_its_words(bytes_before: int):
+    class Failing(io.BytesIO):
+        def read(self, count: int | None = -1, /) -> bytes:
+            if self.tell() + (count or 0) > bytes_before:
+                raise UserError("the server says 500")
+            return super().read(count)
+
+    data = tar(("01.jpg", b"x" * 30_000), PAIRS[1], ("02.jpg", b"x" * 30_000), PAIRS[3])
+    with pytest.raises(UserError) as raised:
+        list(iter_tar(Failing(data)))
+    assert str(raised.value) == "the server says 500"
