@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from casc.device.devices import choose_compiler, choose_dtype, compiler_missing, traits
-from casc.model.choose_compute import TOLERANCE, native_difference
+from casc.model.choose_compute import TOLERANCE, roi_difference
 from casc.ops.nms import batched_nms
 from casc.ops.row_sums import weighted_row_sums
 
@@ -90,7 +90,7 @@ def _suppression(device: torch.device) -> Check:
 
 
 def _roi_align(device: torch.device) -> Check:
-    worst = native_difference(device)
+    worst = roi_difference(device, "native")
     return Check(
         "native RoIAlign",
         worst <= TOLERANCE,

@@ -23,7 +23,7 @@ class Compute(NamedTuple):
     process; with inductor only."""
     backend: str = "inductor"
     """torch.compile's, from `casc.device.devices.choose_compiler`."""
-    roi_kernel: Literal["aten", "native"] = "aten"
+    roi_kernel: Literal["aten", "native", "triton"] = "aten"
     """What the config's "auto" stands for, from `casc.model.choose_compute`."""
     nms_kernel: Literal["auto", "triton"] = "auto"
     """Likewise; "auto" is what `batched_nms` makes of it."""

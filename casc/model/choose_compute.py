@@ -74,7 +74,7 @@ def choose_compute(
 
 def choose_roi_kernel(
     setting: RoiKernel, sampling: Sampling, device: torch.device
-) -> tuple[Literal["aten", "native"], list[str]]:
+) -> tuple[Literal["aten", "native", "triton"], list[str]]:
     """What `roi_kernel` stands for on a device, and what there is to say of it.
 
     Args:
@@ -83,27 +83,50 @@ def choose_roi_kernel(
         device: where to run.
 
     Raises:
-        UserError: the device's own was asked for, or is the only one, and it differs.
+        UserError: the device's own or Triton was asked for, or is the only one, and it isn't
+            there or differs.
     """
     row = traits(device)
-    must = setting == "native" or (sampling == "adaptive" and row.native_roi_align)
-    if not must and (setting == "aten" or not row.native_roi_align):
-        return "aten", []
-    try:
-        worst = native_difference(device)
-    except (RuntimeError, UserError) as error:
-        found = f"{row.roi_align}'s RoIAlign doesn't run on {device} ({error})"
-    else:
-        if worst <= TOLERANCE:
-            return "native", [f"RoIAlign by {row.roi_align}: {worst:.1g} from plain ATen's"]
-        found = (
-            f"{row.roi_align}'s RoIAlign on {device} is {worst:.3g} off plain ATen's, more than"
-            f" {TOLERANCE:g}"
+    if setting == "triton" and sampling == "adaptive":
+        raise UserError(
+            "--model.roi-kernel triton: has the fixed grid only; use --model.roi-align fixed"
         )
+    must = setting in ("native", "triton") or (sampling == "adaptive" and row.native_roi_align)
+    kernel = _roi_candidate(setting, sampling, device)
+    if kernel == "aten":
+        return "aten", []
+    name = "Triton" if kernel == "triton" else row.roi_align
+    found = triton_missing(device) if kernel == "triton" else None
+    if found is None:
+        try:
+            worst = roi_difference(device, kernel)
+        except Exception as error:  # whatever a compiler or driver may raise
+            found = f"{name}'s RoIAlign doesn't run on {device} ({_in_short(error)})"
+        else:
+            if worst <= TOLERANCE:
+                return kernel, [f"RoIAlign by {name}: {worst:.1g} from plain ATen's"]
+            found = (
+                f"{name}'s RoIAlign on {device} is {worst:.3g} off plain ATen's, more than"
+                f" {TOLERANCE:g}"
+            )
     if must:
         flag = "--model.roi-align fixed" if sampling == "adaptive" else "--model.roi-kernel aten"
         raise UserError(f"{found}; use {flag}")
     return "aten", [f"warning: {found}, so RoIAlign is computed in plain ATen"]
+
+
+def _roi_candidate(
+    setting: RoiKernel, sampling: Sampling, device: torch.device
+) -> Literal["aten", "native", "triton"]:
+    """What would be used, should it prove right."""
+    row = traits(device)
+    if sampling == "adaptive":
+        return "native" if row.native_roi_align or setting == "native" else "aten"
+    if setting != "auto":
+        return setting
+    if not triton_missing(device):
+        return "triton"
+    return "native" if row.native_roi_align else "aten"
 
 
 def choose_nms_kernel(
@@ -152,14 +175,14 @@ def _in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def native_difference(device: torch.device) -> float:
-    """The largest difference between the two, of values and of gradients, float32."""
+def roi_difference(device: torch.device, kernel: Literal["native", "triton"]) -> float:
+    """The largest difference from plain ATen, of values and of gradients, float32."""
     boxes = _boxes().to(device)
     image = torch.arange(boxes.shape[0], device=device) % 2
     made = []
-    for kernel in ("aten", "native"):
+    for one in ("aten", kernel):
         levels = [level.to(device).requires_grad_() for level in _levels()]
-        aligned = roi_align(flatten_pyramid(levels, _STRIDES), boxes, image, 7, "fixed", kernel)
+        aligned = roi_align(flatten_pyramid(levels, _STRIDES), boxes, image, 7, "fixed", one)
         weight = _wave(aligned.shape).to(device)
         made.append((aligned.detach(), *torch.autograd.grad(aligned, levels, weight)))
     return max((a - b).abs().max().item() for a, b in zip(*made, strict=True))

@@ -101,7 +101,8 @@ class DetectorConfig:
     """Samples per RoIAlign cell. fixed: 2x2. adaptive: the reference's ceil(side / cells)."""
     roi_kernel: RoiKernel = "auto"
     """How the fixed grid is computed. aten: by an embedding bag. native: by the device's own
-    RoIAlign. auto: native on an NPU, if it proves right before the first step; else aten."""
+    RoIAlign. triton: by casc's Triton kernels. auto: triton on a GPU and native on an NPU, if it
+    proves right before the first step; else aten."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
 

@@ -5,6 +5,7 @@ Every RoI reads the level that suits its size (FPN, eq. 1). Two ways to sample:
 - "fixed": a 2x2 grid of bilinear samples per cell, as one weighted embedding bag over
   the flattened pyramid. Index and weight tables are plain functions of the boxes, and
   every shape is static.
+  Where there is Triton, `roi_align_triton` makes the taps inside its kernels instead.
 - "adaptive": the reference's grid of ceil(side / cells) samples per cell, by the device's
   native operator (torchvision's, torch_npu's), hidden in one of ours.
 
@@ -12,7 +13,7 @@ Legend: B images, R RoIs, C channels, L levels, P all pixels of all levels, O ou
 per side, T taps per output cell.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from casc.ops.pyramid import Pyramid, by_level
 from casc.ops.row_sums import weighted_row_sums
 
 Sampling = Literal["fixed", "adaptive"]
-RoiKernel = Literal["auto", "aten", "native"]
+RoiKernel = Literal["auto", "aten", "native", "triton"]
 
 # A RoI of sqrt(area) below 2 * 56 pixels reads the finest level; each doubling goes one up.
 FINEST_SIDE = 56.0
@@ -60,14 +61,19 @@ def roi_align(
         image: [R] int64, each RoI's image in the batch.
         cells: O.
         sampling: "fixed" or "adaptive", which is native whatever `kernel` says.
-        kernel: native computes the fixed grid by the device's own operator as well. Which of
-            the two auto becomes is decided before, by `casc.model.choose_compute`; here it is aten.
+        kernel: native computes the fixed grid by the device's own operator as well, triton by
+            casc's kernels. Which of them auto becomes is decided before, by
+            `casc.model.choose_compute`; here it is aten.
 
     Returns:
         [R, C, O, O] of the features' dtype; channels_last in memory for the bag's.
     """
     if is_native(sampling, kernel):
         return _natively(pyramid, boxes.detach(), image, cells, sampling)
+    if kernel == "triton":
+        from casc.ops.roi_align_triton import align  # there isn't Triton for every device
+
+        return _as_maps(align(pyramid, boxes, image, cells), boxes, cells)
     index, weight = fixed_taps(pyramid, boxes.detach(), image, cells)
     return _as_maps(weighted_row_sums(pyramid.pixels, index, weight), boxes, cells)
 
@@ -105,50 +111,81 @@ def fixed_taps(pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int) -> tu
         Rows of `Pyramid.pixels` and their weights, [R * O * O, T] int64 and of the features'
         dtype.
     """
-    level = roi_levels(boxes, len(pyramid.levels))
-    sizes = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
-    index, weight = _taps(boxes, image, level, sizes, pyramid.strides, cells)
+    index, weight = _taps(sample_grid(pyramid, boxes, image, cells), cells)
     return index, weight.to(pyramid.pixels.dtype)
 
 
-def _as_maps(rows: Tensor, boxes: Tensor, cells: int) -> Tensor:
-    return rows.reshape(boxes.shape[0], cells, cells, -1).permute(0, 3, 1, 2)
+class SampleGrid(NamedTuple):
+    """Where the samples of the fixed grid lie, in cells of each RoI's level, axes (y, x).
+
+    Sample s along an axis is at first + (s + 0.5) / GRID * step.
+    """
+
+    start: Tensor
+    """[R] int64: the first row of the RoI's level and image in `Pyramid.pixels`."""
+    size: Tensor
+    """[R, 2] int64: the level's height and width."""
+    first: Tensor
+    """[R, 2] float32: the RoI's first edges."""
+    step: Tensor
+    """[R, 2] float32: the sides of its output cells."""
 
 
-def _taps(
-    boxes: Tensor,
-    image: Tensor,
-    level: Tensor,
-    sizes: list[tuple[int, int]],
-    strides: tuple[int, ...],
-    cells: int,
-) -> tuple[Tensor, Tensor]:
-    """Rows of `Pyramid.pixels` and their weights: [R * O * O, T] int64 and float32."""
+def sample_grid(pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int) -> SampleGrid:
+    """Each RoI's level, and its edges on it, shifted by half a cell (aligned).
+
+    Args:
+        pyramid: from `flatten_pyramid`.
+        boxes: [R, 4] float32 xyxy in pixels of the canvas.
+        image: [R] int64.
+        cells: O.
+    """
+    level = roi_levels(boxes, len(pyramid.levels))
+    sizes = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
     per_image = sum(h * w for h, w in sizes)
     offsets = [sum(h * w for h, w in sizes[:i]) for i in range(len(sizes))]
-    height = by_level(level, [h for h, _ in sizes])
-    width = by_level(level, [w for _, w in sizes])
-    start = by_level(level, offsets) + image * per_image
-    scaled = boxes / by_level(level, list(strides)).to(boxes.dtype)[:, None] - 0.5
-    y, y_weight = _axis_taps(scaled[:, 1], scaled[:, 3], height, cells)
-    x, x_weight = _axis_taps(scaled[:, 0], scaled[:, 2], width, cells)
+    size = [by_level(level, [side[axis] for side in sizes]) for axis in (0, 1)]
+    scaled = boxes / by_level(level, list(pyramid.strides)).to(boxes.dtype)[:, None] - 0.5
+    first, last = scaled[:, :2].flip(1), scaled[:, 2:].flip(1)
+    return SampleGrid(
+        by_level(level, offsets) + image * per_image,
+        torch.stack(size, dim=1),
+        first,
+        (last - first) / cells,
+    )
+
+
+def _as_maps(rows: Tensor, boxes: Tensor, cells: int) -> Tensor:
+    return rows.reshape(boxes.shape[0], cells, cells, rows.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _taps(grid: SampleGrid, cells: int) -> tuple[Tensor, Tensor]:
+    """Rows of `Pyramid.pixels` and their weights: [R * O * O, T] int64 and float32."""
+    (y, x), (y_weight, x_weight) = zip(
+        *(
+            _axis_taps(grid.first[:, axis], grid.step[:, axis], grid.size[:, axis], cells)
+            for axis in (0, 1)
+        ),
+        strict=True,
+    )
+    width = grid.size[:, 1]
     # [R, O, 1, t, 1] against [R, 1, O, 1, t], t taps per axis.
     index = y[:, :, None, :, None] * width[:, None, None, None, None] + x[:, None, :, None, :]
-    index = index + start[:, None, None, None, None]
+    index = index + grid.start[:, None, None, None, None]
     weight = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
     taps = (2 * GRID) ** 2
     return index.reshape(-1, taps), weight.reshape(-1, taps)
 
 
-def _axis_taps(low: Tensor, high: Tensor, size: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+def _axis_taps(first: Tensor, step: Tensor, size: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Positions and weights along one axis, two neighbours for each sample.
 
     A sample more than a cell outside the map counts as 0; within that margin it reads
     the border.
 
     Args:
-        low: [R] first edge of the RoI in cells of its level, shifted by -0.5.
-        high: [R] last edge.
+        first: [R] of a `SampleGrid`.
+        step: [R] likewise.
         size: [R] cells of the level along this axis.
         cells: O.
 
@@ -156,8 +193,8 @@ def _axis_taps(low: Tensor, high: Tensor, size: Tensor, cells: int) -> tuple[Ten
         [R, O, 2 * GRID] int64 and float32.
     """
     samples = cells * GRID
-    step = (torch.arange(samples, device=low.device, dtype=low.dtype) + 0.5) / GRID
-    at = low[:, None] + step * ((high - low) / cells)[:, None]
+    number = (torch.arange(samples, device=first.device, dtype=first.dtype) + 0.5) / GRID
+    at = first[:, None] + number * step[:, None]
     last = (size - 1)[:, None].to(at.dtype)
     counts = (at >= -1) & (at <= last + 1)
     at = torch.minimum(at.clamp(min=0), last)
@@ -165,7 +202,7 @@ def _axis_taps(low: Tensor, high: Tensor, size: Tensor, cells: int) -> tuple[Ten
     fraction = at - floor
     position = torch.stack([floor, torch.minimum(floor + 1, last)], dim=-1).long()
     weight = torch.stack([1 - fraction, fraction], dim=-1) * counts[..., None] / GRID
-    shape = (low.shape[0], cells, 2 * GRID)
+    shape = (first.shape[0], cells, 2 * GRID)
     return position.reshape(shape), weight.reshape(shape)
 
 

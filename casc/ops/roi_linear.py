@@ -42,7 +42,7 @@ def roi_linear(
         image: [R] int64, each RoI's image in the batch.
         cells: O.
         sampling: as for `roi_align`.
-        kernel: as for `roi_align`; a native one keeps its features.
+        kernel: as for `roi_align`; native and triton keep their features.
         matrix: [K, C * N] of the features' dtype.
         bias: [K] of that dtype.
         probe: sees a native kernel's features; others aren't all there at once.
@@ -54,6 +54,14 @@ def roi_linear(
         features = roi_align(pyramid, boxes, image, cells, sampling, kernel)
         features = probe("box.features", features)
         return linear(features.flatten(1), matrix, bias), pyramid
+    if kernel == "triton":
+        from casc.ops.roi_align_triton import chained_align  # not for every device
+
+        rows, pyramid = chained_align(pyramid, boxes, image, cells)
+        # The kernels give [R, N, C]. Turning the matrix takes no pass of its own where a
+        # compiler casts it anyway; turning the features would.
+        turned = matrix.unflatten(1, (-1, cells * cells)).transpose(1, 2).flatten(1)
+        return linear(rows.flatten(1), turned, bias), pyramid
     index, weight = fixed_taps(pyramid, boxes.detach(), image, cells)
     made, pixels = _Chained.apply(pyramid.pixels, index, weight, matrix, bias)
     return made, pyramid._replace(pixels=pixels)

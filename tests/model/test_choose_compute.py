@@ -15,7 +15,7 @@ from casc.model.choose_compute import (
     choose_compute,
     choose_nms_kernel,
     choose_roi_kernel,
-    native_difference,
+    roi_difference,
 )
 from casc.model.detector import DetectorConfig
 from casc.model.steps import make_loss_step, resolve_auto
@@ -48,7 +48,7 @@ def broken(patch: pytest.MonkeyPatch) -> None:
 
 
 def test_native_and_aten_agree_where_both_are_right():
-    assert native_difference(CPU) < 1e-4
+    assert roi_difference(CPU, "native") < 1e-4
 
 
 def test_all_levels_are_compared():
@@ -75,6 +75,13 @@ def test_a_native_kernel_of_another_convention_is_not_used_and_said(like_npu, mo
         choose_roi_kernel("native", "fixed", CPU)
     with pytest.raises(UserError, match=r"use --model.roi-align fixed"):
         choose_roi_kernel("auto", "adaptive", CPU)
+
+
+def test_triton_where_there_is_none_is_refused():
+    with pytest.raises(UserError, match=r"no Triton kernels for cpu; use --model.roi-kernel aten"):
+        choose_roi_kernel("triton", "fixed", CPU)
+    with pytest.raises(UserError, match=r"--model.roi-kernel triton: .*--model.roi-align fixed"):
+        choose_roi_kernel("triton", "adaptive", CPU)
 
 
 def test_a_kernel_that_raises_is_not_used_and_said(like_npu, monkeypatch):

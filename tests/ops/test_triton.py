@@ -6,6 +6,7 @@ makes the machine code that a GPU would load.
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 HERE = Path(__file__).parent
@@ -21,7 +23,7 @@ needs_triton = pytest.mark.skipif(not TRITON, reason="Triton isn't installed")
 
 
 @needs_triton
-@pytest.mark.parametrize("what", ["nms"])
+@pytest.mark.parametrize("what", ["nms", "roi_align"])
 def test_numbers_by_the_interpreter(what):
     # Whether a kernel is interpreted is decided when its file is imported.
     done = subprocess.run(
@@ -38,8 +40,8 @@ def test_numbers_by_the_interpreter(what):
 # ---- what the compiler sees ----
 
 
-def kernels_of(function, *inputs) -> int:
-    """How many Triton kernels a function launches once it is compiled, its gradient included.
+def traced(function, *inputs) -> list[torch.fx.Node]:
+    """The nodes of a function once it is compiled, its gradient included.
 
     It is traced as one graph with tensors that have no values: a read would raise.
     """
@@ -47,7 +49,7 @@ def kernels_of(function, *inputs) -> int:
 
     def record(graph, _):
         graphs.append(graph)
-        return graph
+        return make_boxed_func(graph)
 
     torch.compiler.reset()
     with FakeTensorMode() as mode:
@@ -56,7 +58,10 @@ def kernels_of(function, *inputs) -> int:
         result = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*fakes)
         if isinstance(result, torch.Tensor) and result.requires_grad:
             result.sum().backward()
-    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    return [node for graph in graphs for node in graph.graph.nodes]
+
+
+def kernels(nodes) -> int:
     return sum("triton_kernel_wrapper" in str(node.target) for node in nodes)
 
 
@@ -71,7 +76,32 @@ def test_suppression_is_two_launches_and_reads_nothing():
 
     boxes, scores = torch.rand(2, 700, 4), torch.rand(2, 700)
     group, valid = torch.arange(700) // 150, torch.ones(2, 700, dtype=torch.bool)
-    assert kernels_of(suppress, boxes, scores, group, valid) == 2
+    assert kernels(traced(suppress, boxes, scores, group, valid)) == 2
+
+
+@needs_triton
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_roi_align_allocates_nothing_that_grows_with_taps(deterministic):
+    from casc.ops.pyramid import flatten_pyramid
+    from casc.ops.roi_align import roi_align
+
+    rois, channels, cells = 300, 4, 7
+
+    def align(fine, coarse, boxes, image):
+        pyramid = flatten_pyramid([fine, coarse], (4, 8))
+        return roi_align(pyramid, boxes, image, cells, "fixed", "triton")
+
+    fine, coarse = (torch.rand(2, channels, s, s).requires_grad_() for s in (32, 16))
+    boxes, image = torch.rand(rois, 4), torch.zeros(rois, dtype=torch.long)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        nodes = traced(align, fine, coarse, boxes, image)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    # Forward, and backward once, or once a level.
+    assert kernels(nodes) == (3 if deterministic else 2)
+    made = [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert max(value.numel() for value in made) == rois * cells**2 * channels
 
 
 # ---- machine code ----
@@ -131,3 +161,28 @@ def test_suppression_compiles(capability, monkeypatch, tmp_path):
             tables | {"keep": "*fp32", "count": "i32"},
             {"BLOCK": 64, "WORDS": words, "ROWS": 8192 // max(words, 128)},
         )
+
+
+@needs_ptxas
+@capabilities
+def test_roi_align_compiles_with_wide_loads(capability, monkeypatch, tmp_path):
+    from casc.ops import roi_align_triton as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    grid = {"start": "*i64", "first": "*fp32", "step": "*fp32"}
+    constants = {"SIDE": 7, "GRID": 2, "C": 256}
+    by_cell = constants | {"CELLS": 8, "CHANNELS": 256}
+    sized = grid | {"size": "*i64"}
+    read = cubin(kernels._read, capability, sized | {"pixels": "*bf16", "made": "*bf16"}, by_cell)
+    # 8 cells, 16 taps: each thread reads 8 channels at once, twice a tap.
+    assert len(re.findall(r"ld\.global\S*v4\.b32", read["ptx"])) == 2 * 16
+    add = cubin(kernels._add, capability, sized | {"grad": "*bf16", "total": "*fp32"}, by_cell)
+    if capability >= 90:
+        assert "add.v4.f32" in add["ptx"]
+    names = ("rois", "height", "width", "skip", "per_image")
+    cubin(
+        kernels._gather,
+        capability,
+        grid | {"grad": "*bf16", "later": "*bf16", "total": "*fp32"} | dict.fromkeys(names, "i32"),
+        constants | {"TILE": 8, "ROIS": 32, "CELLS": 32, "CHANNELS": 64},
+    )
