@@ -17,9 +17,10 @@ from casc.checkpoints.classes import in_order_of
 from casc.checkpoints.detectron2 import read_detectron2
 from casc.checkpoints.detectron2_write import write_detectron2
 from casc.checkpoints.foreign import Checkpoint, Read, Stated, Written, complete
+from casc.checkpoints.format import VERSION, WEIGHTS_FORMAT
 from casc.checkpoints.mmdetection import read_mmdetection, write_mmdetection
 from casc.checkpoints.pickles import load_pickle, load_torch
-from casc.checkpoints.read import FORMAT, VERSION, Weights, read_weights
+from casc.checkpoints.read import Weights, read_weights
 from casc.checkpoints.report import Convention, Report, Row, chain
 from casc.checkpoints.torchvision_resnet import is_torchvision, read_torchvision, write_torchvision
 from casc.config import from_json, to_json
@@ -213,7 +214,7 @@ def _from_casc(weights: Weights, stated: Stated) -> Read:
 def _for_casc(checkpoint: Checkpoint, kind: Kind, source: str) -> Written:
     recipe = {"model": to_json(checkpoint.model), "image": to_json(checkpoint.image)}
     metadata = {
-        "format": FORMAT,
+        "format": WEIGHTS_FORMAT,
         "version": str(VERSION),
         "recipe": json.dumps(recipe),
         "origin": json.dumps(

@@ -18,6 +18,7 @@ from casc.checkpoints.shapes import BATCHES, expected
 from casc.config import from_json, to_json
 from casc.data.index import Category
 from casc.errors import UserError
+from casc.json_files import parse_json
 from casc.model.detector import DetectorConfig
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import PREFIX
@@ -166,7 +167,7 @@ def from_text(text: Any, source: str) -> Ours | None:
     if text is None:
         return None
     try:
-        entries = json.loads(text)
+        entries = parse_json(text, source)
         model, image, channels = (entries[name] for name in Ours._fields)
         if channels not in ("rgb", "bgr"):
             raise ValueError(f"channels {channels!r}")

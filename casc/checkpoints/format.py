@@ -15,6 +15,7 @@ A checkpoint is written under another name, flushed to the disk and renamed. Who
 one that doesn't agree with its hashes goes on to the one before.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,11 +31,14 @@ from torch import Tensor
 
 from casc.checkpoints.state import State
 from casc.errors import UserError
+from casc.json_files import parse_json, read_json
 
 WEIGHTS, STATE, MANIFEST, METRICS = (
     "weights.safetensors", "state.safetensors", "checkpoint.json", "metrics.json"
 )  # fmt: skip
 BEST = "best"
+FORMAT, WEIGHTS_FORMAT, VERSION = "casc-checkpoint", "casc-weights", 1
+"""What the manifest and the metadata of the weights call themselves."""
 _PREFIX, _GUARD, _RAW, _EMA = "step-", "guard.", "raw.", "ema."
 
 
@@ -94,13 +98,15 @@ def save(
             name: {key: fact(temporary / name) for key, fact in _FACTS.items()}
             for name in (WEIGHTS, STATE)
         }
-        manifest = {"format": "casc-checkpoint", "version": 1, "step": state.step, "files": files}
+        manifest = {"format": FORMAT, "version": VERSION, "step": state.step, "files": files}
         _write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         _flush(temporary)
-        if final.exists():  # torn, or its step was taken again after resuming before it
-            shutil.rmtree(final)
+        # Torn, or its step was taken again after resuming before it.
+        before = _hide(final) if final.exists() else None
         temporary.rename(final)
         _flush(folder)
+        if before:
+            shutil.rmtree(before)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -116,8 +122,7 @@ def load(checkpoint: Path) -> Loaded:
         CorruptCheckpointError: naming the file that is missing, cut short or changed.
     """
     verify(checkpoint)
-    with safetensors.safe_open(checkpoint / STATE, "pt") as file:
-        position = json.loads(file.metadata()["position"])
+    position = _json_of(checkpoint / STATE, "position")
     weights, rest = load_file(checkpoint / WEIGHTS), load_file(checkpoint / STATE)
     guard, raw, ema = (_taken(rest, prefix) for prefix in (_GUARD, _RAW, _EMA))
     if raw:
@@ -127,8 +132,7 @@ def load(checkpoint: Path) -> Loaded:
 
 def recipe_of(checkpoint: Path) -> Any:
     """The recipe, as JSON, that a checkpoint's weights were trained with."""
-    with safetensors.safe_open(checkpoint / WEIGHTS, "pt") as file:
-        return json.loads(file.metadata()["recipe"])
+    return _json_of(checkpoint / WEIGHTS, "recipe")
 
 
 def restore(state: State, loaded: Loaded, source: Path) -> State:
@@ -178,17 +182,52 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def verify(checkpoint: Path) -> None:
-    """Compare a checkpoint with its hashes.
+    """Check that a checkpoint is one of this version, agrees with its hashes and can be resumed.
 
     Raises:
         CorruptCheckpointError: naming the file and what is wrong with it.
+        UserError: it is whole, but a newer version of casc wrote it.
     """
-    manifest = checkpoint / MANIFEST
+    path = checkpoint / MANIFEST
+    manifest = read_json(path, error=CorruptCheckpointError)
+    _check_version(path, manifest.get("format"), manifest.get("version"), FORMAT)
+    _compare(checkpoint, manifest, _FACTS)
+    metadata = _metadata(checkpoint / WEIGHTS)
+    version = metadata.get("version", str(VERSION))
+    _check_version(
+        checkpoint / WEIGHTS,
+        metadata.get("format", WEIGHTS_FORMAT),
+        int(version) if version.isdecimal() and version.isascii() else version,
+        WEIGHTS_FORMAT,
+    )
+    recipe_of(checkpoint)
+    step = _json_of(checkpoint / STATE, "position").get("step")
+    if type(step) is not int or step < 0:
+        raise CorruptCheckpointError(f"{checkpoint / STATE}: position: step is {step!r}")
+
+
+def _check_version(path: Path, kind: object, version: object, expected: str) -> None:
+    if kind != expected:
+        raise CorruptCheckpointError(f"{path}: format is {kind!r}, expected {expected!r}")
+    if type(version) is not int or version < 1:
+        raise CorruptCheckpointError(f"{path}: version is {version!r}, expected {VERSION}")
+    if version > VERSION:
+        raise UserError(
+            f"{path}: version is {version}, this casc reads {VERSION}; update casc, or choose"
+            " another --out"
+        )
+
+
+def _compare(
+    checkpoint: Path, manifest: Mapping[str, Any], facts: Mapping[str, Callable[[Path], Any]]
+) -> None:
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        expected = [(name, key, files[name][key]) for name in (WEIGHTS, STATE) for key in _FACTS]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptCheckpointError(f"{manifest}: missing or unreadable ({error!r})") from None
+        files = manifest["files"]
+        expected = [(name, key, files[name][key]) for name in (WEIGHTS, STATE) for key in facts]
+    except (KeyError, TypeError) as error:
+        raise CorruptCheckpointError(
+            f"{checkpoint / MANIFEST}: lists no sizes and hashes of files ({error!r})"
+        ) from None
     for name, key, value in expected:
         try:
             found = _FACTS[key](checkpoint / name)
@@ -200,6 +239,35 @@ def verify(checkpoint: Path) -> None:
             )
 
 
+def _is_whole(checkpoint: Path, *, hashes: bool = True) -> bool:
+    """Whether a checkpoint can be relied on; without hashes, whether its files have their sizes."""
+    try:
+        if hashes:
+            verify(checkpoint)
+        else:
+            manifest = read_json(checkpoint / MANIFEST, error=CorruptCheckpointError)
+            _compare(checkpoint, manifest, {"bytes": _FACTS["bytes"]})
+    except UserError:
+        return False
+    return True
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CorruptCheckpointError(f"{file}: can't be read ({error})") from None
+
+
+def _json_of(file: Path, key: str) -> dict[str, Any]:
+    """A JSON object in a file's metadata."""
+    text = _metadata(file).get(key)
+    if text is None:
+        raise CorruptCheckpointError(f"{file}: its metadata has no {key!r}")
+    return parse_json(text, f"{file}: {key}", error=CorruptCheckpointError)
+
+
 def add_metrics(checkpoint: Path, metrics: Mapping[str, float | None]) -> None:
     """Record figures with a checkpoint."""
     temporary = checkpoint / f".{METRICS}"
@@ -208,22 +276,25 @@ def add_metrics(checkpoint: Path, metrics: Mapping[str, float | None]) -> None:
 
 
 def best(folder: Path, metric: str) -> tuple[Path, float] | None:
-    """The checkpoint with the highest figure, the newer of equals; None if there is none."""
-    found = None
+    """The whole checkpoint with the highest figure, the newer of equals; None if there is none."""
+    figures = []
     for path in list_checkpoints(folder):
-        try:
-            value = json.loads((path / METRICS).read_text(encoding="utf-8")).get(metric)
-        except (OSError, ValueError):
-            continue
-        if value is not None and (found is None or value > found[1]):
-            found = path, float(value)
-    return found
+        with contextlib.suppress(UserError):
+            value = read_json(path / METRICS).get(metric)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                figures.append((path, float(value)))
+    # Hashing takes time: the likeliest first. Sorting keeps the newer of equals in front.
+    figures.sort(key=lambda entry: entry[1], reverse=True)
+    return next((entry for entry in figures if _is_whole(entry[0])), None)
 
 
 def prune(
     folder: Path, *, keep_last: int, keep_best: str | None, newest: Path | None = None
 ) -> None:
     """Delete what isn't among the newest `keep_last`, nor the best; point `best` there.
+
+    What is damaged counts for neither, so that the last whole checkpoint is never deleted on its
+    account.
 
     Args:
         folder: the run's folder of checkpoints.
@@ -238,15 +309,27 @@ def prune(
     if keep_last:
         there = list_checkpoints(folder)
         first = there.index(newest) if newest in there else 0
-        for path in there[first + keep_last :]:
-            if not found or path != found[0]:
-                shutil.rmtree(path)
+        kept = 0
+        for path in there[first:]:
+            if kept < keep_last:
+                kept += _is_whole(path, hashes=False)
+            elif not found or path != found[0]:
+                shutil.rmtree(_hide(path))
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what interrupted saves have left behind."""
+    """Delete what interrupted saves and deletions have left behind."""
     for path in folder.glob(f".{_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f".{BEST}.*"):
+        path.unlink(missing_ok=True)
+
+
+def _hide(path: Path) -> Path:
+    """Rename a folder that is to be deleted: half of it must not look like a checkpoint."""
+    hidden = path.with_name(f".{path.name}.old.{os.getpid()}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    return path.rename(hidden)
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,11 +6,13 @@ checkpoints is turned to casc's conventions as far as their files tell; `casc co
 programs, and is strict.
 """
 
-import json
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import safetensors
 import torch
@@ -26,12 +28,12 @@ from casc.checkpoints.torchvision_resnet import CLASSIFIER, is_torchvision
 from casc.config import to_json
 from casc.data.index import Category
 from casc.errors import UserError
+from casc.json_files import parse_json
 from casc.model.detector import DetectorConfig
 from casc.model.layers import Params
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import PREFIX
 
-FORMAT, VERSION = "casc-weights", 1
 _CONVERT_FIRST = (
     "weights of Detectron2 have to be converted first: casc convert FILE OUT.safetensors"
 )
@@ -86,13 +88,13 @@ def read_weights(source: str) -> Weights:
     Args:
         source: a run's folder (its newest whole checkpoint is taken), a checkpoint's folder,
             a `.safetensors` file, a `.pth` file of the reference or of torchvision, or the
-            URL of one. torch.hub downloads it, once, and checks the hash in its name.
+            http(s) URL of one, which is downloaded once (see `download_weights`).
 
     Raises:
         UserError: it can't be read, or holds none of these.
     """
     if "://" in source:
-        return _from_torch(source, _download(source))
+        return _from_torch(source, load_torch(download_weights(source)))
     path = Path(source).expanduser()
     if path.is_dir():
         path = _in_folder(path)
@@ -116,7 +118,7 @@ def imagenet_weights(depth: int) -> Weights:
     import torchvision
 
     url = torchvision.models.get_weight(f"ResNet{depth}_Weights.IMAGENET1K_V1").url
-    return _from_torch(url, _download(url))
+    return _from_torch(url, load_torch(download_weights(url)))
 
 
 def fit_weights(
@@ -185,16 +187,19 @@ def _from_safetensors(path: Path) -> Weights:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        if int(metadata.get("version", VERSION)) > VERSION:
+        if int(metadata.get("version", checkpoint.VERSION)) > checkpoint.VERSION:
             raise UserError(
                 f"{path}: written by a newer version of casc ({metadata.get('casc', 'unknown')});"
                 " update casc to read it"
             )
         tensors = load_file(path)
-        entries = json.loads(metadata.get("classes", "null"))
-        recipe = json.loads(metadata.get("recipe", "null"))
-        step = json.loads(metadata.get("step", "null"))
-        origin = json.loads(metadata.get("origin", "null"))
+        entries, recipe, step, origin = (
+            parse_json(metadata.get(key, "null"), f"{path}: {key}", kind)
+            for key, kind in (
+                ("classes", list | None), ("recipe", dict | None), ("step", int | None),
+                ("origin", dict | None),
+            )
+        )  # fmt: skip
         categories = entries and tuple(Category(entry["id"], entry["name"]) for entry in entries)
     except UserError:
         raise
@@ -230,17 +235,44 @@ def _from_torch(source: str, data: Any) -> Weights:
     return Weights(source, "reference", tensors, categories_of(data), recipe, problem=problem)
 
 
-def _download(url: str) -> Any:
+def download_weights(url: str) -> Path:
+    """A URL's file in torch.hub's cache (`$TORCH_HOME/hub/checkpoints`), downloaded if needed.
+
+    Where the name ends in the file's own hash (`resnet50-0676ba61.pth`), the file has that name
+    there. Any other name may be that of many files: it gets a hash of the whole URL in front, and
+    the content's SHA-256 is kept beside it. Either hash is compared each time.
+
+    Raises:
+        UserError: it isn't http(s), can't be downloaded, or has another hash.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise UserError(f"{url}: only http(s) URLs are downloaded; give a local file by its path")
+    base = Path(parts.path).name or "weights"
+    named = re.search(r"-([0-9a-f]{8,64})\.", base)
+    name = base if named else f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{base}"
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    file = folder / name
+    kept = folder / f"{name}.sha256"
     try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", check_hash=True, weights_only=True
-        )
-    except Exception as error:  # of the network, of the hash, of the unpickler
-        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        new = not file.exists()
+        if new:
+            torch.hub.download_url_to_file(url, str(file), progress=False)
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        expected = named[1] if named else kept.read_text().strip() if kept.exists() else digest
+        if new and not named:
+            expected = digest
+            kept.write_text(f"{digest}\n")
+    except Exception as error:  # of the network, or the disk
         raise UserError(
-            f"{url}: could not be had ({first_line(error)}); download it elsewhere into {cache},"
+            f"{url}: could not be had ({first_line(error)}); download it elsewhere to {file},"
             " or give the path of a file with --init"
         ) from None
+    if not digest.startswith(expected):
+        raise UserError(f"{file}: its SHA-256 isn't {expected}; delete it to download {url} again")
+    return file
 
 
 def _groups(names: Sequence[str], most: int = 6) -> list[str]:

@@ -15,6 +15,7 @@ from casc.data.files import sync_folder
 from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.remote import is_local, join, location, read_remote
 from casc.errors import UserError
+from casc.json_files import parse_json
 
 FORMAT = "casc-shards"
 VERSION = 1
@@ -123,9 +124,9 @@ def parse_index(text: str, name: str = INDEX_NAME) -> Index:
         UserError: naming the file and the field.
     """
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not valid JSON ({error}); {_REMEDY}") from None
+        data = parse_json(text, name, object)
+    except UserError as error:
+        raise UserError(f"{error}; {_REMEDY}") from None
     top = _Fields(name, "", data)
     found = top.get("format", str)
     if found != FORMAT:

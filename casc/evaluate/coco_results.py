@@ -17,7 +17,7 @@ from torch import Tensor
 
 from casc.errors import UserError
 from casc.evaluate.mask_rle import encode_masks
-from casc.json_files import read_json, write_json
+from casc.json_files import MOST_COCO_BYTES, read_json, write_json
 from casc.model.detector import Detections
 
 Result = dict[str, Any]
@@ -176,8 +176,8 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
     Raises:
         UserError: naming the file, when it can't be read or isn't a list of objects.
     """
-    data = read_json(path)
-    if not isinstance(data, list) or not all(isinstance(entry, dict) for entry in data):
+    data = read_json(path, list[Any], most_bytes=MOST_COCO_BYTES)
+    if not all(isinstance(entry, dict) for entry in data):
         raise UserError(f"{path}: expected a list of objects; is this a COCO results file?")
     return data
 

@@ -13,7 +13,7 @@ from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.reader import read_shard
 from casc.data.segmentation import mask_area, usable_segmentation
 from casc.errors import UserError
-from casc.json_files import read_json
+from casc.json_files import MOST_COCO_BYTES, read_json
 
 CocoDict = dict[str, Any]
 """`images`, `annotations` and `categories` as in a COCO annotation file."""
@@ -78,10 +78,10 @@ def read_coco(path: str | os.PathLike[str]) -> CocoDict:
     Raises:
         UserError: naming the file and the field, when it can't be read or isn't of that format.
     """
-    data = read_json(path)
+    data = read_json(path, most_bytes=MOST_COCO_BYTES)
     needed = {"images": ("id", "width", "height"), "annotations": (), "categories": ("id", "name")}
     for key, fields in needed.items():
-        entries = data.get(key) if isinstance(data, dict) else None
+        entries = data.get(key)
         if not isinstance(entries, list):
             raise UserError(f"{path}: {key}: expected a list; is this a COCO annotation file?")
         for i, entry in enumerate(entries):

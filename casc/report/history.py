@@ -14,7 +14,7 @@ from casc.errors import UserError
 from casc.evaluate.metrics import Evaluation, read_evaluation
 from casc.json_files import read_json
 from casc.train.log import LOG
-from casc.train.loop import EVALUATIONS
+from casc.train.run import EVALUATIONS
 from casc.train.start import RECIPE
 
 Record = dict[str, Any]

@@ -38,7 +38,7 @@ from casc.train.profile import check_profile, profiling
 from casc.train.recipe import Recipe, resolved
 from casc.train.recipe_checks import check
 from casc.train.results import conclude, concluded, figures_of
-from casc.train.run import Run, announce, open_log
+from casc.train.run import EVALUATIONS, Run, announce, open_log
 from casc.train.saving import Saver
 from casc.train.schedule import learning_rate
 from casc.train.sinks import Sink
@@ -47,7 +47,7 @@ from casc.train.stopping import StoppedError, Stopping
 from casc.train.warmup import buckets_ahead, warm_up
 from casc.train.watching import Activity, watching
 
-PICTURE, EVALUATIONS = "first_batch.png", "evaluations"
+PICTURE = "first_batch.png"
 
 
 class Summary(NamedTuple):
@@ -245,10 +245,12 @@ def _rate(run: Run, step: int) -> float:
 
 def _due(run: Run, step: int, epochs: int, steps: int | None = None) -> bool:
     """Whether something that is done every so many epochs, and at the end, is due."""
+    if steps and step % steps == 0:
+        return True
+    if step == run.facts.steps:
+        return bool(epochs or steps)
     if not epochs:
         return False
-    if step == run.facts.steps or (steps and step % steps == 0):
-        return True
     epoch, rest = divmod(step, run.facts.steps_per_epoch)
     return rest == 0 and epoch % epochs == 0
 
@@ -264,7 +266,7 @@ def _leave(run: Run, saver: Saver, state: State, stopped: StoppedError) -> NoRet
     """Save, if that isn't done or under way, and end the program."""
     saver.save_async(state)
     saver.wait(raise_on_error=True)
-    what = "saved" if run.recipe.save_every else "nothing is saved (--save-every 0)"
+    what = "saved" if run.recipe.saves else "nothing is saved (--save-every 0)"
     run.log.say(
         f"{stopped.signal}: {what} at step {state.step:,}; the same command goes on from the newest"
         f" checkpoint (exit status {stopped.code})",
@@ -315,7 +317,6 @@ def _evaluate(
         figures=figures,
     )
     folder = recipe.folder / EVALUATIONS
-    folder.mkdir(exist_ok=True)
     write_evaluation(evaluation, folder / f"step-{state.step:08d}.json")
     saver.wait()
     saved = checkpoint.path_of(run.checkpoints, state.step)

@@ -89,9 +89,10 @@ class Recipe:
     evaluate_every: int = 1
     """Epochs between evaluations, and one at the end; 0 never evaluates."""
     save_every: int = 1
-    """Epochs between checkpoints, and one at the end; 0 never saves."""
+    """Epochs between checkpoints, and one at the end; 0 leaves it to --save-steps."""
     save_steps: int | None = None
-    """Steps between further checkpoints, for long epochs."""
+    """Steps between further checkpoints, for long epochs. With --save-every 0 and without this
+    nothing is saved."""
     keep_last: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
     keep_best: Literal["box_ap", "mask_ap", "none"] = "mask_ap"
@@ -117,6 +118,11 @@ class Recipe:
     def folder(self) -> Path:
         """Where output goes."""
         return Path("runs") / self.name if self.out is None else self.out
+
+    @property
+    def saves(self) -> bool:
+        """Whether there are going to be checkpoints."""
+        return self.save_every > 0 or self.save_steps is not None
 
     @property
     def images_per_rank(self) -> int:

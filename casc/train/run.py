@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
@@ -21,11 +22,15 @@ from casc.errors import UserError
 from casc.json_files import write_json
 from casc.train.derived import Facts, rate_lines
 from casc.train.environment import environment
-from casc.train.log import RunLog, run_log
+from casc.train.log import LOGS, RunLog, run_log
 from casc.train.recipe import Recipe
 from casc.train.recipe_checks import advice
 from casc.train.sinks import Sink
 from casc.train.start import CHECKPOINTS, RECIPE
+
+EVALUATIONS = "evaluations"
+FOLDERS = (CHECKPOINTS, EVALUATIONS, LOGS)
+"""What a run makes in its output folder."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,11 @@ def open_log(
     """
     if ranks.main:
         try:
-            (recipe.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            for folder in (recipe.folder, *(recipe.folder / name for name in FOLDERS)):
+                folder.mkdir(parents=True, exist_ok=True)
+                # Told now, not when hours of training are to be saved.
+                with TemporaryFile(dir=folder):
+                    pass
             write_json(to_json(recipe), recipe.folder / RECIPE)
         except OSError as error:
             raise UserError(f"--out {recipe.folder}: can't be written ({error})") from None

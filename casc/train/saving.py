@@ -36,7 +36,7 @@ class Saver:
 
     def __init__(self, run: Run, state: State):
         self.run = run
-        self.active = run.ranks.main and run.recipe.save_every > 0
+        self.active = run.ranks.main and run.recipe.saves
         self.saved = state.step if state.step else -1
         """The last step whose checkpoint is there or being written."""
         self.write: _Write | None = None

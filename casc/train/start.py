@@ -84,6 +84,12 @@ def resumed_state(
             " to go on in an epoch; start a new one from its weights: --init"
             f" {found / checkpoint.WEIGHTS} and another --out"
         )
+    for name, kind in (("data", str), ("images_per_step", int), ("phases", list)):
+        if not isinstance(loaded.position.get(name), kind):
+            raise UserError(
+                f"{found / checkpoint.STATE}: position: {name} isn't what casc writes there; choose"
+                " another --out"
+            )
     _check_recipe(recipe, found)
     past, more = _past(recipe, index, derived, loaded.position)
     params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
@@ -125,8 +131,8 @@ def weights_metadata(recipe: Recipe, index: Index, step: int) -> dict[str, str]:
     """What a file of weights says about itself."""
     classes = [{"id": category.id, "name": category.name} for category in index.categories]
     return {
-        "format": "casc-weights",
-        "version": "1",
+        "format": checkpoint.WEIGHTS_FORMAT,
+        "version": str(checkpoint.VERSION),
         "recipe": json.dumps(to_json(recipe)),
         "classes": json.dumps(classes),
         "step": str(step),

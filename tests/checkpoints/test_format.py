@@ -137,3 +137,100 @@ def test_manifest_is_readable_by_others(tmp_path):
     assert manifest["step"] == 3
     for name, facts in manifest["files"].items():
         assert hashlib.sha256((path / name).read_bytes()).hexdigest() == facts["sha256"]
+
+
+def remake(path, edit):
+    """Write a checkpoint's files changed, with hashes that agree."""
+    import hashlib
+
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    for name in (checkpoint.WEIGHTS, checkpoint.STATE):
+        with safe_open(path / name, "pt") as file:
+            metadata = file.metadata()
+        metadata = edit(name, metadata)
+        save_file(load_file(path / name), path / name, metadata=metadata)
+        data = (path / name).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        manifest["files"][name] = {"bytes": len(data), "sha256": digest}
+    manifest = edit(checkpoint.MANIFEST, manifest)
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "said"),
+    [
+        (checkpoint.WEIGHTS, {"recipe": None}, "no 'recipe'"),
+        (checkpoint.WEIGHTS, {"recipe": "[" * 100_000}, "nested too deeply"),
+        (checkpoint.WEIGHTS, {"recipe": '{"a":' * 90 + "1" + "}" * 90}, "more than 64 deep"),
+        (checkpoint.WEIGHTS, {"format": "other"}, "format is 'other'"),
+        (checkpoint.STATE, {"position": None}, "no 'position'"),
+        (checkpoint.STATE, {"position": '{"step": true}'}, "step is True"),
+        (checkpoint.MANIFEST, {"format": None}, "format is None"),
+        (checkpoint.MANIFEST, {"version": "1"}, "version is '1'"),
+    ],
+)
+def test_what_cant_be_resumed_is_passed_over_with_its_reason(tmp_path, where, change, said):
+    write(tmp_path, 1)
+
+    def edit(name, values):
+        changed = {**values, **change} if name == where else values
+        return {key: value for key, value in changed.items() if value is not None}
+
+    remake(write(tmp_path, 2), edit)
+    warnings = []
+    assert checkpoint.newest(tmp_path, warnings.append) == tmp_path / "step-00000001"
+    assert said in warnings[0]
+    assert where in warnings[0]
+
+
+@pytest.mark.parametrize("where", [checkpoint.MANIFEST, checkpoint.WEIGHTS])
+def test_a_newer_version_is_refused_not_passed_over(tmp_path, where):
+    write(tmp_path, 1)
+    two = 2 if where == checkpoint.MANIFEST else "2"
+    remake(write(tmp_path, 2), lambda name, v: {**v, "version": two} if name == where else v)
+    with pytest.raises(UserError, match=r"version is 2, this casc reads 1; update casc"):
+        checkpoint.newest(tmp_path, pytest.fail)
+
+
+def test_a_damaged_best_costs_no_whole_checkpoint(tmp_path):
+    for step, figure in ((1, 0.9), (2, 0.5)):
+        checkpoint.add_metrics(write(tmp_path, step), {"mask_ap": figure})
+    (tmp_path / "step-00000001" / checkpoint.WEIGHTS).unlink()
+    newest = write(tmp_path, 3)
+    checkpoint.prune(tmp_path, keep_last=1, keep_best="mask_ap", newest=newest)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == [
+        "step-00000003",
+        "step-00000002",
+    ]
+    assert (tmp_path / "best").resolve().name == "step-00000002"
+
+
+def test_a_damaged_newer_one_doesnt_count_among_the_last(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (tmp_path / "step-00000003" / checkpoint.STATE).write_bytes(b"half")
+    checkpoint.prune(tmp_path, keep_last=1, keep_best=None)
+    assert checkpoint.newest(tmp_path, lambda text: None) == tmp_path / "step-00000002"
+    assert not (tmp_path / "step-00000001").exists()
+
+
+def test_a_deletion_that_is_killed_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write(tmp_path, step)
+
+    def killed(path, **_):
+        if path.exists():
+            (path / checkpoint.WEIGHTS).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.prune(tmp_path, keep_last=1, keep_best=None)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000002"]
+    (tmp_path / ".best.77").symlink_to("step-00000002")
+    checkpoint.remove_partial(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]

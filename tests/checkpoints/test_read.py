@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from casc.checkpoints.model import class_names, load_trained
 from casc.checkpoints.read import (
     check_classes,
+    download_weights,
     fit_weights,
     imagenet_weights,
     read_weights,
@@ -179,3 +180,45 @@ def test_imagenet_weights_come_from_torch_hubs_cache(tmp_path, monkeypatch, resn
     assert weights.kind == "torchvision"
     assert "backbone.layer4.1.bn2.running_var" in weights.tensors
     assert not [name for name in weights.tensors if "fc" in name]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """torch.hub's folder, with a network of files by URL instead of the world's."""
+    files = {}
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def download(url, target, **_):
+        Path(target).write_bytes(files[url])
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    return files
+
+
+def test_files_of_one_name_from_two_urls_are_two(hub):
+    urls = [f"https://host/{part}/model_final.pth" for part in ("a", "b")]
+    hub.update({urls[0]: b"first", urls[1]: b"second"})
+    first, second = map(download_weights, urls)
+    assert (first.read_bytes(), second.read_bytes()) == (b"first", b"second")
+    hub.clear()  # from here on the cache has to do
+    assert download_weights(urls[0]) == first
+    first.write_bytes(b"changed")
+    with pytest.raises(UserError, match=r"SHA-256 isn't .*; delete it"):
+        download_weights(urls[0])
+
+
+def test_the_hash_in_a_name_is_compared_each_time(hub):
+    digest = hashlib.sha256(b"right").hexdigest()[:8]
+    url = f"https://host/resnet-{digest}.pth"
+    hub[url] = b"right"
+    file = download_weights(url)
+    assert file.name == f"resnet-{digest}.pth"
+    file.write_bytes(b"wrong")
+    with pytest.raises(UserError, match=digest):
+        download_weights(url)
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/a.pth"])
+def test_only_http_is_downloaded(url):
+    with pytest.raises(UserError, match=r"only http\(s\)"):
+        read_weights(url)

@@ -47,7 +47,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(tiny_recipe, held, tmp_path, 
             go.set()
         look(saver)
 
-    monkeypatch.setattr(saving.Saver, "look", watch)
+    monkeypatch.setattr(saving.Saver, "poll", watch)
     recipe = replace(tiny_recipe, max_steps=5, save_steps=100, keep_last=0)
     monkeypatch.setattr(
         "casc.train.loop._due", lambda run, step, every, *_: every and step in (1, 5)
@@ -70,9 +70,15 @@ def test_steps_go_on_while_a_checkpoint_is_written(tiny_recipe, held, tmp_path, 
     assert all(record["stall_seconds"] >= 0 for record in saves)
 
 
-def test_a_save_waits_for_the_one_before_and_says_so(tiny_recipe, held, capsys):
+def test_a_save_waits_for_the_one_before_and_says_so(tiny_recipe, held, capsys, monkeypatch):
     begun, go = held
-    threading.Timer(2.0, go.set).start()
+    wait = saving.Saver.wait
+
+    def release(saver, **arguments):
+        threading.Timer(0.5, go.set).start()
+        wait(saver, **arguments)
+
+    monkeypatch.setattr(saving.Saver, "wait", release)
     train(replace(tiny_recipe, max_steps=2, save_steps=1))
     assert begun.is_set()
     output = capsys.readouterr().out
@@ -128,16 +134,16 @@ def state(step, size):
     return State(step, {"a": torch.full((size,), float(step))}, {}, {}, {})
 
 folder = Path(sys.argv[1])
-checkpoint.save(folder, state(1, 100_000), metadata={}, position={"step": 1})
+checkpoint.save(folder, state(1, 100_000), metadata={"recipe": "{}"}, position={"step": 1})
 try:
-    checkpoint.save(folder, state(2, 1_000_000), metadata={}, position={"step": 2})
+    checkpoint.save(folder, state(2, 1_000_000), metadata={"recipe": "{}"}, position={"step": 2})
 except UserError as error:
     print(error)
 warnings = []
 assert checkpoint.newest(folder, warnings.append).name == "step-00000001" and not warnings
 assert checkpoint.load(folder / "step-00000001").weights["a"].eq(1).all()
 assert not list(folder.glob(".*"))
-checkpoint.save(folder, state(3, 100_000), metadata={}, position={"step": 3})
+checkpoint.save(folder, state(3, 100_000), metadata={"recipe": "{}"}, position={"step": 3})
 """
 
 
@@ -226,3 +232,20 @@ def test_a_run_goes_on_before_a_damaged_checkpoint(tiny_recipe, tmp_path, damage
         assert all(torch.equal(a[name], b[name]) for name in a)
     checkpoint.verify(newest)
     assert not list(newest.parent.glob(".*"))
+
+
+def test_steps_alone_decide_when_there_is_nothing_to_save_by_epoch(tiny_recipe):
+    train(replace(tiny_recipe, max_steps=5, save_every=0, save_steps=2, keep_last=0))
+    saved = checkpoint.list_checkpoints(tiny_recipe.folder / "checkpoints")
+    assert [path.name[-1] for path in saved] == ["5", "4", "2"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "evaluations", "logs"])
+def test_a_folder_that_cant_be_written_is_told_before_the_first_step(
+    tiny_recipe, name, monkeypatch
+):
+    tiny_recipe.folder.mkdir()
+    (tiny_recipe.folder / name).symlink_to("/proc")  # which not even root can write
+    monkeypatch.setattr("casc.train.loop.backward", lambda *_, **__: pytest.fail("a step"))
+    with pytest.raises(UserError, match=r"--out .*can't be written"):
+        train(replace(tiny_recipe, max_steps=1))
