@@ -240,7 +240,8 @@ def download_weights(url: str) -> Path:
 
     Where the name ends in the file's own hash (`resnet50-0676ba61.pth`), the file has that name
     there. Any other name may be that of many files: it gets a hash of the whole URL in front, and
-    the content's SHA-256 is kept beside it. Either hash is compared each time.
+    the content's SHA-256 is kept beside it, and compared each time. The hash in a name is compared
+    when the file has been downloaded.
 
     Raises:
         UserError: it isn't http(s), can't be downloaded, or has another hash.
@@ -258,10 +259,12 @@ def download_weights(url: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         new = not file.exists()
         if new:
-            torch.hub.download_url_to_file(url, str(file), progress=False)
+            torch.hub.download_url_to_file(
+                url, str(file), hash_prefix=named[1] if named else None, progress=False
+            )
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        expected = named[1] if named else kept.read_text().strip() if kept.exists() else digest
+        expected = kept.read_text().strip() if kept.exists() and not named else digest
         if new and not named:
             expected = digest
             kept.write_text(f"{digest}\n")
