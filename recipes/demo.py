@@ -16,7 +16,7 @@ casc over three seeds on two CPU cores, torch 2.14.1.
 
 from pathlib import Path
 
-from casc.cli.main import PredictCommand
+from casc.cli.predict import PredictCommand
 from casc.data.index import INDEX_NAME
 from casc.data.stream import TrainLoaderConfig
 from casc.model.anchors import AnchorConfig

@@ -1,1 +1,1 @@
-"""How fast each part is here, beside the usual way of doing it: `casc bench`."""
+"""How fast this machine trains, detects and loads: `casc bench`."""

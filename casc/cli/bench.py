@@ -1,4 +1,4 @@
-"""`casc bench train | inference | loader | operators | evaluation`; train if nothing is said."""
+"""`casc bench train | inference | loader`; train if nothing is said."""
 
 import json
 import sys
@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
 
 from casc.errors import UserError
 
@@ -77,6 +79,44 @@ class InferenceCommand(StepCommand):
     def run(self) -> int:
         """Measure."""
         return _run("inference", self, None)
+
+
+@dataclass(frozen=True)
+class LoaderCommand:
+    """Time the loader end to end: training batches from shards, by the number of workers.
+
+    Measured by the clock, so keep the machine idle.
+    """
+
+    shards: tyro.conf.Positional[Path | None] = None
+    """Folder made by `data_tools shard`; without it, generated images of 640 pixels."""
+    split: str | None = None
+    """Which split; by default the first with images to train on."""
+    samples: int = 128
+    """Images to generate, where there are no shards."""
+    batch: int = 2
+    """Images per batch."""
+    workers: tuple[int, ...] = (0, 1, 2)
+    """Numbers of worker processes to try; 0 loads in this process."""
+    seconds: float = 5
+    """How long each number of workers is tried."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> int:
+        """Measure."""
+        from casc.bench.loader import bench_loader
+
+        report = bench_loader(
+            self.shards,
+            self.split,
+            batch=self.batch,
+            workers=self.workers,
+            seconds=self.seconds,
+            generated=self.samples,
+        )
+        print(json.dumps(report) if self.json else as_table(report), flush=True)
+        return 0
 
 
 def _run(what: "What", command: StepCommand, positives: int | None) -> int:

@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import operator_inputs as inputs
 import torch
+import usual_operators as usual
+from operator_inputs import Sizes
 from torch import Tensor
 
-from casc.bench import operator_inputs as inputs
-from casc.bench import usual
-from casc.bench.operator_inputs import Sizes
 from casc.evaluate.mask_rle import encode_masks, paste_masks
 from casc.model import noise
 from casc.model.detector import ROI_LEVELS, DetectorConfig, mask_branch, select
