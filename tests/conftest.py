@@ -52,7 +52,7 @@ hypothesis.settings.load_profile("casc")
 # In seconds, roughly, on two busy cores; what isn't listed takes less.
 LONGEST = {
     "test_verify_compiled.py": 400,
-    "test_step.py": 250,
+    "test_steps.py": 250,
     "test_exported_programs.py": 170,
     "test_verify.py": 150,
     "test_distributed.py": 150,
@@ -62,7 +62,7 @@ LONGEST = {
     "test_npu_training.py": 95,
     "test_step_bench.py": 90,
     "test_trajectories.py": 80,
-    "test_compiling.py": 70,
+    "test_compile_cache.py": 70,
     "test_chaos.py": 65,
     "test_convert_goldens.py": 60,
     "test_finetuning.py": 50,

@@ -10,6 +10,7 @@ from usual_loader import load_usually
 from casc.cli.main import main
 from casc.data.collate import collate
 from casc.data.index import read_index
+from casc.data.sample import iter_tar, read_sample
 from casc.model.preprocess import ImageConfig, plain_view, prepare
 from data_tools.cli import ShardCommand
 from data_tools.synth import SynthSettings, synthesise
