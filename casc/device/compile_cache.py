@@ -49,15 +49,24 @@ def use_cache(setting: Path | None = None) -> Path:
 
     A folder that the user chose by TORCHINDUCTOR_CACHE_DIR stays Inductor's.
 
+    Programs in the folder are run, so it has to be this user's alone.
+
     Returns:
         The folder for `aot_cached`.
 
     Raises:
-        UserError: the folder can't be made.
+        UserError: the folder can't be made, or others may write to it.
     """
     folder = cache_folder(setting)
     try:
-        (folder / "programs").mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / "programs", folder / "inductor"):
+            place.mkdir(mode=0o700, exist_ok=True)
+            if fault := _not_mine(place):
+                raise UserError(
+                    f"--compile-cache {place}: {fault}, so it could hold programs of someone"
+                    " else's; delete it, or choose a folder of your own"
+                )
     except OSError as error:
         raise UserError(
             f"--compile-cache {folder}: can't be written ({error}); choose another folder"
@@ -151,8 +160,11 @@ def _find(compiled: Any, free: list[Tensor], folder: Path, name: str, args: tupl
 
 
 def _load(path: Path) -> Any:
-    """The program in a file; None if there is no such file, or it is damaged."""
+    """The program in a file; None if there is no such file, or it is damaged or not ours."""
     if not path.exists():
+        return None
+    if fault := _not_mine(path):
+        _log.warning("%s: %s, so it isn't run but compiled again; delete it", path, fault)
         return None
     try:
         with path.open("rb") as file:
@@ -177,9 +189,20 @@ def _make(compiled: Any, free: list[Tensor], path: Path, args: tuple) -> Any:
         return None
     try:
         program.save_compiled_function(str(path))
+        path.chmod(0o600)  # whatever the umask is
     except Exception as error:
         _log.warning("%s: can't be saved (%s), so the next run compiles it again", path, error)
     return program
+
+
+def _not_mine(path: Path) -> str:
+    """Why somebody else could have written a file or folder; empty if nobody else could."""
+    if os.name != "posix":
+        return ""
+    found = path.stat()
+    if found.st_uid != os.getuid():
+        return f"belongs to user {found.st_uid}, not to {os.getuid()}"
+    return "others may write to it" if found.st_mode & 0o022 else ""
 
 
 def _mark(tensors: list[Tensor]) -> None:
@@ -199,7 +222,8 @@ def _key(settings: tuple, free: list[Tensor], args: tuple) -> str:
         torch.is_grad_enabled(),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
-        [config.get_hash() for config in configs],
+        # Without what names folders of this machine: Inductor has a path made from the current one.
+        [sorted(config.save_config_portable().items()) for config in configs],
         _sources(),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
@@ -243,6 +267,15 @@ def _operators() -> str:
 
 @cache
 def _machine() -> str:
-    """A home folder may be shared by machines whose processors know other instructions."""
-    facts = (sys.version_info[:2], platform.machine(), sorted(torch.cpu.get_capabilities().items()))
+    """A home folder may be shared by machines with other processors or accelerators."""
+    name = ""
+    if torch.accelerator.is_available():
+        module = torch.get_device_module()
+        name = getattr(module, "get_device_name", lambda: module.__name__)()
+    facts = (
+        sys.version_info[:2],
+        platform.machine(),
+        sorted(torch.cpu.get_capabilities().items()),
+        name,
+    )
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 from casc.device import compile_cache as compiling
 from casc.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # RoIAlign and NMS are operators of ours: one with a gradient, one without.
 PROGRAM = """
@@ -56,14 +59,17 @@ print(json.dumps({
 """
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start(
+    folder: Path, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR")}
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        cwd=cwd,
+        env=env or environment,
     )
 
 
@@ -84,7 +90,13 @@ def test_what_one_process_compiles_the_next_one_loads(tmp_path):
     (program,) = (machine / "programs").iterdir()
     assert any((machine / "inductor").rglob("*.so"))
 
-    third = result(start(tmp_path))
+    # Where and as whom a program is started is no part of what it computes.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR")}
+    paths = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    environment |= {"HOSTNAME": "other", "USER": "other", "PYTHONPATH": paths}
+    third = result(start(tmp_path, cwd=elsewhere, env=environment))
     assert third["total"] == first["total"]
     assert third["aot"] == third["inductor"] == {}
     assert third["frames"] == 0
@@ -131,3 +143,39 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--compile-cache"):
         compiling.use_cache(tmp_path / "file")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path):
+    old = os.umask(0)
+    try:
+        programs = compiling.use_cache(tmp_path / "made")
+    finally:
+        os.umask(old)
+    for folder in (programs, programs.parent, programs.parent / "inductor"):
+        assert folder.stat().st_mode & 0o777 == 0o700
+        folder.chmod(0o720)
+        with pytest.raises(
+            UserError, match=re.escape(f"--compile-cache {folder}: others may write to it")
+        ):
+            compiling.use_cache(tmp_path / "made")
+        folder.chmod(0o700)
+    compiling.use_cache(tmp_path / "made")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root gives files away")
+def test_somebody_else_s_folder_is_refused(tmp_path):
+    programs = compiling.use_cache(tmp_path / "made")
+    os.chown(programs, 12345, -1)
+    with pytest.raises(UserError, match="belongs to user 12345, not to 0"):
+        compiling.use_cache(tmp_path / "made")
+
+
+def test_a_program_that_others_may_write_to_is_not_run(tmp_path, caplog):
+    if os.name != "posix":
+        pytest.skip("permissions are POSIX's")
+    program = tmp_path / "loss-0.program"
+    program.write_bytes(b"")
+    program.chmod(0o666)
+    assert compiling._load(program) is None
+    assert "others may write to it" in caplog.text
