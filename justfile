@@ -65,6 +65,10 @@ lint: setup
     {{ bin }}/pyright --pythonpath {{ bin }}/python
     PYTHONPATH=. {{ bin }}/lint-imports --no-logo
 
+# Mistakes of one line in model and ops: does verify, or else a test, find each? (just mutants NAME)
+mutants *args: setup
+    PYTHONPATH=. {{ bin }}/python tests/mutants.py {{ args }}
+
 # API reference into site/
 docs *args: setup
     {{ bin }}/pdoc --docformat google --output-directory site {{ args }} casc data_tools

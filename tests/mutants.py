@@ -1,0 +1,290 @@
+# ruff: noqa: E501 -- a mutant is a line
+"""Mistakes of one line in casc/model and casc/ops, and what finds them: `just mutants`.
+
+Each is applied to a copy of the tree. `casc verify` on the goldens has to find it, or else the
+tests that are named for it. Exits with 1 if one survives, or no longer fits the code.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TREE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One line that a person could have written wrongly."""
+
+    name: str
+    file: str
+    """Below casc/."""
+    old: str
+    """Stands there exactly once."""
+    new: str
+    tests: tuple[str, ...] = ()
+    """Files below tests/ that find it where no golden does; none: `casc verify` must."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant."""
+
+    name: str
+    by: str
+    """What found it; "" if it survived."""
+    seconds: float
+
+
+# fmt: off
+MUTANTS = (
+    # ---- images and ground truth ----
+    Mutant("red and blue swapped", "model/preprocess.py", "(image[..., i] - mean) / std", "(image[..., 2 - i] - mean) / std"),
+    Mutant("mean and std swapped", "model/preprocess.py", "zip(config.mean, config.std, strict=True)", "zip(config.std, config.mean, strict=True)"),
+    Mutant("resized sides rounded down", "model/preprocess.py", "return (2 * size * target + side) // (2 * side)", "return size * target // side"),
+    Mutant("the longer limit ignored", "model/preprocess.py", "target = torch.where(long_limits, long, short)", "target = torch.where(long_limits, short, short)", ("model/test_preprocess.py",)),
+    Mutant("resize without half pixels", "model/preprocess.py", "(at.to(torch.float32) + 0.5) * step - 0.5)", "at.to(torch.float32) * step)"),
+    Mutant("boxes not mirrored", "model/preprocess.py", "boxes = torch.where(flip[:, None, None], mirrored, boxes) * valid[..., None]", "boxes = boxes * valid[..., None]"),
+    Mutant("polygons not mirrored", "model/preprocess.py", "edges = torch.where(flip[:, None, None, None], mirrored, edges)", "edges = edges + 0 * mirrored", ("model/test_preprocess.py",)),
+    Mutant("mirrored about the last pixel", "model/preprocess.py", "columns = torch.where(view.flip[:, None], width - 1 - columns, columns)", "columns = torch.where(view.flip[:, None], width - columns, columns)"),
+    Mutant("boxes scaled by (y, x)", "model/preprocess.py", "scale = ratio.flip(-1).repeat(1, 2)", "scale = ratio.repeat(1, 2)"),
+    Mutant("padding normalised too", "model/preprocess.py", "return torch.where(inside[..., None], torch.stack(channels, dim=-1), 0.0)", "return torch.stack(channels, dim=-1)"),
+    Mutant("a window's corner not subtracted from polygons", "model/preprocess.py", "boxes, edges = boxes - corner, edges - corner[:, None]", "boxes, edges = boxes - corner, edges", ("model/test_preprocess.py",)),
+    # ---- backbone and pyramid ----
+    Mutant("batch norm's epsilon", "model/layers.py", "BN_EPS = 1e-5", "BN_EPS = 1e-3"),
+    Mutant("the variance not rooted", "model/layers.py", "torch.rsqrt(buffers[f\"{bn}.running_var\"] + BN_EPS)", "torch.reciprocal(buffers[f\"{bn}.running_var\"] + BN_EPS)"),
+    Mutant("one stage more is frozen", "model/resnet.py", "[0]) <= config.frozen_stages", "[0]) <= config.frozen_stages + 1"),
+    Mutant("the stem trains", "model/resnet.py", "    if not name.startswith(f\"{PREFIX}.layer\"):\n        return True", "    if not name.startswith(f\"{PREFIX}.layer\"):\n        return False"),
+    Mutant("the stem's pooling unpadded", "model/resnet.py", "kernel_size=3, stride=2, padding=1", "kernel_size=3, stride=2, ceil_mode=True"),
+    Mutant("the stride in the 1x1", "model/resnet.py", "(stride, 1) if config.stride_in_1x1 else (1, stride)", "(1, stride) if config.stride_in_1x1 else (stride, 1)"),
+    Mutant("no ReLU after the shortcut", "model/resnet.py", "    y = _conv_norm(params, buffers, config, name, \"conv3\", 3, y)\n    return F.relu(y + ", "    y = _conv_norm(params, buffers, config, name, \"conv3\", 3, y)\n    return (y + "),
+    Mutant("laterals overwritten", "model/fpn.py", "laterals[i - 1] = laterals[i - 1] + F.interpolate(", "laterals[i - 1] = F.interpolate("),
+    Mutant("laterals upsampled bilinearly", "model/fpn.py", "mode=\"nearest\"", "mode=\"bilinear\""),
+    Mutant("P6 by 2x2 pooling", "model/fpn.py", "kernel_size=1, stride=2", "kernel_size=2, stride=2"),
+    Mutant("group norm of too few groups", "model/layers.py", "GN_GROUPS = 32", "GN_GROUPS = 16", ("model/test_layers.py",)),
+    # ---- anchors, boxes, matching, sampling ----
+    Mutant("anchors at cell centres", "model/anchors.py", "x = torch.arange(width, device=device, dtype=torch.float32) * stride", "x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) * stride"),
+    Mutant("ratios are width over height", "model/anchors.py", "(0.5 * side / math.sqrt(r), 0.5 * side * math.sqrt(r))", "(0.5 * side * math.sqrt(r), 0.5 * side / math.sqrt(r))"),
+    Mutant("a stride of the anchors", "model/anchors.py", "(4, 8, 16, 32, 64)", "(4, 8, 16, 32, 32)"),
+    Mutant("anchors may touch the border", "model/anchors.py", "(x2 < width) & (y2 < height)", "(x2 <= width) & (y2 <= height)"),
+    Mutant("deltas times their deviations when encoding", "model/boxes.py", "torch.stack([d / std for", "torch.stack([d * std for"),
+    Mutant("log of the inverse ratio", "model/boxes.py", "(th / h).log())", "(h / th).log())"),
+    Mutant("no clip of dh", "model/boxes.py", "h_new = h * dh.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()", "h_new = h * dh.exp()", ("model/test_boxes.py",)),
+    Mutant("the ratio's clip", "model/boxes.py", "math.log(16 / 1000)", "math.log(1000 / 32)", ("model/test_boxes.py",)),
+    Mutant("boxes clipped to (height, width)", "model/boxes.py", "limit = size.flip(-1).repeat(1, 2)[:, None]", "limit = size.repeat(1, 2)[:, None]"),
+    Mutant("refined boxes unclipped", "model/box_head.py", "stage.stds, size)", "stage.stds, None)"),
+    Mutant("union counts the intersection twice", "model/boxes.py", "area(a) + area(b) - intersection", "area(a) + area(b)"),
+    Mutant("no low-quality matches", "model/matching.py", "(iou == gt_best) & (gt_best >= low_quality_iou)", "(iou == gt_best) & (gt_best > 1)"),
+    Mutant("the first claim wins", "model/matching.py", "torch.where(claim >= 0, claim, gt).long()", "gt.long()", ("model/test_matching.py",)),
+    Mutant("an overlap of just the threshold", "model/matching.py", "valid & (best >= iou), valid & (best < iou)", "valid & (best > iou), valid & (best <= iou)", ("model/test_matching.py",)),
+    Mutant("ignored anchors are background", "model/matching.py", "inside & (best < negative_iou) & ~positive", "inside & (best < positive_iou) & ~positive"),
+    Mutant("the smallest keys of the negatives", "model/matching.py", "torch.where(negative, keys, -1.0)", "torch.where(negative, 1 - keys, -1.0)"),
+    Mutant("a positive too few", "model/matching.py", "is_positive = slot < n_pos", "is_positive = slot < n_pos - 1"),
+    Mutant("negatives begin with the second", "model/matching.py", "(slot - n_pos).clamp(0,", "(slot - n_pos + 1).clamp(0,"),
+    Mutant("ground truth not among the samples", "model/box_head.py", "matches.positive | (candidates & is_gt),", "matches.positive & ~is_gt,"),
+    Mutant("ground truth refined twice", "model/detector.py", "valid = rois.valid & ~rois.from_gt", "valid = rois.valid"),
+    Mutant("background is class 0", "model/box_head.py", "take(targets.labels, gt), classes)", "take(targets.labels, gt), 0)"),
+    Mutant("more positives in the boxes' samples", "model/box_head.py", "positive_fraction: float = 0.25", "positive_fraction: float = 0.02"),
+    Mutant("one seed for all stages' noise", "model/detector.py", "noises.STAGE + i,", "noises.STAGE,", ("model/test_detector.py", "model/test_noise.py")),
+    # ---- RPN ----
+    Mutant("the RPN's loss beta", "model/rpn.py", "beta: float = 1 / 9", "beta: float = 1.0"),
+    Mutant("proposals suppressed too eagerly", "model/rpn.py", "nms_iou: float = 0.7", "nms_iou: float = 0.6"),
+    Mutant("proposals of training at inference", "model/rpn.py", "count = config.train_pre_nms if train else config.test_pre_nms", "count = config.test_pre_nms if train else config.train_pre_nms"),
+    Mutant("the RPN's normaliser", "model/rpn.py", "(positive, valid & ~positive)]", "(positive, positive)]"),
+    Mutant("the RPN's maps in channel order", "model/rpn.py", "logits.append(score.permute(0, 2, 3, 1)", "logits.append(score.permute(0, 1, 2, 3)"),
+    Mutant("the sampled head reads the wrong ratio", "model/rpn.py", "anchor[..., None] % ratios ==", "anchor[..., None] // ratios =="),
+    Mutant("the sampled head's patches transposed", "model/rpn.py", "weight = weight.permute(0, 2, 3, 1).flatten(1).to(x.dtype)", "weight = weight.permute(0, 3, 2, 1).flatten(1).to(x.dtype)"),
+    Mutant("patches wrap round the border", "ops/pyramid.py", "weight = within.reshape(-1, 1).to(pyramid.pixels.dtype)", "weight = torch.ones_like(within.reshape(-1, 1)).to(pyramid.pixels.dtype)"),
+    # ---- box heads ----
+    Mutant("all stages refine as the first", "model/detector.py", "boxes = refine(stage, rois.boxes, output.deltas, inputs.size)", "boxes = refine(config.stages[0], rois.boxes, output.deltas, inputs.size)"),
+    Mutant("the first stage's deviations at inference", "model/detector.py", "boxes = refine(stage, boxes, output.deltas, size)", "boxes = refine(config.stages[0], boxes, output.deltas, size)"),
+    Mutant("a stage's threshold", "model/detector.py", "StageConfig(iou=0.6,", "StageConfig(iou=0.5,"),
+    Mutant("a stage's weight", "model/detector.py", "loss_weight=0.25", "loss_weight=0.5"),
+    Mutant("a stage's deviation", "model/detector.py", "(0.033, 0.033, 0.067, 0.067)", "(0.033, 0.033, 0.067, 0.067 / 2)"),
+    Mutant("the box loss unweighted", "model/box_head.py", "goal = probe(\"box.goal\", encode(boxes, take(targets.boxes, gt), stage.stds))", "goal = probe(\"box.goal\", encode(boxes, take(targets.boxes, gt), (0.1, 0.1, 0.2, 0.2)))"),
+    Mutant("the boxes' normaliser", "model/box_head.py", "samples = rois.valid.sum(dtype=torch.float32)", "samples = rois.positive.sum(dtype=torch.float32)"),
+    Mutant("smooth L1 not halved", "model/losses.py", "square = 0.5 * difference * difference / beta", "square = difference * difference / beta"),
+    Mutant("smooth L1 of padding too", "model/losses.py", "torch.where(mask[..., None], prediction - target, 0.0).abs()", "(prediction - target).abs()"),
+    Mutant("gradient through the refined boxes", "model/box_head.py", "deltas.detach().reshape(boxes.shape)", "deltas.reshape(boxes.shape)", ("model/test_box_head.py",)),
+    Mutant("a ReLU missing in the box head", "model/box_head.py", "x = F.relu(linear(params, f\"{name}.shared_fcs.1\", F.relu(x)))", "x = F.relu(linear(params, f\"{name}.shared_fcs.1\", x))"),
+    # ---- RoIAlign ----
+    Mutant("features doubled on the way to the box head", "ops/roi_linear.py", "return linear(features.flatten(1), matrix, bias), pyramid", "return linear(2 * features.flatten(1), matrix, bias), pyramid"),
+    Mutant("the fixed grid's features doubled", "ops/roi_linear.py", "return product(_features(pixels, index, weight, cells), matrix, bias)", "return product(2 * _features(pixels, index, weight, cells), matrix, bias)"),
+    Mutant("the matrix's gradient doubled", "ops/roi_linear.py", "return product(grad.t(), _features(pixels, index, weight, cells).t())", "return product(grad.t(), 2 * _features(pixels, index, weight, cells).t())", ("ops/test_roi_linear.py",)),
+    Mutant("later readers' gradient lost", "ops/row_sums.py", "weight, total.shape[0]).add_(total)", "weight, total.shape[0])", ("ops/test_row_sums.py", "ops/test_roi_linear.py")),
+    Mutant("the level's finest side", "ops/roi_align.py", "FINEST_SIDE = 56.0", "FINEST_SIDE = 112.0"),
+    Mutant("levels by the longer side", "ops/roi_align.py", "side = (width * height).clamp(min=0).sqrt()", "side = torch.maximum(width, height).clamp(min=0)"),
+    Mutant("the fixed grid half a pixel off", "ops/roi_align.py", "[:, None] - 0.5\n", "[:, None]\n"),
+    Mutant("the fixed grid's axes swapped", "ops/roi_align.py", "x, x_weight = _axis_taps(scaled[:, 0], scaled[:, 2], width, cells)", "x, x_weight = _axis_taps(scaled[:, 1], scaled[:, 3], width, cells)"),
+    Mutant("all RoIs read image 0", "ops/roi_align.py", "start = by_level(level, offsets) + image * per_image", "start = by_level(level, offsets) + image * 0 * per_image"),
+    Mutant("samples beyond the border count", "ops/roi_align.py", "counts = (at >= -1) & (at <= last + 1)", "counts = (at >= -9e9) & (at <= last + 9e9)", ("ops/test_roi_align.py",)),
+    Mutant("the adaptive grid's scale", "ops/roi_align.py", "scales = [1 / stride for stride in pyramid.strides]", "scales = [1 / (stride + 1) for stride in pyramid.strides]"),
+    Mutant("the adaptive grid's backward is fixed", "ops/roi_align.py", "grads = _native_backward(grad, rois, level, ctx.scales, ctx.shape, ctx.cells, ctx.grid)", "grads = _native_backward(grad, rois, level, ctx.scales, ctx.shape, ctx.cells, 1)"),
+    # ---- masks ----
+    Mutant("mask logits of the next class", "model/mask_head.py", "(labels[:, None] == torch.arange(len(class_bias)", "((labels + 1)[:, None] == torch.arange(len(class_bias)"),
+    Mutant("the upsampling's axes swapped", "model/mask_head.py", "weight = params[f\"{name}.upsample.weight\"].permute(0, 2, 3, 1)", "weight = params[f\"{name}.upsample.weight\"].permute(0, 3, 2, 1)"),
+    Mutant("masks on from more than one half", "model/mask_targets.py", "image, gt, cells) >= 0.5", "image, gt, cells) > 0.6"),
+    Mutant("polygons by the even-odd rule", "model/mask_targets.py", "(winding != 0)", "(winding % 2 != 0)", ("model/test_mask_targets.py",)),
+    Mutant("polygon scan lines at the samples' edge", "model/mask_targets.py", "dtype=boxes.dtype) + 0.5) / count", "dtype=boxes.dtype)) / count", ("model/test_mask_targets.py",)),
+    Mutant("the masks' normaliser", "model/mask_head.py", "cells = logits.shape[1] * logits.shape[2]", "cells = logits.shape[1]"),
+    Mutant("mask RoIs of the wrong image", "model/mask_head.py", "[:, None].expand(gt.shape)", "[:, None].flip(0).expand(gt.shape)"),
+    Mutant("packed masks lose the last", "model/mask_head.py", "falling = torch.arange(slots, 0, -1, device=rois.valid.device)", "falling = torch.arange(slots - 1, -1, -1, device=rois.valid.device)", ("model/test_mask_head.py", "model/test_steps.py")),
+    Mutant("a counted step rounds down", "model/steps.py", "-(-count // CAPACITY_STEP) * CAPACITY_STEP", "count // CAPACITY_STEP * CAPACITY_STEP"),
+    # ---- inference ----
+    Mutant("scores of the last stage only", "model/detector.py", "torch.stack(logits).sum(dim=0) / len(logits)", "logits[-1]"),
+    Mutant("masks of the first stage only", "model/detector.py", "mean = torch.stack(stages).sum(dim=0) / len(stages)", "mean = stages[0]"),
+    Mutant("background in front", "model/detector.py", "logits.softmax(dim=-1)[..., :-1]", "logits.softmax(dim=-1)[..., 1:]"),
+    Mutant("the score threshold", "model/detector.py", "score_threshold: float = 0.05", "score_threshold: float = 0.1"),
+    Mutant("detections' suppression", "model/detector.py", "nms_iou: float = 0.5", "nms_iou: float = 0.7"),
+    Mutant("labels by the wrong factor", "model/detector.py", "torch.where(kept, index % classes, 0)", "torch.where(kept, index // classes, 0)"),
+    Mutant("boxes not scaled back", "model/detector.py", "config.inference, logits, boxes / inputs.scale[:, None], proposals.valid", "config.inference, logits, boxes, proposals.valid"),
+    Mutant("masks at the stored image's scale", "model/detector.py", "rois = probe(\"mask.rois\", boxes * inputs.scale[:, None])", "rois = probe(\"mask.rois\", boxes)"),
+    # ---- suppression ----
+    Mutant("groups aren't apart", "ops/nms.py", "[..., None] * (extent + 1)", "[..., None] * 0 * (extent + 1)"),
+    Mutant("groups apart by half an image", "ops/nms.py", "[..., None] * (extent + 1)", "[..., None] * (extent / 2)"),
+    Mutant("fixed suppression of equal overlaps", "ops/fixed_nms.py", "_iou(part) > just_below(iou)", "_iou(part) >= just_below(iou)", ("ops/test_fixed_nms.py", "ops/test_nms.py")),
+    Mutant("fixed suppression forgets earlier blocks", "ops/fixed_nms.py", "keep[:, before], alpha=-1)", "keep[:, before], alpha=0)", ("ops/test_fixed_nms.py",)),
+    Mutant("fixed suppression of invalid boxes", "ops/fixed_nms.py", "scatter(1, slot, valid.to(boxes.dtype))", "scatter(1, slot, torch.ones_like(scores))", ("ops/test_fixed_nms.py", "ops/test_nms.py")),
+)
+# fmt: on
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try mutants, print a table; 1 if one survives or doesn't fit."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of names; all mutants without any")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
+    parser.add_argument("--suite", action="store_true", help="all tests where named ones don't do")
+    options = parser.parse_args(arguments)
+    chosen = [m for m in MUTANTS if not options.names or any(n in m.name for n in options.names)]
+    start = time.monotonic()
+    outcomes = try_all(chosen, options.jobs, whole_suite=options.suite)
+    survived = [outcome.name for outcome in outcomes if not outcome.by]
+    print(f"\n{len(outcomes)} mutants, {len(survived)} survived, {time.monotonic() - start:.0f} s")
+    return bool(survived)
+
+
+def try_all(mutants: Sequence[Mutant], jobs: int, *, whole_suite: bool = False) -> list[Outcome]:
+    """What becomes of each; prints a Markdown table on the way.
+
+    Every mutant gets a process that begins with torch, the goldens and the weights in memory.
+
+    Raises:
+        ValueError: the old text of one isn't in its file exactly once, or, if all are tried, the
+            code as it is doesn't pass.
+    """
+    for mutant in mutants:
+        found = (TREE / "casc" / mutant.file).read_text().count(mutant.old)
+        if found != 1:
+            raise ValueError(f"{mutant.name}: {mutant.file} has its old text {found} times")
+    # Forks can't use threads that were started before.
+    torch.set_num_threads(1)
+    _load()
+    print("| mutant | found by | s |\n|---|---|---|", flush=True)
+    context = multiprocessing.get_context("fork")
+    outcomes = []
+    same = Mutant("the code as it is", "model/boxes.py", "import math\n", "import math\n")
+    with context.Pool(jobs, maxtasksperchild=1) as pool:
+        tried = (same, *mutants) if len(mutants) == len(MUTANTS) else mutants
+        tasks = [(mutant, whole_suite) for mutant in tried]
+        for outcome in pool.imap(_try, tasks, chunksize=1):
+            if outcome.name == same.name:
+                if outcome.by:
+                    raise ValueError(f"the code as it is doesn't pass: {outcome.by}")
+                continue
+            by = outcome.by or "**SURVIVED**"
+            print(f"| {outcome.name} | {by} | {outcome.seconds:.0f} |", flush=True)
+            outcomes.append(outcome)
+    return outcomes
+
+
+_loaded: dict[str, Any] = {}
+
+
+def _load() -> None:
+    from casc.model.detector import DetectorConfig
+    from casc.verify.goldens import golden_weights, read_sets
+
+    (_loaded["golden"],) = read_sets(TREE / "tests" / "goldens", log=lambda line: None)
+    _loaded["weights"] = golden_weights(DetectorConfig())
+    gc.freeze()
+
+
+def _try(task: tuple[Mutant, bool]) -> Outcome:
+    """Apply a mutant to a copy of the tree and look for what finds it."""
+    mutant, whole_suite = task
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        _copy(tree)
+        file = tree / "casc" / mutant.file
+        file.write_text(file.read_text().replace(mutant.old, mutant.new))
+        by = _verify(tree) or (mutant.tests and _test(tree, mutant.tests)) or ""
+        if not by and whole_suite and mutant.old != mutant.new:
+            by = _test(tree, [""])
+    return Outcome(mutant.name, by, time.monotonic() - start)
+
+
+def _copy(tree: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__", "goldens", "recipes")
+    for name in ("casc", "tests", "data_tools"):
+        shutil.copytree(TREE / name, tree / name, ignore=ignored)
+    for name in ("recipes", "pyproject.toml", "docs", "README.md"):
+        (tree / name).symlink_to(TREE / name)
+    (tree / "casc" / "recipes").symlink_to(TREE / "recipes")
+    (tree / "tests" / "goldens").symlink_to(TREE / "tests" / "goldens")
+
+
+def _verify(tree: Path) -> str:
+    """The first comparison of `casc verify` that fails in the tree; "" if it passes."""
+    for name in [n for n in sys.modules if n == "casc" or n.startswith("casc.")]:
+        del sys.modules[name]
+    sys.path.insert(0, str(tree))
+    import casc.verify as verify
+    from casc.device.compute import Compute
+    from casc.model.detector import DetectorConfig, reference_settings
+    from casc.verify.compare import Comparison
+
+    assert Path(verify.__file__).is_relative_to(tree)
+    golden, (params, buffers) = _loaded["golden"], _loaded["weights"]
+    table = Comparison(golden.tensors)
+    config, device = reference_settings(DetectorConfig()), torch.device("cpu")
+    compute = Compute(compile=False)
+    try:
+        for _ in verify.compare_parts(golden, config, params, buffers, device, compute, table):
+            failed = [row for row in table.rows if not row.passed]
+            if failed:
+                return f"verify: {failed[0].name}"
+    except Exception as error:  # a mutant may break the step altogether
+        return f"verify: {type(error).__name__}"
+    return ""
+
+
+def _test(tree: Path, files: Sequence[str]) -> str:
+    """The first test that fails in the tree; "" if none does."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    # What finds a mistake compiled finds it eager, too.
+    command += ["-m", "not slow", "-k", "not compiled", *(f"tests/{file}" for file in files)]
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    if done.returncode in (0, 5):
+        return ""
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+    return failed[1] if failed else f"pytest ended with {done.returncode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
