@@ -11,6 +11,7 @@ from casc.bench.batch import Load, made_up_batch
 from casc.device.compute import Compute
 from casc.model import detector
 from casc.model.detector import DetectorConfig
+from casc.model.losses import mean_losses
 from casc.model.preprocess import ImageConfig
 from casc.model.steps import make_detect_step, make_loss_step
 
@@ -108,8 +109,7 @@ def record_training(config: DetectorConfig) -> Recorder:
     step = make_loss_step(config, image, load.canvas, compute)
     batch = made_up_batch(load, config.classes)
     with Recorder() as recorder:
-        total, _ = step(params, buffers, batch)
-        total.backward()
+        mean_losses(step(params, buffers, batch))[0].backward()
     return recorder
 
 

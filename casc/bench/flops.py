@@ -18,6 +18,7 @@ from casc.model import detector
 from casc.model.box_head import box_head
 from casc.model.detector import DetectorConfig, Features
 from casc.model.layers import Params
+from casc.model.losses import join, mean_losses
 from casc.model.mask_head import MaskRois, mask_head
 from casc.model.preprocess import ImageConfig
 from casc.model.rpn import rpn_head
@@ -65,16 +66,15 @@ def own_step(config: DetectorConfig, load: Load, positives: Sequence[int]) -> in
         count = anchor_count(config.anchors, canvas)
         noise = detector.draw_noise(config, batch.seed, count, batch.valid.shape[1])
         features = detector.extract(params, buffers, config, inputs.image)
-        losses, pyramid, rois = detector.box_branch(params, config, features, inputs, noise)
+        found, pyramid, rois = detector.box_branch(params, config, features, inputs, noise)
         for i, positive in enumerate(positives):
             slots = rois[i].valid.shape[0]
             if config.mask_head.capacity == "counted":
                 slots = mask_capacity(positive, slots, COMPUTE.dynamic_rois)
             packed = MaskRois(*(t[:slots] for t in rois[i]))
-            losses[f"s{i}.loss_mask"] = detector.mask_branch(
-                params, config, i, pyramid, packed, inputs.targets
-            )
-        return detector.total(losses)
+            loss = detector.mask_branch(params, config, i, pyramid, packed, inputs.targets)
+            found = join(found, detector.weighted_mask_loss(config, i, *loss))
+        return mean_losses(found)[0]
 
     return _count(config, load, step)
 

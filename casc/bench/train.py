@@ -17,6 +17,7 @@ from casc.device.compute import Compute
 from casc.device.devices import choose_device, synchronize
 from casc.model.choose_compute import choose_compute
 from casc.model.detector import DetectorConfig, init, trainable
+from casc.model.losses import mean_losses
 from casc.model.preprocess import ImageConfig
 from casc.model.steps import make_loss_step, to_format
 from casc.train.optim import Optim, make_optimizer, update
@@ -66,7 +67,8 @@ class Training:
 
     def _gradients(self) -> dict[str, float]:
         start = time.perf_counter()
-        total, self.measures = self.loss_step(self.params, self.buffers, self.batch)
+        found = self.loss_step(self.params, self.buffers, self.batch)
+        total, self.measures = mean_losses(found)
         synchronize(self.device)
         middle = time.perf_counter()
         total.backward()

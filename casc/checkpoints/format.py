@@ -39,6 +39,8 @@ WEIGHTS, STATE, MANIFEST, METRICS = (
 BEST = "best"
 FORMAT, WEIGHTS_FORMAT, VERSION = "casc-checkpoint", "casc-weights", 1
 """What the manifest and the metadata of the weights call themselves."""
+_RENAMED = {"bucket_mb": "ddp_bucket_mb"}
+"""Fields of recipes that were saved under another name."""
 _PREFIX, _GUARD, _RAW, _EMA = "step-", "guard.", "raw.", "ema."
 
 
@@ -132,7 +134,23 @@ def load(checkpoint: Path) -> Loaded:
 
 def recipe_of(checkpoint: Path) -> Any:
     """The recipe, as JSON, that a checkpoint's weights were trained with."""
-    return _json_of(checkpoint / WEIGHTS, "recipe")
+    return upgrade_recipe(_json_of(checkpoint / WEIGHTS, "recipe"))
+
+
+def upgrade_recipe(recipe: Any) -> Any:
+    """A recipe's JSON, or parts of one, as today's fields and values are called.
+
+    Args:
+        recipe: as saved by this version or an earlier one; it isn't changed.
+    """
+    if isinstance(recipe, list):
+        return [upgrade_recipe(entry) for entry in recipe]
+    if not isinstance(recipe, dict):
+        return recipe
+    made = {_RENAMED.get(name, name): upgrade_recipe(value) for name, value in recipe.items()}
+    if made.get("nms_kernel") == "matrix":
+        made["nms_kernel"] = "fixed"
+    return made
 
 
 def restore(state: State, loaded: Loaded, source: Path) -> State:

@@ -200,6 +200,7 @@ def _from_safetensors(path: Path) -> Weights:
                 ("origin", dict | None),
             )
         )  # fmt: skip
+        recipe = checkpoint.upgrade_recipe(recipe)
         categories = entries and tuple(Category(entry["id"], entry["name"]) for entry in entries)
     except UserError:
         raise

@@ -187,15 +187,14 @@ def box_losses(
     rois: RoiSample,
     targets: Targets,
     probe: Probe = unwatched,
-) -> dict[str, Tensor]:
-    """Classification and box loss, both over all samples of the batch.
+) -> losses.LossSums:
+    """Classification and box loss, both to be divided by the batch's number of samples.
 
     Returns:
-        Scalars `loss_cls` and `loss_bbox`, weighted, `acc`, the percentage of samples
+        The losses `loss_cls` and `loss_bbox`, weighted; `acc`, the percentage of samples
         whose best class is right, and `samples`, how many there are per image.
     """
     samples = rois.valid.sum(dtype=torch.float32)
-    count = samples.clamp(min=1)
     labels, valid = rois.labels.flatten(), rois.valid.flatten()
     loss_cls = losses.cross_entropy(output.logits, labels, valid)
     hits = (output.logits.detach().argmax(dim=1) == labels) & valid
@@ -204,12 +203,14 @@ def box_losses(
     goal = probe("box.goal", encode(boxes, take(targets.boxes, gt), stage.stds))
     deltas = output.deltas.reshape(*rois.valid.shape, 4)[:, :first]
     loss_bbox = losses.smooth_l1(deltas, goal, positive, config.beta)
-    return {
-        "loss_cls": stage.loss_weight * loss_cls / count,
-        "loss_bbox": stage.loss_weight * loss_bbox / count,
-        "acc": 100 * hits.sum() / count,
-        "samples": samples / rois.valid.shape[0],
-    }
+    return losses.LossSums(
+        {"loss_cls": stage.loss_weight * loss_cls, "loss_bbox": stage.loss_weight * loss_bbox},
+        {"loss_cls": samples, "loss_bbox": samples},
+        {
+            "acc": 100 * hits.sum() / samples.clamp(min=1),
+            "samples": samples / rois.valid.shape[0],
+        },
+    )
 
 
 def refine(stage: StageConfig, boxes: Tensor, deltas: Tensor, size: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from casc.model.box_head import (
 )
 from casc.model.fpn import FPNConfig, fpn, init_fpn
 from casc.model.layers import Params
+from casc.model.losses import LossSums, add_prefix, join
 from casc.model.mask_head import (
     MaskHeadConfig,
     MaskRois,
@@ -224,8 +225,8 @@ def losses(
     inputs: Inputs,
     noise: Noise,
     probe: Probe = unwatched,
-) -> dict[str, Tensor]:
-    """Every loss of a batch in one graph; their sum (`total`) is what training lowers.
+) -> LossSums:
+    """Every loss of a batch in one graph.
 
     Mask heads run on as many RoIs as there can be. `casc.model.steps` splits the same
     functions in two graphs when it may count the positives instead.
@@ -239,19 +240,20 @@ def losses(
         probe: sees what is computed on the way.
 
     Returns:
-        Scalar float32 losses and measures, named like the reference's log.
+        Losses and measures, named like the reference's log.
     """
     features = extract(params, buffers, config, inputs.image, probe)
     result, pyramid, rois = box_branch(params, config, features, inputs, noise, probe)
     for i in range(len(config.stages)):
         loss = mask_branch(params, config, i, pyramid, rois[i], inputs.targets, probe)
-        result[f"s{i}.loss_mask"] = config.stages[i].loss_weight * loss
+        result = join(result, weighted_mask_loss(config, i, *loss))
     return result
 
 
-def total(losses: dict[str, Tensor]) -> Tensor:
-    """The sum of all entries whose name says that they are losses."""
-    return torch.stack([v for k, v in losses.items() if "loss" in k]).sum()
+def weighted_mask_loss(config: DetectorConfig, stage: int, loss: Tensor, cells: Tensor) -> LossSums:
+    """What `mask_branch` gave for a stage, with the stage's weight, under its name."""
+    name = f"s{stage}.loss_mask"
+    return LossSums({name: config.stages[stage].loss_weight * loss}, {name: cells}, {})
 
 
 def box_branch(
@@ -261,7 +263,7 @@ def box_branch(
     inputs: Inputs,
     noise: Noise,
     probe: Probe = unwatched,
-) -> tuple[dict[str, Tensor], Pyramid, list[MaskRois]]:
+) -> tuple[LossSums, Pyramid, list[MaskRois]]:
     """All losses but the masks', and what these need: features, and each stage's positive RoIs.
 
     The pyramid goes from reader to reader, which bounds the gradients held at once.
@@ -277,7 +279,8 @@ def box_branch(
         params, config, pyramid, proposals, inputs, noise.stages, probe
     )
     rois = [mask_rois(s, max_positive(config.box_head)) for s in samples]
-    return result | cascade, detach_unread(pyramid, config.roi_align, config.roi_kernel), rois
+    pyramid = detach_unread(pyramid, config.roi_align, config.roi_kernel)
+    return join(result, cascade), pyramid, rois
 
 
 def rpn_branch(
@@ -288,7 +291,7 @@ def rpn_branch(
     inputs: Inputs,
     keys: Tensor,
     probe: Probe = unwatched,
-) -> tuple[dict[str, Tensor], Pyramid]:
+) -> tuple[LossSums, Pyramid]:
     """The RPN's losses and number of positive anchors per image; the pyramid for what follows."""
     gt = inputs.targets
     targets = rpn_targets(config.rpn, anchors, inputs.size, gt.boxes, gt.valid, keys, probe)
@@ -297,7 +300,7 @@ def rpn_branch(
     sampled, pyramid = rpn_head_at(params, features.pyramid, sizes, targets.sample.indices)
     sampled = probe("rpn.sampled", sampled)
     result = rpn_losses(config.rpn, sampled, anchors, targets, gt.boxes, probe)
-    result["rpn.positives"] = _per_image(targets.sample.positive)
+    result.measures["rpn.positives"] = _per_image(targets.sample.positive)
     return result, pyramid
 
 
@@ -309,13 +312,13 @@ def cascade_losses(
     inputs: Inputs,
     keys: tuple[Tensor, ...],
     probe: Probe = unwatched,
-) -> tuple[dict[str, Tensor], Pyramid, list[RoiSample]]:
+) -> tuple[LossSums, Pyramid, list[RoiSample]]:
     """Box losses of every stage, each starting from the boxes refined by the one before.
 
     Also the pyramid for what follows, and each stage's RoIs.
     """
     boxes, valid = proposals.boxes, proposals.valid
-    result: dict[str, Tensor] = {}
+    stages: list[LossSums] = []
     samples = []
     for i, stage in enumerate(config.stages):
         boxes, valid = probe("box.candidates", (boxes, valid))
@@ -330,13 +333,13 @@ def cascade_losses(
         )
         output = probe("box.output", output)
         stage_losses = box_losses(config.box_head, stage, output, rois, inputs.targets, probe)
-        result |= {f"s{i}.{k}": v for k, v in stage_losses.items()}
-        result[f"s{i}.positives"] = _per_image(rois.positive)
+        stage_losses.measures["positives"] = _per_image(rois.positive)
+        stages.append(add_prefix(f"s{i}.", stage_losses))
         boxes = refine(stage, rois.boxes, output.deltas, inputs.size)
         # Ground truth is added afresh by each stage; its own refinement would come twice.
         valid = rois.valid & ~rois.from_gt
         samples.append(rois)
-    return result, pyramid, samples
+    return join(*stages), pyramid, samples
 
 
 def mask_branch(
@@ -347,8 +350,8 @@ def mask_branch(
     rois: MaskRois,
     targets: Targets,
     probe: Probe = unwatched,
-) -> Tensor:
-    """The mask loss of one stage, without its weight."""
+) -> tuple[Tensor, Tensor]:
+    """The mask loss of one stage without its weight, a sum, and over how many cells it is."""
     head = config.mask_head
     rois = probe("mask.rois", rois)
     features = roi_align(

@@ -4,9 +4,60 @@ Entries that don't count give exactly zero loss and gradient, whatever finite nu
 hold, so a batch without a single object trains like any other.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class LossSums(NamedTuple):
+    """A batch's losses before any division, and what else is measured of it.
+
+    What the sums are divided by is the caller's to choose: this batch's counts, or those of
+    several batches (see `mean_losses`).
+    """
+
+    sums: dict[str, Tensor]
+    """Scalar float32 by name, over all samples of the batch, weighted, with gradient."""
+    counts: dict[str, Tensor]
+    """Scalar float32 under the same names: how many samples each sum has, 0 if none."""
+    measures: dict[str, Tensor]
+    """Scalar float32 by name: what isn't learnt from."""
+
+
+def join(*parts: LossSums) -> LossSums:
+    """The losses and measures of several parts, in their order."""
+    columns = zip(*parts, strict=True)
+    return LossSums(*({k: v for part in column for k, v in part.items()} for column in columns))
+
+
+def add_prefix(prefix: str, found: LossSums) -> LossSums:
+    """The same losses and measures under names that begin with `prefix`."""
+    return LossSums(*({prefix + name: v for name, v in column.items()} for column in found))
+
+
+def loss_counts(found: LossSums) -> Tensor:
+    """The number of samples of each loss, `[losses]` float32."""
+    return torch.stack(list(found.counts.values())).detach()
+
+
+def mean_losses(found: LossSums, counts: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Divide the losses of a batch; their sum is what training lowers.
+
+    Args:
+        found: of the batch.
+        counts: `[losses]` float32, what to divide by, positive; by default the batch's own,
+            or 1 where it has no sample.
+
+    Returns:
+        The scalar to differentiate, and all losses and measures by name, detached.
+    """
+    if counts is None:
+        counts = loss_counts(found).clamp(min=1)
+    means = torch.stack(list(found.sums.values())) / counts
+    shown = dict(zip(found.sums, means.detach().unbind(), strict=True))
+    return means.sum(), shown | {name: v.detach() for name, v in found.measures.items()}
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

@@ -151,8 +151,8 @@ def mask_head(
     return logits.permute(0, 1, 3, 2, 4).reshape(rois, 2 * height, 2 * width)
 
 
-def mask_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    """Mean sigmoid cross-entropy over the cells of the valid RoIs; 0 without any.
+def mask_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Sigmoid cross-entropy over the cells of the valid RoIs.
 
     Args:
         logits: [R, M, M] float32.
@@ -160,11 +160,11 @@ def mask_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         valid: [R] bool.
 
     Returns:
-        Scalar float32.
+        The sum, and the number of cells that it is over: scalars float32.
     """
     total = losses.binary_cross_entropy(logits, targets, valid[:, None, None])
     cells = logits.shape[1] * logits.shape[2]
-    return total / (valid.sum().clamp(min=1) * cells).to(torch.float32)
+    return total, (valid.sum() * cells).to(torch.float32)
 
 
 def init_mask_head(

@@ -188,8 +188,8 @@ def rpn_losses(
     targets: RPNTargets,
     gt_boxes: Tensor,
     probe: Probe = unwatched,
-) -> dict[str, Tensor]:
-    """Objectness and box loss, both over the number of sampled anchors of the batch.
+) -> losses.LossSums:
+    """Objectness and box loss, both to be divided by the batch's number of sampled anchors.
 
     The reference counts at least one positive and one negative per image.
 
@@ -202,8 +202,7 @@ def rpn_losses(
         probe: sees the box loss's targets.
 
     Returns:
-        Scalars `loss_rpn_cls` and `loss_rpn_bbox`, and `rpn.samples`, the number that both
-        were divided by, per image.
+        The losses `loss_rpn_cls` and `loss_rpn_bbox`, and `rpn.samples`, their count per image.
     """
     index, valid, positive = targets.sample
     per_image = [(m.sum(dim=1)).clamp(min=1) for m in (positive, valid & ~positive)]
@@ -215,11 +214,11 @@ def rpn_losses(
     goal = encode(anchors[index], take(gt_boxes, take(targets.matches.gt, index)), STDS)
     goal = probe("rpn.goal", goal)
     loss_bbox = losses.smooth_l1(sampled.deltas[:, first], goal, positive, config.beta)
-    return {
-        "loss_rpn_cls": loss_cls / count,
-        "loss_rpn_bbox": loss_bbox / count,
-        "rpn.samples": count / index.shape[0],
-    }
+    return losses.LossSums(
+        {"loss_rpn_cls": loss_cls, "loss_rpn_bbox": loss_bbox},
+        {"loss_rpn_cls": count, "loss_rpn_bbox": count},
+        {"rpn.samples": count / index.shape[0]},
+    )
 
 
 class Candidates(NamedTuple):

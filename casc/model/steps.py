@@ -15,19 +15,18 @@ from torch import Tensor
 from casc.data.batch import Batch
 from casc.device.compile_cache import aot_cached
 from casc.device.compute import Compute
-from casc.distributed import Ranks
 from casc.model import detector
 from casc.model.anchors import AnchorConfig
-from casc.model.detector import Detections, DetectorConfig, Inputs
+from casc.model.detector import Detections, DetectorConfig, Inputs, Noise
 from casc.model.layers import Params
+from casc.model.losses import LossSums, join
 from casc.model.mask_head import MaskRois, pack, stage_params
-from casc.model.normalise import Shared, over_ranks, over_shared
 from casc.model.preprocess import ImageConfig, prepare, random_view
 from casc.model.targets import Targets
 from casc.ops.probe import Probe, Recorder, recorded, unwatched
 from casc.ops.pyramid import Pyramid
 
-LossStep = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+LossStep = Callable[[Params, Params, Batch], LossSums]
 """See `make_loss_step`."""
 DetectStep = Callable[[Params, Params, Batch], Detections]
 
@@ -44,7 +43,6 @@ def make_loss_step(
     image: ImageConfig,
     canvas: tuple[int, int],
     compute: Compute,
-    together: Ranks | None = None,
     recorder: Recorder | None = None,
 ) -> LossStep:
     """The losses of a batch whose images fit `canvas`.
@@ -54,63 +52,41 @@ def make_loss_step(
         image: resize, flip and normalisation.
         canvas: (H, W) in pixels.
         compute: dtype, memory format, compiled or not.
-        together: ranks whose number of samples losses are divided by; None takes this
-            batch's own. All of them then have to call the step at once, unless it is told
-            what to divide by.
         recorder: keeps what is computed on the way, and may replace the network's `inputs`,
             the `noise`, the `proposals`.
 
     Returns:
-        f(params, buffers, batch) -> (total, measures): the scalar to differentiate, and
-        detached float32 scalars on the device by name. With `together`, it also takes as
-        `shared` what to divide by.
+        f(params, buffers, batch) -> LossSums, which `mean_losses` divides.
     """
     config = resolve_auto(config, compute)
 
+    def losses(params: Params, buffers: Params, batch: Batch, probe: Probe = unwatched) -> LossSums:
+        inputs, noise = _step_inputs(batch, config, image, canvas, compute, probe)
+        return detector.losses(params, buffers, config, inputs, noise, probe)
+
+    if config.mask_head.capacity == "full":
+        return recorded(
+            losses, recorder, lambda f: _maybe_compile(f, compute, config, image, canvas)
+        )
+    return _counted_step(config, image, canvas, compute, recorder)
+
+
+def _counted_step(
+    config: DetectorConfig,
+    image: ImageConfig,
+    canvas: tuple[int, int],
+    compute: Compute,
+    recorder: Recorder | None,
+) -> LossStep:
+    """Two graphs: all losses but the masks', then these, on as many RoIs as there are."""
+
     def boxes(
         params: Params, buffers: Params, batch: Batch, probe: Probe = unwatched
-    ) -> tuple[dict[str, Tensor], Pyramid, list[MaskRois], Targets]:
-        inputs = probe("inputs", training_inputs(batch, image, canvas, compute))
-        anchors = anchor_count(config.anchors, canvas)
-        noise = detector.draw_noise(config, batch.seed, anchors, batch.valid.shape[1])
-        noise = probe("noise", noise)
+    ) -> tuple[LossSums, Pyramid, list[MaskRois], Targets]:
+        inputs, noise = _step_inputs(batch, config, image, canvas, compute, probe)
         features = detector.extract(params, buffers, config, inputs.image, probe)
-        losses, pyramid, rois = detector.box_branch(params, config, features, inputs, noise, probe)
-        return losses, pyramid, rois, inputs.targets
-
-    def apart(
-        params: Params, buffers: Params, batch: Batch, probe: Probe = unwatched
-    ) -> dict[str, Tensor]:
-        losses, pyramid, rois, targets = boxes(params, buffers, batch, probe)
-        for i, stage in enumerate(config.stages):
-            loss = detector.mask_branch(params, config, i, pyramid, rois[i], targets, probe)
-            losses[f"s{i}.loss_mask"] = stage.loss_weight * loss
-        return losses
-
-    def finished(
-        losses: dict[str, Tensor], batch: Batch, shared: Shared | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if shared is not None:
-            losses = over_shared(losses, batch.image.shape[0], shared)
-        elif together is not None:
-            losses = over_ranks(losses, batch.image.shape[0], together)
-        return detector.total(losses), {k: v.detach() for k, v in losses.items()}
-
-    def full(
-        params: Params, buffers: Params, batch: Batch, probe: Probe = unwatched
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return finished(apart(params, buffers, batch, probe), batch)
-
-    def compiled(function: Callable) -> Callable:
-        return _maybe_compile(function, compute, config, image, canvas)
-
-    if config.mask_head.capacity == "full" and together is None:
-        return recorded(full, recorder, compiled)
-    if config.mask_head.capacity == "full":
-        step = recorded(apart, recorder, compiled)
-        return lambda params, buffers, batch, shared=None: finished(
-            step(params, buffers, batch), batch, shared
-        )
+        found, pyramid, rois = detector.box_branch(params, config, features, inputs, noise, probe)
+        return found, pyramid, rois, inputs.targets
 
     def masks(
         head: Params,
@@ -118,31 +94,29 @@ def make_loss_step(
         rois: MaskRois,
         targets: Targets,
         probe: Probe = unwatched,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         return detector.mask_branch(head, config, 0, pyramid, rois, targets, probe)
 
-    box_step = recorded(boxes, recorder, compiled)
-    mask_step = recorded(
-        masks, recorder, lambda function: _compile_for_any_count(function, compute, config)
+    box_step = recorded(
+        boxes, recorder, lambda f: _maybe_compile(f, compute, config, image, canvas)
     )
+    mask_step = recorded(masks, recorder, lambda f: _compile_for_any_count(f, compute, config))
 
-    def counted(
-        params: Params, buffers: Params, batch: Batch, shared: Shared | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, pyramid, rois, targets = box_step(params, buffers, batch)
+    def step(params: Params, buffers: Params, batch: Batch) -> LossSums:
+        found, pyramid, rois, targets = box_step(params, buffers, batch)
         # The step's only read: everything after it has a shape that depends on it.
         counts = torch.stack([r.valid.sum() for r in rois]).tolist()
-        for i, (stage, count) in enumerate(zip(config.stages, counts, strict=True)):
+        for i, count in enumerate(counts):
             slots = rois[i].valid.shape[0]
             packed = pack(rois[i], mask_capacity(count, slots, compute.dynamic_rois))
             if _marks(compute) and slots > LEAST_CAPACITY:
                 for value in packed:
                     torch._dynamo.mark_dynamic(value, 0)
             loss = mask_step(stage_params(params, i), pyramid, packed, targets)
-            losses[f"s{i}.loss_mask"] = stage.loss_weight * loss
-        return finished(losses, batch, shared)
+            found = join(found, detector.weighted_mask_loss(config, i, *loss))
+        return found
 
-    return counted
+    return step
 
 
 def make_detect_step(
@@ -182,6 +156,21 @@ def training_inputs(
     """What the network sees when training: the batch on its canvas, seen as its noise says."""
     view = random_view(batch.size, batch.seed, image, canvas)
     return prepare(batch, view, image, canvas, compute.dtype, compute.memory_format)
+
+
+def _step_inputs(
+    batch: Batch,
+    config: DetectorConfig,
+    image: ImageConfig,
+    canvas: tuple[int, int],
+    compute: Compute,
+    probe: Probe,
+) -> tuple[Inputs, Noise]:
+    """All that a training step's losses depend on beside the weights."""
+    inputs = probe("inputs", training_inputs(batch, image, canvas, compute))
+    anchors = anchor_count(config.anchors, canvas)
+    noise = detector.draw_noise(config, batch.seed, anchors, batch.valid.shape[1])
+    return inputs, probe("noise", noise)
 
 
 def mask_capacity(count: int, slots: int, dynamic: bool) -> int:

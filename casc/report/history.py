@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from casc.checkpoints.format import upgrade_recipe
 from casc.errors import UserError
 from casc.evaluate.metrics import Evaluation, read_evaluation
 from casc.json_files import read_json
@@ -117,6 +118,7 @@ def read_history(folder: Path) -> History:
     recipe = read_json(folder / RECIPE) if (folder / RECIPE).exists() else {}
     if not recipe and parts:
         recipe = parts[-1].facts.get("recipe", {})
+    recipe = upgrade_recipe(recipe)
     found = [evaluations[key] for key in sorted(evaluations)]
     return History(folder, recipe, parts, train, found, messages, ended, last, damaged)
 

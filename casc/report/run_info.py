@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from casc.checkpoints.format import upgrade_recipe
 from casc.config import differences, to_json
 from casc.draw.html import escape, table
 from casc.report.history import History
@@ -30,7 +31,7 @@ def recipe(history: History) -> str:
     other = "".join(
         note(f"From step {part.step:,} on, until it was continued, the run had {text}.")
         for part in history.parts
-        if (text := _others(part.facts.get("recipe") or {}, history.recipe))
+        if (text := _others(upgrade_recipe(part.facts.get("recipe") or {}), history.recipe))
     )
     return (
         other

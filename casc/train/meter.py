@@ -33,9 +33,10 @@ class Meter:
         self.sums = torch.zeros((), device=device)
         self.speeds: list[float] = []
         self.cold_speeds: list[float] = []
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Forget the steps so far and begin an interval."""
         device = self.sums.device
         self.sums = torch.zeros((), device=device)
         # First step that was skipped, how many were, the most in a row.
@@ -144,7 +145,7 @@ class Meter:
         result["data_wait"] = self.waited / elapsed
         result["skipped"] = skipped
         (self.cold_speeds if self.cold else self.speeds).append(result["images_per_second"])
-        self._restart()
+        self.restart()
         return result
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from casc.distributed import from_main
 from casc.evaluate.metrics import Evaluation
 from casc.json_files import read_json, write_json
 from casc.train.derived import spread
@@ -48,7 +49,14 @@ def conclude(run: Run, step: int, speed: float, evaluation: Evaluation | None) -
 
 
 def concluded(run: Run, step: int) -> bool:
-    """Whether this step is the run's end and it got there before; if so, print its row."""
+    """Whether this step is the run's end and it got there before; if so, print its row.
+
+    All ranks ask together and are told the same.
+    """
+    return from_main(_concluded(run, step) if run.ranks.main else None, run.ranks)
+
+
+def _concluded(run: Run, step: int) -> bool:
     if step < run.facts.steps:
         return False
     path = run.recipe.folder / RESULTS

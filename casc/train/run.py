@@ -25,6 +25,7 @@ from casc.train.environment import environment
 from casc.train.log import LOGS, RunLog, run_log
 from casc.train.recipe import Recipe
 from casc.train.recipe_checks import advice
+from casc.train.schedule import learning_rate
 from casc.train.sinks import Sink
 from casc.train.start import CHECKPOINTS, RECIPE
 
@@ -51,6 +52,34 @@ class Run:
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.recipe.folder / CHECKPOINTS
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the update after so many."""
+        return learning_rate(
+            self.recipe.schedule,
+            self.facts.rate,
+            step,
+            steps_per_epoch=self.facts.steps_per_epoch,
+            epochs=self.recipe.epochs,
+        )
+
+    def due(self, step: int, epochs: int, steps: int | None = None) -> bool:
+        """Whether something is due after so many updates.
+
+        Args:
+            step: updates made.
+            epochs: how many lie between one time and the next; 0 for none.
+            steps: how many updates lie between further times; None for none. With either of
+                them, the run's end is one too.
+        """
+        if steps and step % steps == 0:
+            return True
+        if step == self.facts.steps:
+            return bool(epochs or steps)
+        if not epochs:
+            return False
+        epoch, rest = divmod(step, self.facts.steps_per_epoch)
+        return rest == 0 and epoch % epochs == 0
 
     def prune(self, newest: Path) -> None:
         """Delete the checkpoints up to this one that the recipe doesn't keep."""

@@ -2,29 +2,52 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 
 from casc.checkpoints.state import State
+from casc.data.batch import Batch
 from casc.data.collate import collate
 from casc.data.index import Split
 from casc.data.plan import plan_epoch, steps_per_epoch
-from casc.data.stream import to_device
-from casc.device.devices import synchronize
+from casc.data.stream import ahead, to_device
+from casc.data.workers import BatchStream
+from casc.device.devices import synchronize, traits
 from casc.distributed import Ranks
-from casc.model.steps import LossStep
+from casc.model.losses import mean_losses
 from casc.train.log import RunLog
 from casc.train.recipe import Recipe
 from casc.train.run import Run
+from casc.train.step import TrainStep
+from casc.train.stopping import Stopping
+from casc.train.watching import Activity
 
 
-def warm_up(
-    run: Run, state: State, loss_step: Callable[[int], LossStep], buckets: list[int]
-) -> None:
-    """Run every bucket's step once, forward and backward, on a batch without images.
+def compiled_ahead(
+    run: Run,
+    state: State,
+    step: TrainStep,
+    batches: BatchStream,
+    activity: Activity,
+    stopping: Stopping,
+) -> Iterator[tuple[int, Batch, Batch]]:
+    """Batches beside their copies on the device, once every canvas is compiled for."""
+    stream: Iterator[tuple[int, Batch]] = batches
+    if run.recipe.compile and run.recipe.warm_up and state.step < run.facts.steps:
+        # Workers read ahead meanwhile, and data that can't be read says so before.
+        activity.set("waiting for data")
+        stream = chain([next(batches)], batches)
+        with stopping.between_steps():
+            warm_up(run, state, step, activity)
+    return ahead(stream, run.device, copy_stream=traits(run.device).copy_stream)
+
+
+def warm_up(run: Run, state: State, step: TrainStep, activity: Activity) -> None:
+    """Run the step of every bucket to come once, forward and backward, on a batch without images.
 
     It has the shapes of real ones, so it compiles, or loads, what training will run. Nothing
     of it stays: neither gradients nor randomness, since a step's noise is its batch's.
@@ -32,15 +55,18 @@ def warm_up(
     Args:
         run: the run.
         state: whose tensors the steps get; it isn't changed.
-        loss_step: gives a bucket's step, the one that training will call.
-        buckets: in the order in which to do it, from `buckets_ahead`.
+        step: the one that training will call.
+        activity: is told of each.
     """
     recipe, log = run.recipe, run.log
     split = run.index.splits[recipe.train_split]
+    steps = range(state.step, run.facts.steps)
+    buckets = buckets_ahead(recipe, split, run.ranks.world, steps)
     trained = [state.params[name] for name in state.momentum]
     began = time.perf_counter()
-    with _one_rank_first(run.ranks, run.device, log, together=recipe.normalise != "rank"):
+    with _one_rank_first(run.ranks, run.device, log):
         for done, bucket in enumerate(buckets):
+            activity.set(f"compiling bucket {split.buckets[bucket].name}")
             height, width = run.facts.canvases[recipe.train_split][bucket]
             log.say(
                 f"compiling {done + 1} of {len(buckets)} canvases: {height} x {width}, bucket"
@@ -52,8 +78,10 @@ def warm_up(
                 batch=recipe.batch,
                 bitmaps=recipe.model.mask_head.target == "bitmap",
             )
-            total, _ = loss_step(bucket)(state.params, state.buffers, to_device(batch, run.device))
-            torch.autograd.grad(total, trained, allow_unused=True)
+            found = step.loss_step(bucket)(
+                state.params, state.buffers, to_device(batch, run.device)
+            )
+            torch.autograd.grad(mean_losses(found)[0], trained, allow_unused=True)
             synchronize(run.device)
     seconds = time.perf_counter() - began
     log.say(f"compiled in {seconds:.0f} s", "compiled", seconds=round(seconds, 1))
@@ -83,16 +111,13 @@ def buckets_ahead(recipe: Recipe, split: Split, world: int, steps: range) -> lis
 
 
 @contextmanager
-def _one_rank_first(
-    ranks: Ranks, device: torch.device, log: RunLog, *, together: bool
-) -> Iterator[None]:
+def _one_rank_first(ranks: Ranks, device: torch.device, log: RunLog) -> Iterator[None]:
     """On each machine one rank compiles, then the others load what it has made.
 
     Accelerators are left out: compiled code knows the number of its device, so no rank has
-    a use for another's, and all compile at once. So they do where a step needs all ranks
-    (`together`).
+    a use for another's, and all compile at once.
     """
-    if ranks.world == 1 or device.index is not None or together:
+    if ranks.world == 1 or device.index is not None:
         yield
         return
     first = int(os.environ["LOCAL_RANK"]) == 0

@@ -18,6 +18,7 @@ from casc.evaluate.mask_rle import paste_masks
 from casc.model.choose_compute import choose_compute
 from casc.model.detector import DetectorConfig, Inputs, reference_settings, trainable
 from casc.model.layers import Params
+from casc.model.losses import mean_losses
 from casc.model.rpn import Proposals
 from casc.model.steps import anchor_count, make_detect_step, make_loss_step
 from casc.ops.probe import Recorder, map_tensors
@@ -190,7 +191,7 @@ def run_training(
     for value in trainable(config, params).values():
         value.requires_grad_()
     step = make_loss_step(config, image_config(golden), (height, width), compute, recorder=recorder)
-    loss, losses = step(params, buffers, _to(train_batch(golden), device))
+    loss, losses = mean_losses(step(params, buffers, _to(train_batch(golden), device)))
     record = training_record(recorder.seen, loss, losses)
     return recorder.seen["inputs"][0], record, loss, params
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from casc.model import box_head as heads
 from casc.model.boxes import decode, encode
 from casc.model.detector import STAGES
+from casc.model.losses import mean_losses
 from casc.model.targets import Targets
 
 
@@ -165,9 +166,9 @@ def test_losses_are_the_literal_ones(mode, objects, stage):
     deltas = randn(24, 4, seed=1).requires_grad_()
 
     def run(output, rois, targets):
-        return heads.box_losses(CONFIG, STAGES[stage], output, rois, targets)
+        return mean_losses(heads.box_losses(CONFIG, STAGES[stage], output, rois, targets))
 
-    losses = mode(run)(heads.BoxOutput(logits, deltas), rois, targets)
+    total, losses = mode(run)(heads.BoxOutput(logits, deltas), rois, targets)
     cls, box, hits, count = torch.zeros(()), torch.zeros(()), 0, 0
     for i in range(2):
         for k in range(12):
@@ -186,7 +187,8 @@ def test_losses_are_the_literal_ones(mode, objects, stage):
     torch.testing.assert_close(losses["loss_bbox"], weight * box / count)
     assert losses["acc"].item() == pytest.approx(100 * hits / count)
     assert not losses["acc"].requires_grad
-    (losses["loss_cls"] + losses["loss_bbox"]).backward()
+    torch.testing.assert_close(total, weight * (cls + box) / count)
+    total.backward()
     for tensor in (logits, deltas):
         assert tensor.grad is not None
         assert tensor.grad.isfinite().all()
@@ -202,7 +204,8 @@ def test_no_sample_at_all_is_a_zero_loss():
     )
     assert not rois.valid.any()
     output = heads.BoxOutput(randn(24, CLASSES + 1), randn(24, 4))
-    losses = heads.box_losses(CONFIG, STAGES[0], output, rois, targets)
+    total, losses = mean_losses(heads.box_losses(CONFIG, STAGES[0], output, rois, targets))
+    assert total == 0
     assert all(v == 0 for v in losses.values())
 
 

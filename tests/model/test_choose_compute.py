@@ -18,6 +18,7 @@ from casc.model.choose_compute import (
     roi_difference,
 )
 from casc.model.detector import DetectorConfig
+from casc.model.losses import mean_losses
 from casc.model.steps import make_loss_step, resolve_auto
 from casc.ops import nms
 from casc.ops.fixed_nms import fixed_nms
@@ -223,7 +224,7 @@ def test_a_step_with_the_rows_choices_gives_the_same_losses(monkeypatch, tiny, t
         monkeypatch.setitem(devices.TRAITS, "cpu", row)
         leaves = {k: v.clone().requires_grad_() for k, v in params.items()}
         step = make_loss_step(chosen, image, canvas, Compute(compile=False))
-        total, _ = step(leaves, buffers, batch)
+        total, _ = mean_losses(step(leaves, buffers, batch))
         total.backward()
         grads = [v.grad for k, v in leaves.items() if v.grad is not None]
         results.append((total.detach(), torch.cat([g.flatten() for g in grads])))

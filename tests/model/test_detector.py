@@ -12,6 +12,7 @@ from casc.device.compute import Compute
 from casc.model import detector
 from casc.model.detector import DetectorConfig, InferenceConfig, Inputs, Noise
 from casc.model.layers import Params
+from casc.model.losses import LossSums, mean_losses
 from casc.model.rpn import Proposals
 from casc.model.steps import anchor_count, make_loss_step, training_inputs
 
@@ -42,7 +43,8 @@ def world(tiny) -> World:
         leaves = params | {
             k: v.clone().requires_grad_() for k, v in detector.trainable(config, params).items()
         }
-        total, measures = make_loss_step(config, image, canvas, EAGER)(leaves, buffers, batch)
+        found = make_loss_step(config, image, canvas, EAGER)(leaves, buffers, batch)
+        total, measures = mean_losses(found)
         total.backward()
         return total.detach(), measures, {k: v.grad for k, v in leaves.items() if v.requires_grad}
 
@@ -54,6 +56,11 @@ def world(tiny) -> World:
         lambda batch: detector.draw_noise(config, batch.seed, anchors, batch.valid.shape[1]),
         losses,
     )
+
+
+def measured(*arguments) -> dict[str, Tensor]:
+    """All losses and measures of a batch by name."""
+    return mean_losses(detector.losses(*arguments))[1]
 
 
 def with_box(batch: Batch, box: list[float], image: int = 0) -> Batch:
@@ -189,12 +196,12 @@ def test_wild_pixels_crash_nothing(world, tiny_batch, value, where):
         image[:] = value
     inputs = inputs._replace(image=image)
     params, buffers, config = world.params, world.buffers, world.config
-    losses = detector.losses(params, buffers, config, inputs, world.noise(batch))
+    losses = measured(params, buffers, config, inputs, world.noise(batch))
     assert len(losses) == 22
     found = detector.detect(params, buffers, config, inputs)
     assert found.boxes.shape == (2, 10, 4)
     exact = replace(config, roi_align="adaptive")
-    detector.losses(params, buffers, exact, inputs, world.noise(batch))
+    measured(params, buffers, exact, inputs, world.noise(batch))
     detector.detect(params, buffers, exact, inputs)
 
 
@@ -218,10 +225,10 @@ def test_padding_of_ground_truth_changes_nothing(world, tiny_batch):
     batch = tiny_batch([3, 1])
     noise = world.noise(batch)
     arguments = world.params, world.buffers, world.config
-    few = detector.losses(*arguments, world.inputs(batch), noise)
+    few = measured(*arguments, world.inputs(batch), noise)
     wider, wider_noise = more_capacity(batch, noise, 4)
     assert wider.valid.shape == (2, 9)
-    many = detector.losses(*arguments, world.inputs(wider), wider_noise)
+    many = measured(*arguments, world.inputs(wider), wider_noise)
     for name, value in few.items():
         torch.testing.assert_close(value, many[name], rtol=1e-6, atol=1e-7, msg=name)
 
@@ -233,8 +240,8 @@ def test_padding_slots_may_lie_anywhere(world, tiny_batch):
     fields = {k: getattr(batch, k)[:, order] for k in ("boxes", "labels", "valid", "edges")}
     stages = tuple(torch.cat([k[:, order], k[:, 5:]], dim=1) for k in noise.stages)
     arguments = world.params, world.buffers, world.config
-    made = detector.losses(*arguments, world.inputs(batch), noise)
-    moved = detector.losses(
+    made = measured(*arguments, world.inputs(batch), noise)
+    moved = measured(
         *arguments, world.inputs(batch._replace(**fields)), noise._replace(stages=stages)
     )
     for name, value in made.items():
@@ -249,11 +256,11 @@ def test_a_batchs_losses_are_its_images_losses_weighted(world, tiny_batch):
     """Each loss is a sum over images divided by a count that is a sum over images."""
     batch = tiny_batch([3, 1])
     arguments = world.params, world.buffers, world.config
-    together = detector.losses(*arguments, world.inputs(batch), world.noise(batch))
+    together = measured(*arguments, world.inputs(batch), world.noise(batch))
     alone = []
     for i in range(2):
         image = one(batch, i)
-        alone.append(detector.losses(*arguments, world.inputs(image), world.noise(image)))
+        alone.append(measured(*arguments, world.inputs(image), world.noise(image)))
     for name, value in together.items():
         weights = [1.0, 1.0]
         if "mask" in name:
@@ -351,16 +358,16 @@ def test_each_stage_moves_the_boxes_of_the_one_before(world, tiny_batch):
     # stage afresh; a stage's refinement of an object isn't handed on.
     none = Proposals(boxes, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.bool))
     keys = tuple(torch.rand(2, 5 + n, generator=torch.manual_seed(0)) for n in (1, 32, 32))
-    measures, _, samples = detector.cascade_losses(
+    found, _, samples = detector.cascade_losses(
         params, world.config, features.pyramid, none, inputs, keys
     )
     for i, sample in enumerate(samples):
         assert sample.valid.sum(1).tolist() == [2, 1]
         assert torch.equal(sample.from_gt, sample.valid)
-        assert measures[f"s{i}.positives"] == 1.5
+        assert found.measures[f"s{i}.positives"] == 1.5
 
     # With proposals, the next stage's candidates are where this one moved them.
-    measures, _, samples = detector.cascade_losses(
+    found, _, samples = detector.cascade_losses(
         params, world.config, features.pyramid, proposals, inputs, keys
     )
     for sample, x in zip(samples, (20, 22, 22), strict=True):
@@ -373,11 +380,11 @@ def test_stage_losses_are_weighted(world, tiny_batch):
     batch = tiny_batch([3, 1])
     arguments = world.params, world.buffers
     inputs, noise = world.inputs(batch), world.noise(batch)
-    weighted = detector.losses(*arguments, world.config, inputs, noise)
+    weighted = measured(*arguments, world.config, inputs, noise)
     plain = replace(
         world.config, stages=tuple(replace(s, loss_weight=1.0) for s in world.config.stages)
     )
-    raw = detector.losses(*arguments, plain, inputs, noise)
+    raw = measured(*arguments, plain, inputs, noise)
     for i, weight in enumerate((1.0, 0.5, 0.25)):
         for part in ("loss_cls", "loss_bbox", "loss_mask"):
             name = f"s{i}.{part}"
@@ -457,15 +464,23 @@ def test_different_seeds_sample_differently(world, tiny_batch):
     b = b._replace(seed=b.seed + 77)
     inputs = world.inputs(a)
     arguments = world.params, world.buffers, world.config, inputs
-    first = detector.losses(*arguments, world.noise(a))
-    assert detector.total(first) == detector.total(detector.losses(*arguments, world.noise(a)))
-    assert detector.total(first) != detector.total(detector.losses(*arguments, world.noise(b)))
+    first = measured(*arguments, world.noise(a))
+    assert first == measured(*arguments, world.noise(a))
+    assert first["s0.loss_cls"] != measured(*arguments, world.noise(b))["s0.loss_cls"]
 
 
-def test_the_total_is_the_sum_of_the_losses(world):
-    measures = {"s0.loss_cls": torch.tensor(2.0), "loss_rpn_cls": torch.tensor(0.5)}
-    others = {"s0.acc": torch.tensor(99.0), "rpn.positives": torch.tensor(7.0)}
-    assert detector.total(measures | others) == 2.5
+def test_losses_are_sums_over_counts_and_the_total_is_their_sum():
+    """Whatever they are called: a measure may well have "loss" in its name."""
+    sums = {"a": torch.tensor(6.0, requires_grad=True), "b": torch.tensor(0.5, requires_grad=True)}
+    counts = {"a": torch.tensor(3.0), "b": torch.tensor(0.0)}
+    found = LossSums(sums, counts, {"loss_of_time": torch.tensor(99.0)})
+    total, shown = mean_losses(found)
+    assert total == 2.5
+    assert shown == {"a": 2.0, "b": 0.5, "loss_of_time": 99.0}
+    assert not any(value.requires_grad for value in shown.values())
+    total.backward()
+    assert [value.grad for value in sums.values()] == [1 / torch.tensor(3.0), 1]
+    assert mean_losses(found, torch.tensor([2.0, 0.25]))[0] == 5
 
 
 def test_reference_settings_change_the_operators_only(world, tiny_batch):

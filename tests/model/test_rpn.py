@@ -6,6 +6,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from casc.model.anchors import AnchorConfig, grid_anchors, inside
 from casc.model.boxes import MAX_LOG_RATIO, encode
+from casc.model.losses import mean_losses
 from casc.model.matching import Sample, match_anchors, take
 from casc.model.rpn import (
     STDS,
@@ -175,16 +176,16 @@ def test_losses_are_the_literal_ones(mode, case):
 
     def run(output, anchors, targets, gt):
         sampled = RPNOutput(*(take(t, targets.sample.indices) for t in output))
-        return rpn_losses(CONFIG, sampled, anchors, targets, gt)
+        return mean_losses(rpn_losses(CONFIG, sampled, anchors, targets, gt))
 
-    losses = mode(run)(output, anchors, targets, GT)
+    total, losses = mode(run)(output, anchors, targets, GT)
     cls, box = literal_losses(output, anchors, targets.sample, targets.matches.gt)
     torch.testing.assert_close(losses["loss_rpn_cls"], cls)
     if case == "no object at all":
         assert losses["loss_rpn_bbox"] == 0
     else:
         torch.testing.assert_close(losses["loss_rpn_bbox"], box)
-    (losses["loss_rpn_cls"] + losses["loss_rpn_bbox"]).backward()
+    total.backward()
     for tensor in output:
         assert tensor.grad is not None
         assert tensor.grad.isfinite().all()

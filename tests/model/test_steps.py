@@ -24,6 +24,7 @@ from casc.model.anchors import AnchorConfig, grid_anchors
 from casc.model.box_head import max_positive
 from casc.model.detector import DetectorConfig
 from casc.model.layers import Params
+from casc.model.losses import mean_losses
 from casc.model.steps import make_detect_step, make_loss_step, mask_capacity
 
 EAGER = Compute(compile=False)
@@ -69,7 +70,7 @@ def run(step: steps.LossStep, model: Model, batch: Batch) -> Result:
     config, params, buffers = model
     names = detector.trainable(config, params)
     leaves = {k: v.clone().requires_grad_(k in names) for k, v in params.items()}
-    total, measures = step(leaves, buffers, batch)
+    total, measures = mean_losses(step(leaves, buffers, batch))
     total.backward()
     return Result(total.detach(), measures, {k: v.grad for k, v in leaves.items()})
 
@@ -269,7 +270,7 @@ def test_a_step_reads_this_often(tiny, tiny_batch, model, monkeypatch, capacity,
     with monkeypatch.context() as patched:
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy"):
             patched.setattr(Tensor, name, counting(getattr(Tensor, name)))
-        total, _ = step(model[1], model[2], tiny_batch((2, 1)))
+        total, _ = mean_losses(step(model[1], model[2], tiny_batch((2, 1))))
     assert total.isfinite()
     assert count == reads
 

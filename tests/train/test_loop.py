@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from casc.checkpoints import format as checkpoint
+from casc.checkpoints.model import load_trained
 from casc.errors import UserError
+from casc.report.history import read_history
 from casc.train.loop import train
 
 
@@ -164,6 +167,43 @@ def test_what_may_change_when_a_run_continues(tiny_recipe):
         loading=replace(tiny_recipe.loading, workers=0),
     )  # fmt: skip
     assert train(recipe).state.step == 6
+
+
+def as_an_earlier_version_saved(folder):
+    """Give a run's files the names that fields and values of recipes had before."""
+    text = (folder / "recipe.json").read_text()
+    for new, old in (
+        ('"ddp_bucket_mb"', '"bucket_mb"'),
+        ('"nms_kernel": "fixed"', '"nms_kernel": "matrix"'),
+    ):
+        assert new in text
+        text = text.replace(new, old)
+    (folder / "recipe.json").write_text(text)
+    for found in (folder / "checkpoints").glob("step-*"):
+        with safe_open(found / checkpoint.WEIGHTS, "pt") as file:
+            metadata = file.metadata() | {"recipe": text}
+        save_file(load_file(found / checkpoint.WEIGHTS), found / checkpoint.WEIGHTS, metadata)
+        manifest = json.loads((found / checkpoint.MANIFEST).read_text())
+        manifest["files"][checkpoint.WEIGHTS] = {
+            "bytes": (found / checkpoint.WEIGHTS).stat().st_size,
+            "sha256": sha256((found / checkpoint.WEIGHTS).read_bytes()).hexdigest(),
+        }
+        (found / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_run_with_fields_of_other_names_goes_on(tiny_recipe):
+    model = replace(
+        tiny_recipe.model,
+        rpn=replace(tiny_recipe.model.rpn, nms_kernel="fixed"),
+        inference=replace(tiny_recipe.model.inference, nms_kernel="fixed"),
+    )
+    recipe = replace(tiny_recipe, model=model, evaluate_every=0)
+    train(replace(recipe, max_steps=1))
+    as_an_earlier_version_saved(recipe.folder)
+    trained = load_trained(str(recipe.folder))
+    assert trained.model == model
+    assert read_history(recipe.folder).recipe["ddp_bucket_mb"] == recipe.ddp_bucket_mb
+    assert train(replace(recipe, max_steps=2)).state.step == 2
 
 
 def test_resume_must(tiny_recipe):

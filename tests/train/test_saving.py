@@ -50,7 +50,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(tiny_recipe, held, tmp_path, 
     monkeypatch.setattr(saving.Saver, "poll", watch)
     recipe = replace(tiny_recipe, max_steps=5, save_steps=100, keep_last=0)
     monkeypatch.setattr(
-        "casc.train.loop._due", lambda run, step, every, *_: every and step in (1, 5)
+        "casc.train.run.Run.due", lambda run, step, every, *_: every and step in (1, 5)
     )
     train(recipe)
     assert after[:3] == [1, 1, 1]

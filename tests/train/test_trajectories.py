@@ -13,10 +13,10 @@ from casc.data.batch import Batch
 from casc.device.compute import Compute
 from casc.distributed import ALONE, Exchange, Ranks, process_group
 from casc.model import detector
-from casc.model.normalise import over_ranks
+from casc.model.losses import LossSums, loss_counts, mean_losses
 from casc.model.resnet import ResNetConfig
 from casc.model.steps import make_loss_step
-from casc.train.accumulate import backward, split_batch
+from casc.train.accumulate import Normalise, backward, mean_counts, split_batch
 from casc.train.optim import Optim, make_optimizer, update
 from casc.train.state import new_state
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 EAGER = Compute(compile=False)
 
 
-def course(model, batches, ranks, *, together=True, parts=1, whole=False, rate=1e-5):
+def course(model, batches, ranks, *, normalise: Normalise = "rank", parts=1, rate=1e-5):
     """Losses [steps] and all parameters after each step [steps, n]; batches are the world's."""
     config, image, canvas = model
     params, buffers = detector.init(config, torch.Generator().manual_seed(1))
@@ -32,11 +32,11 @@ def course(model, batches, ranks, *, together=True, parts=1, whole=False, rate=1
     state = new_state(config, params, buffers, CPU, torch.contiguous_format)
     optimizer = make_optimizer(Optim(), state)
     exchange = Exchange([state.params[name] for name in state.momentum], ranks)
-    step = make_loss_step(config, image, canvas, EAGER, ranks if together else None)
+    step = make_loss_step(config, image, canvas, EAGER)
     losses, course = [], []
     for batch in batches:
         mine = split_batch(batch, ranks.world)[ranks.rank]
-        loss, _ = backward(step, state, mine, exchange, ranks, parts, together=whole)
+        loss, _ = backward(step, state, mine, exchange, ranks, parts, normalise)
         update(optimizer, rate, None, state.guard, loss)
         losses.append(loss)
         course.append(torch.cat([p.detach().flatten() for p in state.params.values()]))
@@ -47,17 +47,16 @@ def course(model, batches, ranks, *, together=True, parts=1, whole=False, rate=1
 def in_each_world(model, batches, folder, ports):
     """One start of 4 processes serves worlds of 4, 2 and 1."""
     rank = int(os.environ["RANK"])
-    for (world, together, parts), port in ports.items():
+    for (world, normalise, parts), port in ports.items():
         if rank >= world:
             continue
         os.environ |= {"WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
         ranks = Ranks(world, rank)
         with process_group(ranks, CPU):
-            # Alone, losses are divided by the batch's own counts anyway.
-            how = {"together": together and world > 1, "parts": parts, "whole": parts > 1}
+            how = {"normalise": normalise, "parts": parts}
             losses, params = course(model, batches[: 20 // parts**2], ranks, **how)
         if rank == 0:
-            save_file({"losses": losses, "params": params}, f"{folder}/{world}-{together}-{parts}")
+            save_file({"losses": losses, "params": params}, f"{folder}/{world}-{normalise}-{parts}")
 
 
 def free_port() -> int:
@@ -104,11 +103,13 @@ def full_batch(tiny_batch):
 def test_one_two_and_four_ranks_take_the_same_course(small, full_batch, tmp_path):
     # Crowded, sparse and empty images, so that the ranks' counts differ.
     batches = [full_batch([5, 1, 0, 2 + step % 3], seed=step) for step in range(20)]
-    runs = [(1, True, 1), (2, True, 1), (4, True, 1), (2, False, 1), (2, True, 2)]
+    runs = [
+        (1, "rank", 1), (2, "world", 1), (4, "world", 1), (2, "rank", 1), (2, "step", 2)
+    ]  # fmt: skip
     ports = {run: free_port() for run in runs}
     launch(in_each_world, small, batches, str(tmp_path), ports, world=4)
     found = {run: load_file(tmp_path / "-".join(map(str, run))) for run in runs}
-    alone = found[1, True, 1]
+    alone = found[1, "rank", 1]
     assert len(alone["losses"]) == 20
     assert alone["losses"][-5:].sum() < 0.8 * alone["losses"][:5].sum()
 
@@ -119,11 +120,12 @@ def test_one_two_and_four_ranks_take_the_same_course(small, full_batch, tmp_path
         gap = (params - alone["params"][: len(params)]).norm(dim=1) / lengths
         return max(loss.item(), gap.max().item())
 
-    assert apart((2, True, 1)) < 1e-5
-    assert apart((4, True, 1)) < 1e-5
-    assert apart((2, True, 2)) < 1e-5  # accumulated passes on several ranks
+    # Rounding, which every few steps doubles.
+    assert apart((2, "world", 1)) < 1e-4
+    assert apart((4, "world", 1)) < 1e-4
+    assert apart((2, "step", 2)) < 1e-5  # accumulated passes on several ranks
     # Which is due to the shared counts: by each rank's own it is another course.
-    assert apart((2, False, 1)) > 1e-3
+    assert apart((2, "rank", 1)) > 1e-3
 
 
 def test_accumulating_is_one_larger_batch_up_to_the_counts(small, tiny_batch):
@@ -136,7 +138,7 @@ def test_accumulating_is_one_larger_batch_up_to_the_counts(small, tiny_batch):
     step = make_loss_step(config, image, canvas, EAGER)
     singles = []
     for part in split_batch(batch, 2):
-        loss, _ = step(state.params, state.buffers, part)
+        loss, _ = mean_losses(step(state.params, state.buffers, part))
         singles.append((loss.item(), torch.autograd.grad(loss, trained)))
     loss, measures = backward(step, state, batch, Exchange(trained, ALONE), ALONE, 2)
     assert loss.item() == pytest.approx((singles[0][0] + singles[1][0]) / 2, rel=1e-6)
@@ -164,20 +166,20 @@ def test_accumulating_with_shared_counts_is_the_larger_batch(small, full_batch):
         found = course(small, batches, ALONE, **how)
         return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, whole, strict=True))
 
-    assert apart(parts=4, whole=True) < 1e-5
-    assert apart(parts=2, whole=True) < 1e-5
+    assert apart(parts=4, normalise="step") < 1e-5
+    assert apart(parts=2, normalise="step") < 1e-5
     assert apart(parts=4) > 1e-4
 
 
 def test_counts_of_nothing():
-    """A rank without positives, among others or alone: numbers, and the world's division."""
-    losses = {
-        "loss_rpn_cls": torch.tensor(2.0),
-        "rpn.samples": torch.tensor(4.0),
-        "s0.loss_mask": torch.tensor(0.0),
-        "s0.positives": torch.tensor(0.0),
-        "s0.loss_cls": torch.tensor(3.0),
-        "s0.samples": torch.tensor(1.5),
-        "s0.acc": torch.tensor(7.0),
-    }
-    assert over_ranks(losses, 2, ALONE) == losses
+    """Batches without positives, among others or alone: numbers, and the whole's division."""
+
+    def found(count: float, loss: float) -> LossSums:
+        return LossSums({"a": torch.tensor(loss)}, {"a": torch.tensor(count)}, {})
+
+    for counts in ([0.0, 0.0], [0.0, 1.0], [3.0, 0.0], [3.0, 5.0]):
+        parts = [found(count, 2 * count) for count in counts]
+        shared = mean_counts([loss_counts(part) for part in parts], ALONE)
+        mean = sum(mean_losses(part, shared)[0] for part in parts) / len(parts)
+        whole, _ = mean_losses(found(sum(counts), 2 * sum(counts)))
+        assert mean == whole

@@ -6,7 +6,8 @@ import torch
 
 from casc.data.index import read_index
 from casc.data.plan import plan_epoch
-from casc.train import loop, warmup
+from casc.train import step as step_module
+from casc.train import warmup
 from casc.train.loop import train
 from casc.train.warmup import buckets_ahead
 
@@ -49,7 +50,7 @@ def test_every_canvas_is_compiled_before_the_first_step(
     compiled_recipe, compiles_nothing, monkeypatch
 ):
     made, called = [], []
-    real = loop.make_loss_step
+    real = step_module.make_loss_step
 
     def make(config, image, canvas, *rest):
         step, number = real(config, image, canvas, *rest), len(made)
@@ -61,7 +62,7 @@ def test_every_canvas_is_compiled_before_the_first_step(
 
         return call
 
-    monkeypatch.setattr(loop, "make_loss_step", make)
+    monkeypatch.setattr(step_module, "make_loss_step", make)
     train(compiled_recipe)
     assert len(made) == 2
     # The first call of each was the warm-up's, and had the shapes of real batches.
@@ -76,7 +77,7 @@ def test_every_canvas_is_compiled_before_the_first_step(
 
 
 def test_off_is_off(compiled_recipe, compiles_nothing, monkeypatch):
-    monkeypatch.setattr(loop, "warm_up", lambda *_: pytest.fail("warmed up"))
+    monkeypatch.setattr(warmup, "warm_up", lambda *_: pytest.fail("warmed up"))
     train(replace(compiled_recipe, warm_up=False, max_steps=1))
     train(replace(compiled_recipe, compile=False, max_steps=2))
 
@@ -96,7 +97,7 @@ def test_buckets_ahead_are_those_that_the_plan_meets(tiny_recipe):
 def test_accelerators_do_not_wait_for_each_other(monkeypatch):
     monkeypatch.setattr(warmup.dist, "barrier", lambda: pytest.fail("waited"))
     ranks = warmup.Ranks(2, 1)
-    with warmup._one_rank_first(ranks, torch.device("cuda", 1), None, together=False):  # type: ignore[arg-type]
+    with warmup._one_rank_first(ranks, torch.device("cuda", 1), None):  # type: ignore[arg-type]
         pass
 
 
@@ -111,6 +112,6 @@ def test_one_rank_of_a_machine_compiles_first(monkeypatch, local):
             pass
 
     ranks, cpu = warmup.Ranks(2, local), torch.device("cpu")
-    with warmup._one_rank_first(ranks, cpu, Log(), together=False):  # type: ignore[arg-type]
+    with warmup._one_rank_first(ranks, cpu, Log()):  # type: ignore[arg-type]
         events.append("compile")
     assert events == (["compile", "barrier"] if local == 0 else ["barrier", "compile"])

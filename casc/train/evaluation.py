@@ -1,0 +1,106 @@
+"""Evaluation of a run between its steps."""
+
+import time
+
+from casc.checkpoints import format as checkpoint
+from casc.checkpoints.state import State
+from casc.data.workers import BatchStream
+from casc.distributed import from_main
+from casc.evaluate.metrics import Evaluation, format_table, write_evaluation
+from casc.evaluate.run import evaluate_split
+from casc.inference.detector import new_detector
+from casc.train.meter import Meter
+from casc.train.results import figures_of
+from casc.train.run import EVALUATIONS, Run
+from casc.train.saving import Saver
+from casc.train.stopping import Stopping
+from casc.train.watching import Activity
+
+
+class Evaluator:
+    """Evaluates a run's state; its figures go into the log, a file and the checkpoint."""
+
+    def __init__(
+        self,
+        run: Run,
+        state: State,
+        activity: Activity,
+        stopping: Stopping,
+        saver: Saver,
+        meter: Meter,
+    ):
+        self.run, self.activity, self.stopping = run, activity, stopping
+        self.saver, self.meter = saver, meter
+        shown = {**state.params, **state.ema} if run.recipe.ema.evaluate else state.params
+        self.detector = new_detector(
+            shown, state.buffers, run.recipe.model, run.recipe.image, run.compute, run.device
+        )
+        self.latest: Evaluation | None = None
+        """The main rank's alone, so it can't tell the others whether there was one."""
+        self.done = False
+        """Whether there was one, on all ranks."""
+
+    def missed(self, step: int) -> bool:
+        """Whether a run that goes on ended between a checkpoint and its evaluation."""
+        run = self.run
+        saved = checkpoint.path_of(run.checkpoints, step) / checkpoint.METRICS
+        missed = step > 0 and run.due(step, run.recipe.evaluate_every) and not saved.exists()
+        return from_main(missed if run.ranks.main else None, run.ranks)
+
+    def evaluate(self, state: State) -> None:
+        """Evaluate the state, all ranks together.
+
+        Raises:
+            StoppedError: on a signal.
+        """
+        with self.stopping.between_steps(), self.meter.paused():
+            began = time.perf_counter()
+            self.latest, self.done = self._detect(state.step), True
+            if self.latest is not None:
+                self._record(self.latest, state.step, time.perf_counter() - began)
+
+    def _detect(self, step: int) -> Evaluation | None:
+        run, recipe, activity = self.run, self.run.recipe, self.activity
+        images = run.index.splits[recipe.val_split].samples
+        run.log.say(f"evaluating on {recipe.val_split}, {images:,} images")
+        training = activity.detail
+        with run.log.progress(images, "evaluating") as shown:
+
+            def watch(count: int) -> None:
+                activity.set("evaluating", step)
+                shown(count)
+
+            def opened(stream: BatchStream) -> None:
+                activity.detail = stream.stuck_report
+
+            evaluation = evaluate_split(
+                self.detector,
+                recipe.data,
+                run.index,
+                recipe.val_split,
+                batch=recipe.batch,
+                ranks=run.ranks,
+                loading=recipe.loading,
+                watch=watch,
+                opened=opened,
+                warn=run.log.warn,
+            )
+        activity.detail = training
+        return evaluation
+
+    def _record(self, evaluation: Evaluation, step: int, seconds: float) -> None:
+        run, figures = self.run, figures_of(evaluation)
+        run.log.say(
+            format_table(evaluation),
+            "evaluation",
+            step=step,
+            seconds=round(seconds, 1),
+            figures=figures,
+        )
+        folder = run.recipe.folder / EVALUATIONS
+        write_evaluation(evaluation, folder / f"step-{step:08d}.json")
+        self.saver.wait()
+        saved = checkpoint.path_of(run.checkpoints, step)
+        if saved.is_dir():
+            checkpoint.add_metrics(saved, figures)
+            run.prune(saved)

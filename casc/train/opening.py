@@ -1,0 +1,78 @@
+"""What is done before the first step: from a recipe to a run and the state that it begins with."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from casc.checkpoints.state import State
+from casc.data.index import read_index
+from casc.data.stream import training_batches
+from casc.data.workers import BatchStream
+from casc.device.compile_cache import use_cache
+from casc.device.devices import choose_device, make_deterministic, traits
+from casc.distributed import process_group, ranks_from_environment
+from casc.model.choose_compute import choose_compute
+from casc.train.derived import facts
+from casc.train.profile import check_profile
+from casc.train.recipe import Recipe, resolved
+from casc.train.recipe_checks import check
+from casc.train.run import Run, open_log
+from casc.train.sinks import Sink
+from casc.train.start import fresh_state, resumed_state
+
+
+@contextmanager
+def open_run(recipe: Recipe, sinks: Sequence[Sink]) -> Iterator[tuple[Run, State, list[str]]]:
+    """Check a recipe, join the other ranks, and take the state from where it is to begin.
+
+    Yields:
+        The run, its log open; the state; and what there is to say of how they came about.
+
+    Raises:
+        UserError: the recipe, the data, or the output folder is not as it has to be.
+    """
+    recipe = resolved(recipe)
+    index = read_index(recipe.data, recipe.loading)
+    ranks = ranks_from_environment()
+    check(recipe, index, ranks.world)
+    device = choose_device(recipe.device)
+    if recipe.deterministic:
+        make_deterministic(device)
+    derived = facts(recipe, index, ranks.world)
+    with process_group(ranks, device) as device:
+        compute, compute_notes = choose_compute(
+            recipe.model,
+            device,
+            dtype=recipe.dtype,
+            compile=recipe.compile,
+            backend=recipe.compile_backend,
+            programs=use_cache(recipe.compile_cache) if recipe.compile else None,
+        )
+        state, past, notes = resumed_state(
+            recipe, index, derived, ranks, device, compute.memory_format
+        )
+        if state is None:
+            state, more = fresh_state(recipe, index, device, compute.memory_format)
+            notes += more
+        check_profile(recipe.profile, derived.steps - state.step)
+        with open_log(recipe, derived, state, ranks, sinks) as log:
+            run = Run(recipe, index, derived, compute, device, ranks, log, past)
+            yield run, state, [*notes, *compute_notes]
+
+
+def open_batches(run: Run, step: int) -> BatchStream:
+    """The batches of this rank, from a step of the run to its end."""
+    recipe = run.recipe
+    return training_batches(
+        recipe.data,
+        run.index.splits[recipe.train_split],
+        seed=recipe.seed,
+        steps=range(step, run.facts.steps),
+        batch=recipe.images_per_rank,
+        world=run.ranks.world,
+        rank=run.ranks.rank,
+        loading=recipe.loading,
+        past=run.past,
+        pin_memory=traits(run.device).pin_memory,
+        bitmaps=recipe.model.mask_head.target == "bitmap",
+        warn=run.log.warn,
+    )
