@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 
@@ -22,18 +22,29 @@ _ASPECTS = (1 / 1.52, 1 / 1.36, 1.0, 1.36, 1.52)
 
 @dataclass(frozen=True)
 class ShardCommand:
-    """Make webdataset tar shards and index.json from a data set in COCO's layout.
+    """Make webdataset tar shards and index.json from a data set with COCO annotations.
 
     Image bytes go in untouched. Interrupt it at any time and run it again: what is finished
     is kept. The same input gives the same bytes, whatever the number of workers.
     """
 
-    coco: tyro.conf.Positional[Path]
-    """The data set: annotations/instances_<split>.json and a folder <split>/ of images each."""
+    coco: tyro.conf.Positional[Path | None] = None
+    """The data set: annotations/instances_<split>.json and a folder <split>/ of images each; or as
+    Roboflow, CVAT, Label Studio or FiftyOne lay out COCO's format."""
     out: Path = Path("shards")
     """Folder for the shards. Splits that it holds already stay."""
     splits: tuple[str, ...] = ()
     """Which splits, such as train2017 val2017. None named: all that are found."""
+    annotations: Path | None = None
+    """This annotation file, in place of what lies in the data set's folder."""
+    images: Path | None = None
+    """Folder of the images that `annotations` lists; by default it is looked for."""
+    split: str | None = None
+    """What to call the split of `annotations`; by default after the file, or train."""
+    negatives: Literal["skip", "keep"] = "skip"
+    """Images without any annotation: for evaluation only, or trained on as background."""
+    allow_missing: bool = False
+    """End with 0 even though more than 1 % of the images are missing or unreadable."""
     aspects: tuple[float, ...] = field(default=_ASPECTS)
     """Edges between buckets, width over height, ascending. No numbers: a single bucket.
     Images of a bucket share a canvas, for which the training step is compiled once."""
@@ -54,9 +65,14 @@ class ShardCommand:
 
     def run(self) -> int:
         """Make the shards."""
+        from data_tools.layouts import named_part
         from data_tools.plan import Settings
         from data_tools.shard import Run, shard_dataset
 
+        root = self.coco or (self.annotations.parent if self.annotations else None)
+        if root is None:
+            print("data_tools shard: give the data set's folder, or --annotations", file=sys.stderr)
+            return 2
         _check_workers(self.workers)
         settings = Settings(
             aspects=self.aspects,
@@ -64,12 +80,21 @@ class ShardCommand:
             samples_per_shard=self.samples_per_shard,
             shard_mib=self.shard_mib,
             trace_tolerance=self.trace_tolerance,
+            negatives=self.negatives == "keep",
         )
         run = Run(workers=self.workers, progress=self.progress, say=_say)
-        index = shard_dataset(self.coco, self.out, self.splits or None, settings, run)
-        _say(_describe(index, self.splits))
+        parts = None
+        if self.annotations is not None:
+            if self.splits:
+                raise UserError("--splits: with --annotations use --split")
+            parts = [named_part(self.annotations, self.images, self.split)]
+        elif self.images is not None or self.split is not None:
+            raise UserError("--images and --split go with --annotations FILE")
+        splits = [part.split for part in parts] if parts else self.splits
+        index = shard_dataset(root, self.out, self.splits or None, settings, run, parts)
+        _say(_describe(index, splits))
         _say(f"shards are in {self.out}")
-        return 0
+        return _verdict(index, splits, self.allow_missing)
 
 
 @dataclass(frozen=True)
@@ -234,6 +259,29 @@ def _say(text: str) -> None:
 def _check_workers(workers: int) -> None:
     if workers < 1:
         raise UserError(f"--workers: expected 1 or more, got {workers}")
+
+
+def _verdict(index: Index, splits: Sequence[str], allow_missing: bool) -> int:
+    """Last lines, on stderr, of what is lost; 1 if it is too much."""
+    code = 0
+    for name, split in index.splits.items():
+        if splits and name not in splits:
+            continue
+        findings, images = split.report["findings"], split.report["images"]["listed"]
+        lost = sum(
+            findings.get(kind, {}).get("count", 0) for kind in ("missing_file", "unreadable")
+        )
+        if not split.report["annotations"]["trained"]:
+            print(f"{name}: nothing of it can be trained on, see its findings", file=sys.stderr)
+        if lost:
+            failed = lost > 0.01 * images and not allow_missing
+            remedy = "; mend the paths, or say --allow-missing" if failed else ""
+            print(
+                f"{name}: {lost:,} of {images:,} images are lost, missing or unreadable{remedy}",
+                file=sys.stderr,
+            )
+            code = max(code, int(failed))
+    return code
 
 
 def _describe(index: Index, splits: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from casc.data.index import Category
+from casc.data.segmentation import usable_segmentation
 from casc.errors import UserError
 from data_tools.coco import Annotations, ImageEntry
 from data_tools.images import MISSING, Probe, reduced_size
@@ -25,6 +26,8 @@ class Settings(NamedTuple):
     samples_per_shard: int
     shard_mib: float
     trace_tolerance: float
+    negatives: bool = False
+    """Train on images without any annotation, as background."""
 
 
 class Item(NamedTuple):
@@ -61,7 +64,10 @@ class PlannedBucket(NamedTuple):
 
 
 def plan_items(
-    annotations: Annotations, probes: Sequence[Probe], max_size: int | None
+    annotations: Annotations,
+    probes: Sequence[Probe],
+    max_size: int | None,
+    negatives: bool = False,
 ) -> tuple[list[Item], list[Finding]]:
     """Decide for every image whether it is stored, how it is turned and whether it is trained on.
 
@@ -69,6 +75,7 @@ def plan_items(
         annotations: the split's.
         probes: of `annotations.images`, in their order.
         max_size: see `Settings`.
+        negatives: see `Settings`.
     """
     known = {category.id for category in annotations.categories}
     items: list[Item] = []
@@ -87,10 +94,15 @@ def plan_items(
             detail = f"{turned[0]} x {turned[1]}, annotated {image.width} x {image.height}"
             findings.append(Finding(kind, image.id, detail if kind == "size_mismatch" else ""))
         width, height = reduced_size(*turned, max_size)
+        named = [entry for entry in objects if entry["category_id"] in known]
+        negative = negatives and not objects
         reasons = {
             "too_small": min(width, height) < SHORTEST_SIDE,
-            "no_annotations": not any(entry["category_id"] in known for entry in objects),
+            "no_annotations": not named and not negative,
+            "only_maskless": _only_maskless(named, image),
         }
+        if negative:
+            findings.append(Finding("negative", image.id))
         findings += [Finding(reason, image.id) for reason, holds in reasons.items() if holds]
         if (width, height) != turned:
             findings.append(Finding("reduced", image.id))
@@ -193,6 +205,16 @@ def check_categories(found: Mapping[str, Sequence[Category]]) -> None:
                     f"{name}: categories: id {i} is {there}, in {names[0]} it is {here}; "
                     "all splits of a folder of shards share one list"
                 )
+
+
+def _only_maskless(entries: Sequence[Mapping[str, Any]], image: ImageEntry) -> bool:
+    """Whether an image has objects, but masks of none: it would be trained on as background."""
+    objects = [e for e in entries if not e.get("iscrowd") and not e.get("ignore")]
+    return bool(objects) and all(
+        "segmentation" in entry
+        and usable_segmentation(entry["segmentation"], image.width, image.height) is None
+        for entry in objects
+    )
 
 
 def _turn(image: ImageEntry, probe: Probe) -> tuple[int, bool, str]:

@@ -30,6 +30,7 @@ KINDS: dict[str, Kind] = {
     "size_mismatch": Kind("image", "evaluation only", "its size isn't the annotation file's"),
     "too_small": Kind("image", "evaluation only", "a side is shorter than 32 pixels"),
     "no_annotations": Kind("image", "evaluation only", "nothing of a known category on it"),
+    "only_maskless": Kind("image", "evaluation only", "it has objects, but masks of none"),
     "crowd": Kind("annotation", "evaluation only", "crowd"),
     "ignore": Kind("annotation", "evaluation only", "marked as ignore"),
     "unknown_category": Kind("annotation", "evaluation only", "its category isn't listed"),
@@ -38,6 +39,7 @@ KINDS: dict[str, Kind] = {
     "no_mask": Kind("annotation", "evaluation only", "no usable mask"),
     "bad_rle": Kind("annotation", "mask emptied", "its RLE can't be decoded"),
     # Repaired.
+    "other_spelling": Kind("image", "found", "its file has a name of another spelling"),
     "exif_applied": Kind("image", "turned", "EXIF orientation"),
     "exif_assumed": Kind("image", "turned", "EXIF orientation; sizes can't confirm it"),
     "exif_ignored": Kind("image", "not turned", "EXIF orientation, annotated unturned"),
@@ -57,6 +59,7 @@ KINDS: dict[str, Kind] = {
     "rle_mask": Kind("annotation", "traced", "RLE mask"),
     "self_overlap": Kind("annotation", "traced", "outline overlaps itself; pycocotools' mask"),
     # Worth knowing.
+    "negative": Kind("image", "trained on", "without annotations, as background"),
     "out_of_bounds": Kind("annotation", "kept", "reaches out of the image by over 0.5 px"),
     "multi_part": Kind("annotation", "kept", "mask of several parts"),
     "duplicate_file_name": Kind("image", "kept", "a file listed as several images"),

@@ -1,4 +1,4 @@
-"""`data_tools shard`: a COCO data set to tar shards and their index.
+"""`data_tools shard`: a data set with COCO annotations to tar shards and their index.
 
 For each split: read the annotation file, read every image once to learn what it is, plan
 the shards, write them. Everything but the reading and writing is a pure function, so the
@@ -16,6 +16,7 @@ from casc.errors import UserError
 from data_tools.folder import enter_index, lock_folder, old_index, remove_stale
 from data_tools.images import Probe, file_digest, probe_image
 from data_tools.journal import Journal
+from data_tools.layouts import Part, choose_parts
 from data_tools.parallel import map_tasks
 from data_tools.plan import (
     Item,
@@ -31,7 +32,6 @@ from data_tools.report import Finding, printable, summarise
 from data_tools.source import (
     Source,
     count_unlisted,
-    find_splits,
     plan_digest,
     read_source,
     source_digest,
@@ -54,15 +54,17 @@ def shard_dataset(
     splits: Sequence[str] | None,
     settings: Settings,
     run: Run,
+    parts: Sequence[Part] | None = None,
 ) -> Index:
     """Make shards of a data set's splits, and enter them into the index.
 
     Args:
-        coco: folder with `annotations/instances_<split>.json` and a folder `<split>/` each.
+        coco: the data set's folder, in a layout that `find_parts` knows.
         out: folder for the shards; splits that are there already stay.
         splits: which, by default all that are found.
         settings: what shapes the output.
         run: how to get there.
+        parts: annotation files and folders of images, in place of what `coco` holds.
 
     Raises:
         UserError: on input that can't be understood, naming file and field.
@@ -71,10 +73,11 @@ def shard_dataset(
     check_settings(settings)
     if not coco.is_dir():
         raise UserError(f"{coco}: no such folder")
-    splits = find_splits(coco) if splits is None else list(dict.fromkeys(splits))
-    if not splits:
+    if splits is not None and not splits:
         raise UserError("--splits: names no split")
-    sources = [read_source(coco, out, split, settings) for split in splits]
+    parts = choose_parts(coco, splits) if parts is None else parts
+    sources = [read_source(part, out, settings) for part in parts]
+    splits = [source.split for source in sources]
     with contextlib.suppress(FileExistsError):
         out.mkdir(parents=True)
     if not out.is_dir():
@@ -99,20 +102,31 @@ def shard_dataset(
             if made.pop(source.split, None) is not None:
                 # From here on the old entry isn't true any more.
                 enter_index(out, Index(categories, made))
-            made[source.split] = _make_split(source, out, settings, run)
+            made[source.split] = _make_split(source, sources, out, settings, run)
             enter_index(out, Index(categories, made))
             Journal(out, source.split).remove()
             remove_stale(out, source.split, made[source.split], run.say)
         return Index(categories, made)
 
 
-def _make_split(source: Source, out: Path, settings: Settings, run: Run) -> Split:
+def _make_split(
+    source: Source, sources: Sequence[Source], out: Path, settings: Settings, run: Run
+) -> Split:
     for path in (out / source.split).glob(f"*{TEMPORARY}"):
         path.unlink()
     journal = Journal(out, source.split)
     try:
         probes = _probe_images(source, journal, run)
-        items, findings = plan_items(source.annotations, probes, settings.max_size)
+        items, findings = plan_items(
+            source.annotations, probes, settings.max_size, settings.negatives
+        )
+        names = {image.id: image.file_name for image in source.annotations.images}
+        findings = [
+            finding._replace(detail=finding.detail + source.hints.get(names[finding.id], ""))
+            if finding.kind == "missing_file"
+            else finding
+            for finding in findings
+        ]
         if not items:
             reason = printable(findings[0].detail)
             raise UserError(
@@ -126,7 +140,7 @@ def _make_split(source: Source, out: Path, settings: Settings, run: Run) -> Spli
     findings = [*source.annotations.findings, *findings]
     for result in results:
         findings += result.findings
-    report = _report(source, items, results, findings)
+    report = _report(source, sources, items, results, findings)
     return Split(
         samples=len(items),
         train_samples=sum(item.train for item in items),
@@ -244,6 +258,7 @@ def _bucket(
 
 def _report(
     source: Source,
+    sources: Sequence[Source],
     items: Sequence[Item],
     results: Sequence[ShardResult],
     findings: Sequence[Finding],
@@ -259,7 +274,7 @@ def _report(
         "stored": len(items),
         "trained": sum(item.train for item in items),
         "left_out": count("missing_file", "unreadable", "duplicate_image"),
-        "unlisted_files": count_unlisted(source),
+        "unlisted_files": count_unlisted(source, sources),
     }
     objects = {
         "listed": annotations.listed_annotations,

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from casc.errors import UserError
 from data_tools.coco import Annotations, read_annotations
+from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
+from data_tools.report import Finding
 
 _CONTENT_VERSION = 2
 """Raised when the same input gives other shards than before, so that old ones aren't reused."""
@@ -25,53 +27,58 @@ class Source(NamedTuple):
     annotations: Annotations
     digest: str
     """Of the annotation file and the settings."""
+    hints: dict[str, str]
+    """What a file that isn't there may be called, by the name that is listed."""
 
 
-def find_splits(coco: Path) -> list[str]:
-    """Give the splits of a data set: annotation files that have a folder of images.
-
-    Raises:
-        UserError: when there is none.
-    """
-    folder = coco / "annotations"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; is {coco} the root of a COCO data set?")
-    found = sorted(path.name[10:-5] for path in folder.glob("instances_*.json"))
-    splits = [split for split in found if split and (coco / split).is_dir()]
-    if not splits:
-        lacking = ", ".join(f"{coco / split}/" for split in found)
-        raise UserError(
-            f"{folder}: no instances_<split>.json with its folder <split>/ beside annotations/"
-            + (f"; there is no {lacking}" if lacking else "")
-        )
-    return splits
-
-
-def read_source(coco: Path, out: Path, split: str, settings: Settings) -> Source:
-    """Read a split's annotation file.
+def read_source(part: Part, out: Path, settings: Settings) -> Source:
+    """Read a split's annotation file, and find the files that it names.
 
     Raises:
         UserError: when a file or folder isn't there, or can't be understood.
     """
+    split, file, images = part
     if not re.fullmatch(r"\w[\w.-]*", split, re.ASCII):
         raise UserError(f"--splits: {split!a} can't be a split's name (letters, digits, . _ -)")
-    file, images = coco / "annotations" / f"instances_{split}.json", coco / split
     if not file.is_file():
-        raise UserError(f"{file}: not found; check --splits and the folder {coco}")
+        raise UserError(
+            f"{file}: not found; check --splits and the folder, or give --annotations FILE"
+            " --images FOLDER"
+        )
     if not images.is_dir():
-        raise UserError(f"{images}: no such folder; the images of {file.name} belong there")
+        raise UserError(
+            f"{images}: no such folder; the images of {file.name} belong there, or give --images"
+        )
     if (out / split).resolve() == images.resolve():
         raise UserError(f"{out}: shards would lie among the images; give another --out")
     annotations = read_annotations(file)
     with file.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     digest = hashlib.sha256(json.dumps([_CONTENT_VERSION, *settings, content]).encode())
-    return Source(split, file, images, annotations, digest.hexdigest())
+    found, hints = find_files(images, [image.file_name for image in annotations.images])
+    renamed = [
+        Finding("other_spelling", image.id, f"{image.file_name!a} is {found[image.file_name]!a}")
+        for image in annotations.images
+        if found.get(image.file_name, image.file_name) != image.file_name
+    ]
+    entries = [
+        image._replace(file_name=found.get(image.file_name, image.file_name))
+        for image in annotations.images
+    ]
+    annotations = annotations._replace(images=entries, findings=[*annotations.findings, *renamed])
+    return Source(split, file, images, annotations, digest.hexdigest(), hints)
 
 
-def count_unlisted(source: Source) -> int:
-    """Count the files in the split's folder that its annotation file doesn't list."""
-    listed = {os.path.normpath(image.file_name) for image in source.annotations.images}
+def count_unlisted(source: Source, every: Sequence[Source]) -> int:
+    """Count the files in the split's folder that no annotation file of it lists."""
+    listed = {
+        os.path.normpath(image.file_name)
+        for other in every
+        if other.images == source.images
+        for image in other.annotations.images
+    }
+    # An export may keep its annotation file among the images.
+    listed |= {os.path.relpath(other.file, source.images) for other in every}
     files = (
         os.path.relpath(os.path.join(folder, name), source.images)  # noqa: PTH118
         for folder, _, names in os.walk(source.images)

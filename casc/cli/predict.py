@@ -51,12 +51,12 @@ class PredictCommand:
                     f" trained on {trained.model.classes}"
                 )
         detector = ready_detector(trained, self.device, self.dtype, self.compile)
+        canvas_for = canvas_chooser(trained.image.short, trained.image.long)
         done = predict(
-            lambda batch: detector(batch, (batch.image.shape[1], batch.image.shape[2])),
+            lambda batch: detector(batch, canvas_for(*map(int, batch.size[0].tolist()))),
             self.images,
             self.out,
             categories,
-            canvas_for=canvas_chooser(trained.image.short, trained.image.long),
             score_threshold=self.threshold,
             device=detector.device,
             log=_say,

@@ -54,7 +54,6 @@ def predict(
     out_dir: str | os.PathLike[str],
     categories: Sequence[Category],
     *,
-    canvas_for: Callable[[int, int], tuple[int, int]],
     score_threshold: float = 0.5,
     device: torch.device | str = "cpu",
     log: Callable[[str], None] = print,
@@ -70,11 +69,11 @@ def predict(
     An image that can't be read is reported and skipped.
 
     Args:
-        detect: the compiled inference step; it sees batches of one, of few different shapes.
+        detect: the inference step; it sees whole images as evaluation does, in batches of one,
+            on canvases of few different sizes (`holding_canvas`).
         paths: images, folders of images, and patterns such as `photos/*.jpg`.
         out_dir: made if it isn't there; files of the same names are overwritten.
         categories: the model's classes, in the order of labels.
-        canvas_for: input canvas (Hi, Wi) for an image's (h, w), as `canvas_chooser` makes it.
         score_threshold: detections below are neither drawn nor written.
         device: where `detect` wants its batch.
         log: is given a line for each image.
@@ -106,7 +105,7 @@ def predict(
                 failed.append((str(file), reason_of(error)))
                 log(f"{file}: skipped: {reason_of(error)}")
                 continue
-            batch, scale = image_batch(image, canvas_for(*image.shape[:2]), identity)
+            batch, scale = image_batch(image, holding_canvas(*image.shape[:2]), identity)
             batch = Batch._make(None if t is None else t.to(device) for t in batch)
             found = Detections(*(t[0].cpu() for t in detect(batch)))
             labels, image_results = _results(
@@ -128,10 +127,10 @@ def predict(
 def canvas_chooser(
     short: int, long: int, aspects: Sequence[float] = (1 / 1.52, 1 / 1.36, 1, 1.36, 1.52)
 ) -> Callable[[int, int], tuple[int, int]]:
-    """Make the `canvas_for` of `predict`: a handful of canvases for images of any size.
+    """Choose the canvas (H, W) that the network sees, for an image's (h, w).
 
-    A bucket's input canvas is the one that training resizes to, so larger images lose only
-    what the network wouldn't see, and there are as many shapes to compile as buckets.
+    It is the one of the bucket that sharding puts the image in by default, so prediction and
+    evaluation compute the same, and there are as many shapes to compile as buckets.
 
     Args:
         short: pixels of the shorter side that the network sees, unless
@@ -149,6 +148,16 @@ def canvas_chooser(
         return canvases[sum(width / height > edge for edge in aspects)]
 
     return canvas_for
+
+
+def holding_canvas(height: int, width: int) -> tuple[int, int]:
+    """Give an input canvas (Hi, Wi) for a whole image: each side has four lengths an octave."""
+
+    def length(side: int) -> int:
+        step = max(64, (1 << (side - 1).bit_length()) // 8)
+        return -(-side // step) * step
+
+    return length(height), length(width)
 
 
 def image_batch(

@@ -2,7 +2,7 @@
 
 import math
 
-from casc.data.index import Index
+from casc.data.index import Index, Split
 from casc.data.loader_config import check_loading
 from casc.device.devices import TRAITS
 from casc.errors import UserError
@@ -147,10 +147,32 @@ def _check_data(recipe: Recipe, index: Index) -> None:
                 f"--{flag} {name}: {recipe.data} has no such split (it has {known})"
                 + ("; or use --evaluate-every 0" if flag == "val-split" else "")
             )
-    if not index.splits[recipe.train_split].train_samples:
-        raise UserError(f"--train-split {recipe.train_split}: it has no images to train on")
+    split = index.splits[recipe.train_split]
+    trained = split.report.get("annotations", {}).get("trained")
+    if not split.train_samples or trained == 0:
+        raise UserError(
+            f"--train-split {recipe.train_split}: it has nothing to train on{_reasons(split)}"
+        )
     if recipe.model.classes != len(index.categories):
         raise UserError(
             f"--model.classes {recipe.model.classes}: {recipe.data} has {len(index.categories)}"
             f" categories; use --model.classes {len(index.categories)}"
         )
+
+
+def _reasons(split: Split) -> str:
+    """Why annotations aren't trained on, with counts, as sharding found it."""
+    listed = split.report.get("annotations", {}).get("listed")
+    kinds = [
+        f"{found['count']} {kind}"
+        for kind, found in split.report.get("findings", {}).items()
+        if (found["subject"], found["outcome"]) == ("annotation", "evaluation only")
+    ]
+    if not listed:
+        return "; mend the annotation file and make the shards again"
+    maskless = "no_mask" in split.report.get("findings", {})
+    return (
+        f": of {listed} annotations none is usable ({', '.join(kinds) or 'their images are not'});"
+        " mend the annotation file and make the shards again"
+        + (" (boxes alone aren't enough: a mask is needed for each object)" if maskless else "")
+    )

@@ -11,11 +11,21 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from casc.data.batch import Batch
-from casc.data.index import Category
+from casc.data.index import Category, canvas
+from casc.data.loader_config import EvalLoaderConfig
+from casc.data.stream import evaluation_batches
+from casc.device.compute import Compute
 from casc.errors import UserError
+from casc.evaluate.coco_results import collect_results
+from casc.evaluate.run import detect_stream
+from casc.inference.detector import new_detector
 from casc.inference.image_files import find_images, read_image
-from casc.inference.predict import canvas_chooser, image_batch, predict
-from casc.model.detector import Detections
+from casc.inference.predict import canvas_chooser, holding_canvas, image_batch, predict
+from casc.model.detector import Detections, init
+from data_tools.plan import Settings
+from data_tools.shard import Run, shard_dataset
+
+CPU = torch.device("cpu")
 
 CATEGORIES = [Category(4, "red"), Category(9, "green")]
 
@@ -53,7 +63,7 @@ def save(path: Path, width: int = 200, height: int = 150, **options) -> None:
 
 
 def run(paths: list[Path], out: Path, **options):
-    options = {"canvas_for": canvas_chooser(256, 320), "log": lambda line: None, **options}
+    options = {"log": lambda line: None, **options}
     return predict(detect, paths, out, CATEGORIES, **options)
 
 
@@ -216,7 +226,6 @@ def test_results_survive_an_interruption(tmp_path: Path):
             [tmp_path],
             tmp_path / "out",
             CATEGORIES,
-            canvas_for=canvas_chooser(256, 320),
             log=lambda line: None,
         )
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 1
@@ -230,9 +239,7 @@ def test_nan_scores_are_refused_not_hidden(tmp_path: Path):
         return found._replace(scores=found.scores * float("nan"))
 
     with pytest.raises(UserError, match="not finite"):
-        predict(
-            broken, [tmp_path], tmp_path / "out", CATEGORIES, canvas_for=canvas_chooser(256, 320)
-        )
+        predict(broken, [tmp_path], tmp_path / "out", CATEGORIES)
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000))
@@ -264,3 +271,56 @@ def test_a_batch_of_one_has_no_ground_truth():
     batch, scale = image_batch(image, (15, 96))
     assert batch.size.tolist() == [[15, 20]]
     assert scale == (2, 2)
+
+
+@pytest.mark.parametrize("side", [1, 64, 65, 100, 640, 4000, 4097])
+def test_whole_images_are_held_by_few_canvases(side: int):
+    height, width = holding_canvas(side, 6000)
+    assert side <= height <= max(side + 63, 1.26 * side)
+    assert width >= 6000
+    assert len({holding_canvas(n, 1)[0] for n in range(1, 8193)}) <= 32
+
+
+def test_evaluation_and_prediction_find_the_same_to_the_bit(tiny_recipe, tmp_path: Path):
+    """Photographs of many sizes, larger and smaller than the network sees, some turned by EXIF."""
+    config, image = tiny_recipe.model, tiny_recipe.image
+    params, buffers = init(config, torch.Generator().manual_seed(0))
+    detector = new_detector(params, buffers, config, image, Compute(compile=False), CPU)
+    rng = np.random.default_rng(0)
+    sizes = [(40, 30), (64, 64), (300, 200), (200, 333), (1000, 700), (90, 500)]
+    folder, images, boxes = tmp_path / "coco" / "val", [], []
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    folder.mkdir()
+    for number, (width, height) in enumerate(sizes, 1):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number % 2 else 1
+        noise = rng.integers(0, 256, (height // 5, width // 5, 3), dtype=np.uint8)
+        picture = Image.fromarray(noise).resize((width, height))
+        picture.save(folder / f"{number}.png", exif=exif)
+        upright = (height, width) if number % 2 else (width, height)
+        images.append({"id": number, "file_name": f"{number}.png"})
+        images[-1] |= dict(zip(("width", "height"), upright, strict=True))
+        boxes.append({"id": number, "image_id": number, "category_id": 1, "bbox": [1, 1, 9, 9]})
+    categories = [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}]
+    data = {"images": images, "annotations": boxes, "categories": categories}
+    (tmp_path / "coco" / "annotations" / "instances_val.json").write_text(json.dumps(data))
+    plan = Settings((1 / 1.52, 1 / 1.36, 1.0, 1.36, 1.52), None, 64, 256.0, 0.0)
+    shards = tmp_path / "made"
+    index = shard_dataset(tmp_path / "coco", shards, None, plan, Run(say=lambda line: None))
+    split = index.splits["val"]
+    stream = evaluation_batches(shards, split, batch=1, loading=EvalLoaderConfig(workers=0))
+    canvases = [canvas(bucket, image.short, image.long) for bucket in split.buckets]
+    found = collect_results(detect_stream(detector, stream, canvases), [1, 2]).detections
+    canvas_for = canvas_chooser(image.short, image.long)
+    done = predict(
+        lambda batch: detector(batch, canvas_for(*map(int, batch.size[0].tolist()))),
+        [folder],
+        tmp_path / "out",
+        index.categories,
+        score_threshold=0,
+        log=lambda line: None,
+    )
+    ours = [{k: v for k, v in r.items() if k != "file_name"} for r in done.results]
+    assert len({result["image_id"] for result in found}) == len(sizes)
+    by_image = {n: [r for r in found if r["image_id"] == n] for n in range(1, len(sizes) + 1)}
+    assert ours == [result for results in by_image.values() for result in results]

@@ -1,0 +1,193 @@
+"""Where a data set's annotation files and images lie, whoever exported it.
+
+COCO has `annotations/instances_<split>.json` and `<split>/`; Roboflow
+`<split>/_annotations.coco.json` among the images; CVAT `annotations/instances_default.json` and
+`images/`; Label Studio `result.json` and `images/`; FiftyOne `labels.json` and `data/`. What
+matters is only which folder has the files that an annotation file lists.
+"""
+
+import difflib
+import itertools
+import json
+import mmap
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from casc.errors import UserError
+
+_GENERIC = {"", "annotations", "coco", "data", "default", "export", "instances", "labels", "result"}
+"""Names of files and folders that say nothing of a split."""
+_SAMPLE = 20
+"""Listed files that a folder is tried with."""
+_REMEDY = "give --annotations FILE --images FOLDER --split NAME"
+
+
+class Part(NamedTuple):
+    """A split of a data set."""
+
+    split: str
+    file: Path
+    images: Path
+
+
+def choose_parts(root: Path, splits: Sequence[str] | None) -> list[Part]:
+    """Find the splits of a data set; those that are asked for, else all.
+
+    Raises:
+        UserError: when there is none, or one can't be told from another.
+    """
+    files = sorted((root / "annotations").glob("instances_*.json"))
+    coco = [Part(file.name[10:-5], file, root / file.name[10:-5]) for file in files]
+    found = [part for part in coco if part.split and part.images.is_dir()]
+    if not found:
+        parts = [_part(file, root) for file in _candidates(root)]
+        found = [part for part in parts if part.images.is_dir()]
+    by_name: dict[str, Part] = {}
+    for part in found:
+        first = by_name.setdefault(part.split, part)
+        if first is not part:
+            raise UserError(f"{root}: {first.file} and {part.file} are one split; {_REMEDY}")
+    if splits is not None:
+        return [
+            by_name.get(split)
+            or Part(split, root / "annotations" / f"instances_{split}.json", root / split)
+            for split in dict.fromkeys(splits)
+        ]
+    if not found:
+        lacking = ", ".join(f"{part.images}/" for part in coco)
+        raise UserError(
+            f"{root}: no COCO annotation file with its images; is {root} the root of a data set?"
+            f" For any other layout {_REMEDY}" + (f"; there is no {lacking}" if lacking else "")
+        )
+    return found
+
+
+def named_part(file: Path, images: Path | None, split: str | None) -> Part:
+    """Give the split of an annotation file that was named outright."""
+    root = file.parent.parent if file.parent.name == "annotations" else file.parent
+    found = _part(file, root) if file.is_file() else Part("train", file, root)
+    return Part(split or found.split, file, images or found.images)
+
+
+def find_files(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Find files that are listed under another spelling.
+
+    Backslashes, case, Unicode's forms, %20, a leading ./ and leading folders may differ. A file
+    is taken if it is the only one that fits, and is listed by no other name.
+
+    Returns:
+        The file's own name by the listed one, where it has another; and for others that aren't
+        there what they may be called.
+    """
+    lost = [name for name in dict.fromkeys(names) if not _is_file(folder / name)]
+    if not lost:
+        return {}, {}
+    files = [
+        Path(above, name).relative_to(folder).as_posix()
+        for above, _, below in os.walk(folder)
+        for name in below
+    ]
+    listed = {os.path.normpath(name) for name in names}
+    by_key: dict[str, set[str]] = {}
+    for file in files:
+        if file not in listed:
+            for key in {_key(file), _key(unquote(file))}:
+                by_key.setdefault(key, set()).add(file)
+    found: dict[str, str] = {}
+    hints: dict[str, str] = {}
+    for name in lost:
+        fitting: set[str] = next((by_key[k] for k in _keys(name) if k in by_key), set())
+        if len(fitting) == 1:
+            found[name] = next(iter(fitting))
+        elif fitting:
+            hints[name] = f"; did you mean {' or '.join(sorted(fitting)[:3])}?"
+        elif len(hints) < _SAMPLE:
+            near = difflib.get_close_matches(name, files[:5000], n=1, cutoff=0.75)
+            hints[name] = f"; did you mean {near[0]}?" if near else ""
+    taken = Counter(found.values())
+    for name, file in list(found.items()):
+        if taken[file] > 1:
+            del found[name]
+            hints[name] = f"; did you mean {file}, which other names fit too?"
+    return found, hints
+
+
+def _part(file: Path, root: Path) -> Part:
+    words = re.sub(r"(^_?(annotations?|instances|coco)[._-]+)|([._-]+(annotations?|coco))+$", "",
+                   file.stem.lstrip("_"))  # fmt: skip
+    split = next(
+        (word for word in (words, file.parent.name if file.parent != root else "")
+         if word.lower() not in _GENERIC and word.lower() != "images"),
+        "train",
+    )  # fmt: skip
+    split = re.sub(r"[^\w.-]", "_", split, flags=re.ASCII).lstrip(".-") or "train"
+    folders = [
+        above / name
+        for above in dict.fromkeys((file.parent, root))
+        for name in ("", split, "images", "data", f"images/{split}", "images/default",
+                     f"{split}/images", f"{split}2017")
+    ]  # fmt: skip
+    names = list(itertools.islice(_listed(file), _SAMPLE))
+    folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+    def fitting(folder: Path) -> int:
+        exact = sum(_is_file(folder / name) for name in names)
+        return _SAMPLE * exact if exact else len(find_files(folder, names)[0])
+
+    # The first of the best: names that lead below two of the folders are found from both.
+    best = max(folders, key=fitting)
+    return Part(split, file, best if fitting(best) else root / split)
+
+
+def _candidates(root: Path) -> list[Path]:
+    patterns = ("*.json", "annotations/*.json", "*/*.json")
+    files = dict.fromkeys(file for pattern in patterns for file in sorted(root.glob(pattern)))
+    return [file for file in files if _is_coco(file)]
+
+
+def _is_coco(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m:
+            keys = (b'"images"', b'"annotations"', b'"categories"', b'"file_name"')
+            return all(m.find(key) >= 0 for key in keys)
+    except (OSError, ValueError):  # a folder, or an empty file
+        return False
+
+
+def _listed(file: Path) -> Iterator[str]:
+    """Names of images, without parsing the whole file."""
+    try:
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m:
+            for match in re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', m):
+                name = json.loads(match[1])
+                if name and not re.match(r"[/\\]|[A-Za-z]:", name) and "\0" not in name:
+                    yield name
+    except (OSError, ValueError):
+        return
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _key(name: str) -> str:
+    path = os.path.normpath(name.replace("\\", "/")).replace(os.sep, "/")
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
+
+
+def _keys(name: str) -> Iterator[str]:
+    """What a file may be known by, the likeliest first: leading folders go last."""
+    whole = list(dict.fromkeys([_key(name), _key(unquote(name))]))
+    for depth in range(max(key.count("/") for key in whole) + 1):
+        for key in whole:
+            if key.count("/") >= depth:
+                yield key.split("/", depth)[-1]

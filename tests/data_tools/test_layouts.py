@@ -1,0 +1,214 @@
+"""Data sets as tools export them; their own pixels and boxes say which files were met."""
+
+import json
+import unicodedata
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casc.data.index import Index, read_index
+from casc.data.sample import iter_tar
+from casc.errors import UserError
+from casc.train.recipe_checks import check
+from data_tools.cli import main
+from data_tools.shard import shard_dataset
+
+
+def export(file: Path, folder: Path, picture: Callable[..., bytes], **spelt: str) -> dict[int, Any]:
+    """Three images in a folder and their annotation file; gives bytes and box by image id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    first = 10 * (len(list(folder.rglob("*.jpg"))) + 1)
+    images, annotations, true = [], [], {}
+    for i in range(first, first + 3):
+        data = picture(60, 50, seed=i)
+        (folder / f"{i}.jpg").write_bytes(data)
+        box, area = [i % 10, 5, 20, 10], 200
+        polygon = [i % 10, 5, i % 10 + 20, 5, i % 10 + 20, 15, i % 10, 15]
+        name = spelt.get("prefix", "") + f"{i}.jpg"
+        images.append({"id": i, "file_name": name, "width": 60, "height": 50})
+        annotations.append({"id": i, "image_id": i, "category_id": 1, "bbox": box, "area": area})
+        annotations[-1] |= {"iscrowd": 0, "segmentation": [polygon]}
+        true[i] = data, box
+    categories = [{"id": 1, "name": "cat"}]
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    file.write_text(json.dumps(data))
+    return true
+
+
+def stored(out: Path, split: str) -> dict[int, Any]:
+    found = {}
+    for shard in read_index(out).splits[split].shards:
+        for _, image, text in iter_tar(out / shard.name):
+            record = json.loads(text)
+            found[record["image_id"]] = image, record["annotations"][0]["bbox"]
+    return found
+
+
+LAYOUTS = {
+    "coco": ("annotations/instances_{}.json", "{}", ""),
+    "roboflow": ("{}/_annotations.coco.json", "{}", ""),
+    "fiftyone": ("{}/labels.json", "{}/data", ""),
+    "two files, one folder": ("{}.json", ".", ""),
+    "two files with images": ("annotations/{}.json", "images", ""),
+    "underscores": ("annotations_{}.json", "images/{}", ""),
+    "named folders": ("{}_coco.json", "{}", "{}/"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_two_splits(layout: str, tmp_path, make_picture, settings, quiet_run):
+    root, out = tmp_path / "data", tmp_path / "out"
+    file, folder, prefix = LAYOUTS[layout]
+    true = {
+        split: export(
+            root / file.format(split),
+            root / folder.format(split),
+            make_picture,
+            prefix=prefix.format(split),
+        )
+        for split in ("train", "valid")
+    }
+    index = shard_dataset(root, out, None, settings, quiet_run())
+    assert set(index.splits) == {"train", "valid"}
+    for split in true:
+        assert stored(out, split) == true[split]
+        assert index.splits[split].report["images"]["unlisted_files"] == 0
+    only = shard_dataset(root, tmp_path / "only", ["valid"], settings, quiet_run())
+    assert set(only.splits) == {"valid"}
+
+
+@pytest.mark.parametrize(
+    ("file", "folder", "prefix"),
+    [
+        ("annotations/instances_default.json", "images", ""),
+        ("annotations/instances_default.json", "images/default", ""),
+        ("result.json", "images", "images/"),
+        ("result.json", "images", "images\\\\"),
+        ("labels.json", "data", ""),
+        ("annotations.json", "images", ""),
+        ("_annotations.coco.json", ".", "./"),
+    ],
+)
+def test_layouts_of_one_part(
+    file: str, folder: str, prefix: str, tmp_path, make_picture, settings, quiet_run
+):
+    root = tmp_path / "data"
+    true = export(root / file, root / folder, make_picture, prefix=prefix.replace("\\\\", "\\"))
+    shard_dataset(root, tmp_path / "out", None, settings, quiet_run())
+    assert stored(tmp_path / "out", "train") == true
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_any_other_layout_by_flags(tmp_path: Path, make_picture, capsys):
+    data, out = tmp_path / "data", tmp_path / "out"
+    true = export(data / "deep/er/x.json", tmp_path / "elsewhere", make_picture)
+    assert run("shard", data, "--out", out) == 1
+    assert "--annotations FILE --images FOLDER --split NAME" in capsys.readouterr().err
+    flags = ["--annotations", data / "deep/er/x.json", "--images", tmp_path / "elsewhere"]
+    assert run("shard", *flags, "--split", "mine", "--out", out, "--workers", 1) == 0
+    assert stored(out, "mine") == true
+    assert run("shard", data, "--split", "mine", "--out", out) == 1
+    assert "--annotations" in capsys.readouterr().err
+
+
+def test_files_that_are_one_split_are_refused(tmp_path: Path, make_picture, settings, quiet_run):
+    for name in ("a/train.json", "b/train.json"):
+        export(tmp_path / name, tmp_path / "images", make_picture)
+    with pytest.raises(UserError, match=r"a/train\.json and .*b/train\.json are one split; give"):
+        shard_dataset(tmp_path, tmp_path / "out", None, settings, quiet_run())
+
+
+@pytest.mark.parametrize(
+    ("listed", "there"),
+    [
+        ("sub\\1.jpg", "sub/1.jpg"),
+        ("1.jpg", "1.JPG"),
+        ("Photo.JPG", "photo.jpg"),
+        ("my%20im.jpg", "my im.jpg"),
+        ("my im.jpg", "my%20im.jpg"),
+        (unicodedata.normalize("NFC", "café.jpg"), unicodedata.normalize("NFD", "café.jpg")),
+        (unicodedata.normalize("NFD", "Café.jpg"), unicodedata.normalize("NFC", "café.JPG")),
+        ("train/1.jpg", "1.jpg"),
+        ("data\\images\\Caf%C3%A9.jpg", "café.jpg"),
+    ],
+)
+def test_files_of_another_spelling_are_found(coco, make_picture, listed: str, there: str):
+    data = make_picture(60, 50, seed=3)
+    coco.object(coco.image(name=there, data=data))
+    coco.images[0]["file_name"] = listed
+    coco.object(coco.image(name="other.jpg"))
+    index, out = coco.shard()
+    report = index.splits["train"].report
+    assert report["images"]["stored"] == 2
+    assert report["images"]["unlisted_files"] == 0
+    assert report["findings"]["other_spelling"]["count"] == 1
+    assert stored(out, "train")[coco.images[0]["id"]][0] == data
+
+
+def test_files_that_could_be_another_are_not_guessed(coco, tmp_path: Path, capsys):
+    for name in ("1.JPG", "1.Jpg", "photo_one.jpg", "3.jpg"):
+        coco.object(coco.image(name=name))
+    coco.images[0]["file_name"] = "1.jpg"
+    del coco.images[1]  # its file stays: now two fit
+    coco.images[1]["file_name"] = "photo_on.jpg"
+    coco.write()
+    assert run("shard", coco.root, "--out", tmp_path / "out", "--workers", 1) == 1
+    printed = capsys.readouterr()
+    assert "did you mean 1.JPG or 1.Jpg?" in printed.out
+    assert "did you mean photo_one.jpg?" in printed.out
+    assert "2 of 3 images are lost" in printed.err
+    assert "--allow-missing" in printed.err
+    flags = ["--out", tmp_path / "out", "--workers", 1, "--allow-missing"]
+    assert run("shard", coco.root, *flags) == 0
+    assert "2 of 3 images are lost" in capsys.readouterr().err
+
+
+def test_a_listed_file_is_not_taken_for_another(coco):
+    for name in ("1.jpg", "2.jpg"):
+        coco.object(coco.image(name=name))
+    (coco.root / "train" / "2.jpg").unlink()
+    coco.images[1]["file_name"] = "1.JPG"
+    index, _ = coco.shard()
+    assert index.splits["train"].report["findings"]["missing_file"]["count"] == 1
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_images_without_objects_are_trained_on_if_asked(coco, keep: bool):
+    coco.object(coco.image())
+    empty = coco.image()
+    coco.object(coco.image(), segmentation=[])
+    coco.object(coco.image(), category_id=99)
+    index, _ = coco.shard(negatives=keep)
+    split = index.splits["train"]
+    assert split.train_samples == 1 + keep
+    found = split.report["findings"]
+    if keep:
+        assert found["negative"]["ids"] == str(empty)
+    assert found["only_maskless"]["ids"] == str(empty + 5)
+    assert found["no_annotations"]["count"] == 2 - keep
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"segmentation": []}, "6 no_mask"), ({"area": 0}, "6 degenerate_box")],
+)
+def test_training_on_nothing_is_refused(coco, tiny_recipe, fields: dict[str, Any], reason: str):
+    for _ in range(3):
+        number = coco.image()
+        coco.object(number, **fields)
+        coco.object(number, **fields)
+    index: Index = coco.shard(coco.root.with_name("mine"))[0]
+    model = replace(tiny_recipe.model, classes=len(index.categories))
+    recipe = replace(tiny_recipe, train_split="train", evaluate_every=0, model=model)
+    with pytest.raises(UserError, match=f"nothing to train on: of 6 annotations none.*{reason}"):
+        check(recipe, index)
