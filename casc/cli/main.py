@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from casc.arguments import parse_arguments
-from casc.cli.bench import InferenceCommand, LoaderCommand, TrainCommand, with_default
+from casc.cli.bench import GraphCommand, InferenceCommand, LoaderCommand, TrainCommand, with_default
 from casc.cli.convert import ConvertCommand
 from casc.cli.doctor import DoctorCommand
 from casc.cli.eval import EvalCommand
@@ -24,6 +24,7 @@ from casc.errors import UserError
 Bench = (
     Annotated[TrainCommand, tyro.conf.subcommand("train", prefix_name=False)]
     | Annotated[InferenceCommand, tyro.conf.subcommand("inference", prefix_name=False)]
+    | Annotated[GraphCommand, tyro.conf.subcommand("graph", prefix_name=False)]
     | Annotated[LoaderCommand, tyro.conf.subcommand("loader", prefix_name=False)]
 )
 
