@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from casc.device.signals import end_with_parent
 from casc.errors import UserError
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ def map_tasks(
         # Spawned, because a fork of a process with threads may lock up, and because the
         # parent's annotation lists needn't be in the workers.
         pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=_start_worker
+            workers, multiprocessing.get_context("spawn"), initializer=end_with_parent
         )
         with _one_interrupt():
             try:
@@ -112,16 +113,3 @@ def _handling_interrupts(handler: Callable[..., None] | signal.Handlers) -> Iter
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_follow, args=(parent.join,), daemon=True).start()
-
-
-def _follow(wait: Callable[[], None]) -> None:
-    """End with the parent, which may be killed without a chance to say so."""
-    wait()
-    os._exit(1)

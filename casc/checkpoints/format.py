@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from casc.checkpoints.state import State
+from casc.data.files import sync_folder
 from casc.errors import UserError
 from casc.json_files import parse_json, read_json
 
@@ -102,11 +103,11 @@ def save(
         }
         manifest = {"format": FORMAT, "version": VERSION, "step": state.step, "files": files}
         _write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        _flush(temporary)
+        sync_folder(temporary)
         # Torn, or its step was taken again after resuming before it.
         before = _hide(final) if final.exists() else None
         temporary.rename(final)
-        _flush(folder)
+        sync_folder(folder)
         if before:
             shutil.rmtree(before)
     except (OSError, safetensors.SafetensorError) as error:
@@ -388,16 +389,6 @@ _FACTS: dict[str, Callable[[Path], Any]] = {
     "bytes": lambda path: path.stat().st_size,
     "sha256": _sha256,
 }
-
-
-def _flush(folder: Path) -> None:
-    """Make names in a folder durable, where the system has such a thing."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _link(path: Path, target: str) -> None:

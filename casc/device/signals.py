@@ -25,6 +25,24 @@ def leave_to_parent() -> None:
     threading.Thread(target=_end_at_parents_word, daemon=True).start()
 
 
+def end_with_parent() -> None:
+    """End this helper process once its parent has ended, and ignore Ctrl-C.
+
+    A parent that is killed can't tell its helpers, which would wait for ever. Ctrl-C goes to
+    the whole process group; the parent decides what becomes of it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def _end_at_parents_word() -> None:
     # With some start methods the system's parent is a server that forks.
     starter = multiprocessing.parent_process()

@@ -4,20 +4,18 @@ Pasting, run lengths and pycocotools' matching take some 20 ms of a core per ima
 it in Python: a thread would hold up the one that feeds the device.
 """
 
-import os
-import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
 
+from casc.device.signals import end_with_parent
 from casc.errors import UserError
 from casc.evaluate.coco_eval import TWICE, EvalShard, IouType, join, match
 from casc.evaluate.coco_results import ImageDetections, image_results
@@ -140,14 +138,4 @@ def _workers(processes: int) -> Iterator[Executor]:
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    # An interrupt goes to the whole group; the parent decides what becomes of it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed can't tell its workers, which would wait for ever."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+    end_with_parent()
