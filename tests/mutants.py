@@ -232,7 +232,7 @@ def _try(task: tuple[Mutant, bool]) -> Outcome:
         _copy(tree)
         file = tree / "casc" / mutant.file
         file.write_text(file.read_text().replace(mutant.old, mutant.new))
-        by = _verify(tree) or (mutant.tests and _test(tree, mutant.tests)) or ""
+        by = _verify(tree) or (_test(tree, mutant.tests) if mutant.tests else "")
         if not by and whole_suite and mutant.old != mutant.new:
             by = _test(tree, [""])
     return Outcome(mutant.name, by, time.monotonic() - start)
