@@ -2,7 +2,7 @@
 
 It is Pillow's. OpenCV, torchvision, torchcodec and simplejpeg give the same pixels of a JPEG,
 all being libjpeg-turbo underneath, and make a worker at most a fifth faster, which didn't
-outweigh another dependency; `casc bench loader` compares those that are installed.
+outweigh another dependency (docs/performance.md).
 """
 
 import io

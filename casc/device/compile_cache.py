@@ -59,13 +59,12 @@ def use_cache(setting: Path | None = None) -> Path:
     """
     folder = cache_folder(setting)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for place in (folder, folder / "programs", folder / "inductor"):
-            place.mkdir(mode=0o700, exist_ok=True)
+        for place in (folder.parent, folder, folder / "programs", folder / "inductor"):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
             if fault := _not_mine(place):
                 raise UserError(
                     f"--compile-cache {place}: {fault}, so it could hold programs of someone"
-                    " else's; delete it, or choose a folder of your own"
+                    " else's; delete it, or choose a folder that only you may write to"
                 )
     except OSError as error:
         raise UserError(

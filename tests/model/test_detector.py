@@ -126,8 +126,7 @@ CASES = [
 @pytest.mark.parametrize("capacity", ["counted", "full"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_loss_is_finite_and_every_head_learns(world, tiny_batch, case, capacity):
-    """Issue 2: "Every loss is finite and every head gets a gradient when a batch has no
-    ground truth at all", and the other corners of the data."""
+    """Also where a batch has no ground truth at all, and in the other corners of the data."""
     cases = edge_cases(tiny_batch)
     assert set(cases) == set(CASES)
     head = replace(world.config.mask_head, capacity=capacity)

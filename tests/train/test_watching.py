@@ -1,11 +1,13 @@
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from casc.errors import UserError
+from casc.train import watching
 from casc.train.log import run_log
 from casc.train.loop import train
 from casc.train.meter import Meter
@@ -17,20 +19,32 @@ def notes(folder, rank):
     return [json.loads(line) for line in lines]
 
 
-def wait_for_a_batch_that_never_comes(seconds):
-    time.sleep(seconds)
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The watchdog's time, which passes only when a test says so."""
+    now = [0.0]
+    fake = SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime)
+    monkeypatch.setattr(watching, "time", fake)
+    return now
 
 
-def test_the_watchdog_says_who_is_stuck_with_what(tmp_path, capsys):
+def wait_for_a_batch_that_never_comes(clock, folder):
+    for reports in (1, 2):
+        clock[0] += 0.9
+        while len(notes(folder, 3)) < reports:
+            time.sleep(0.01)
+
+
+def test_the_watchdog_says_who_is_stuck_with_what(tmp_path, capsys, clock):
     with run_log(tmp_path, start=0, total=9, rank=3) as log:
         activity = Activity(6)
         activity.detail = lambda: "worker 0: reading train/000012.tar at byte 4,096, for 42 s"
         activity.set("waiting for data", 7)
         with watchdog(activity, log, 0.2, tmp_path):
-            wait_for_a_batch_that_never_comes(0.9)
+            wait_for_a_batch_that_never_comes(clock, tmp_path)
             activity.set("step")
     stuck = [note for note in notes(tmp_path, 3) if note["kind"] == "stuck"]
-    assert 1 <= len(stuck) <= 4, "again and again, but not all the time"
+    assert len(stuck) == 2, "again and again, but not all the time"
     assert (stuck[0]["step"], stuck[0]["activity"]) == (7, "waiting for data")
     assert "no progress for" in stuck[0]["text"]
     assert "worker 0: reading train/000012.tar" in stuck[0]["text"]
@@ -40,13 +54,14 @@ def test_the_watchdog_says_who_is_stuck_with_what(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.4])
-def test_progress_keeps_the_watchdog_silent(tmp_path, seconds):
+def test_progress_keeps_the_watchdog_silent(tmp_path, seconds, clock):
     with run_log(tmp_path, start=0, total=9) as log:
         activity = Activity(0)
         with watchdog(activity, log, seconds, tmp_path):
             for step in range(30):
-                time.sleep(0.02)
                 activity.set("step", step)
+                time.sleep(0.02)  # the watchdog looks every 0.1 s
+                clock[0] += 0.3
     assert not notes(tmp_path, 0)
 
 
