@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -171,6 +171,25 @@ class LoaderCommand:
 def _check_canvas(canvas: tuple[int, int]) -> None:
     if min(canvas) < 32 or any(side % 32 for side in canvas):
         raise UserError(f"--canvas {canvas}: both sides must be multiples of 32")
+
+
+Bench = (
+    Annotated[TrainCommand, tyro.conf.subcommand("train", prefix_name=False)]
+    | Annotated[InferenceCommand, tyro.conf.subcommand("inference", prefix_name=False)]
+    | Annotated[GraphCommand, tyro.conf.subcommand("graph", prefix_name=False)]
+    | Annotated[LoaderCommand, tyro.conf.subcommand("loader", prefix_name=False)]
+)
+
+
+@dataclass(frozen=True)
+class BenchCommand:
+    """Time a part on this machine; `casc bench --json` means `casc bench train --json`."""
+
+    part: tyro.conf.OmitArgPrefixes[Bench]
+
+    def run(self) -> int:
+        """Measure."""
+        return self.part.run()
 
 
 def _run(what: "What", command: StepCommand, positives: int | None) -> int:

@@ -5,13 +5,12 @@ Training is `python -m casc.recipes.NAME`.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, NoReturn
 
 import tyro
 
 from casc.arguments import parse_arguments
-from casc.cli.bench import GraphCommand, InferenceCommand, LoaderCommand, TrainCommand, with_default
+from casc.cli.bench import BenchCommand, with_default
 from casc.cli.convert import ConvertCommand
 from casc.cli.doctor import DoctorCommand
 from casc.cli.eval import EvalCommand
@@ -20,25 +19,6 @@ from casc.cli.predict import PredictCommand
 from casc.cli.report import ReportCommand
 from casc.cli.verify import VerifyCommand
 from casc.errors import UserError
-
-Bench = (
-    Annotated[TrainCommand, tyro.conf.subcommand("train", prefix_name=False)]
-    | Annotated[InferenceCommand, tyro.conf.subcommand("inference", prefix_name=False)]
-    | Annotated[GraphCommand, tyro.conf.subcommand("graph", prefix_name=False)]
-    | Annotated[LoaderCommand, tyro.conf.subcommand("loader", prefix_name=False)]
-)
-
-
-@dataclass(frozen=True)
-class BenchCommand:
-    """Time a part on this machine; `casc bench --json` means `casc bench train --json`."""
-
-    part: tyro.conf.OmitArgPrefixes[Bench]
-
-    def run(self) -> int:
-        """Measure."""
-        return self.part.run()
-
 
 Command = (
     Annotated[EvalCommand, tyro.conf.subcommand("eval")]

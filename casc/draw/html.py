@@ -43,7 +43,7 @@ def document(
         f'<h2 id="{escape(key)}-title">{escape(name)}</h2>{content}</section>'
         for key, name, content in sections
     )
-    part = files("casc.report")
+    part = files("casc.draw")
     style = part.joinpath("page.css").read_text(encoding="utf-8")
     scripts = "".join(
         f"<script>{part.joinpath(name).read_text(encoding='utf-8')}</script>"

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from casc.cli import main as cli
+from casc.cli.bench import Bench
 from casc.data.index import INDEX_NAME, VERSION, Index, write_index
 from casc.data.stream import TrainLoaderConfig
 from casc.model import detector
@@ -453,7 +454,7 @@ def _needs(reader: str) -> None:
 
 COMMANDS = [
     *(("casc", name) for name, _ in _subcommands(cli.Command) if name != "bench"),
-    *(("casc", "bench", name) for name, _ in _subcommands(cli.Bench)),
+    *(("casc", "bench", name) for name, _ in _subcommands(Bench)),
     *(("data_tools", name) for name, _ in _subcommands(data_tools.Command)),
     ("recipe",),
 ]

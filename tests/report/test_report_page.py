@@ -182,7 +182,7 @@ def test_pictures_keep_their_pixels():
 
 def colours() -> dict[str, list[np.ndarray]]:
     """The page's colours, light and dark, as RGB in [0, 1]."""
-    style = files("casc.report").joinpath("page.css").read_text()
+    style = files("casc.draw").joinpath("page.css").read_text()
     pairs = re.findall(r"--(\w+): light-dark\(#(\w{6}), #(\w{6})\)", style)
     return {
         name: [np.frombuffer(bytes.fromhex(c), np.uint8) / 255 for c in both]
