@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from casc.data.sample import signed_area
 from casc.data.segmentation import mask_area, pack, part_fault, rle_counts
 from data_tools.report import Finding
-from data_tools.rings import fill_rings, mask_iou, trace_mask, winding_numbers
+from data_tools.rings import fill_rings, mask_iou, overlaps_itself, trace_mask
 
 _BEYOND = 0.5
 """Pixels that a box may reach out of the image without being reported."""
@@ -137,12 +137,9 @@ def _polygon_mask(parts: list[list[float]], frame: Frame, tolerance: float, find
         parts = [(np.reshape(part, (-1, 2)) * scale).reshape(-1).tolist() for part in parts]
     outlines = [np.reshape(part, (-1, 2)).astype(np.float64) for part in parts]
     outlines = [ring if signed_area(ring) >= 0 else ring[::-1] for ring in outlines]
-    windings = [winding_numbers(ring, height, width) for ring in outlines]
-    overlapping = [bool(((found < 0) | (found > 1)).any()) for found in windings]
-    # An outline that holds no pixel's centre may still hold a pixel for pycocotools.
-    empty = (
-        any(overlapping) or not any((found == 1).any() for found in windings)
-    ) and not mask_area(parts, width, height)
+    overlapping = [overlaps_itself(ring, height, width) for ring in outlines]
+    # Pycocotools loses some outlines thinner than a pixel, a pixel's centre in them or not.
+    empty = not mask_area(parts, width, height)
 
     def area() -> int:
         return mask_area(whole, frame.width, frame.height)

@@ -48,6 +48,16 @@ def fill_rings(rings: list[np.ndarray], height: int, width: int) -> np.ndarray:
     return winding != 0
 
 
+def overlaps_itself(ring: np.ndarray, height: int, width: int) -> bool:
+    """Whether a closed polygon `[n, 2]` of positive area winds round a pixel other than once."""
+    # Only the pixels around it are looked at: objects are small, images aren't.
+    low = np.clip(np.floor(ring.min(axis=0)), 0, (width, height)).astype(np.int64)
+    high = np.clip(np.ceil(ring.max(axis=0)), low, (width, height)).astype(np.int64)
+    columns, rows = (high - low).tolist()
+    found = winding_numbers(ring - low, rows, columns)
+    return bool(((found < 0) | (found > 1)).any())
+
+
 def winding_numbers(ring: np.ndarray, height: int, width: int) -> np.ndarray:
     """How often a closed polygon `[n, 2]` winds round the centre of each pixel.
 

@@ -190,6 +190,20 @@ def test_outlines_that_overlap_themselves_are_trained_as_pycocotools_fills_them(
         assert record.entry["segmentation"] == parts_given
 
 
+def test_an_outline_that_pycocotools_loses_is_not_trained_on():
+    """Brute force over slivers: some hold a pixel's centre, but no pixel for pycocotools."""
+    rng, lost = np.random.default_rng(0), 0
+    for _ in range(3000):
+        start, along = rng.uniform(5, 25, 2), rng.uniform(-4, 4, 2)
+        part = np.concatenate([start, start + along, start + along + rng.uniform(-0.6, 0.6, 2)])
+        annotation = {"id": 5, "category_id": 1, "bbox": [5, 5, 20, 20], "area": 9}
+        annotation |= {"iscrowd": 0, "segmentation": [part.tolist()]}
+        record = make_record(annotation, Frame(WIDTH, HEIGHT, WIDTH, HEIGHT), {1: 0})
+        assert record.entry["train"] == raster([part.tolist()]).any()
+        lost += filled(annotation_edges(record.entry)).any() and not record.entry["train"]
+    assert lost
+
+
 def test_a_contour_given_twice_has_no_pixel():
     square = [5, 5, 25, 5, 25, 25, 5, 25]
     annotation = {"id": 5, "category_id": 1, "bbox": [5, 5, 20, 20], "area": 400}
