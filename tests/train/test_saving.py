@@ -246,6 +246,6 @@ def test_a_folder_that_cant_be_written_is_told_before_the_first_step(
 ):
     tiny_recipe.folder.mkdir()
     (tiny_recipe.folder / name).symlink_to("/proc")  # which not even root can write
-    monkeypatch.setattr("casc.train.loop.backward", lambda *_, **__: pytest.fail("a step"))
+    monkeypatch.setattr("casc.train.step.TrainStep.__call__", lambda *_: pytest.fail("a step"))
     with pytest.raises(UserError, match=r"--out .*can't be written"):
         train(replace(tiny_recipe, max_steps=1))
