@@ -383,7 +383,7 @@ def detect(
     proposals = probe("proposals", propose(config.rpn, found, train=False))
     logits, boxes = cascade_scores(params, config, features.pyramid, proposals, inputs.size, probe)
     boxes, scores, labels, valid = select(
-        config.inference, logits, boxes / inputs.scale[:, None], proposals.valid
+        config.inference, logits, boxes / inputs.scale[:, None], proposals.valid, probe
     )
     rois = probe("mask.rois", boxes * inputs.scale[:, None])
     masks = detect_masks(params, config, features.pyramid, rois, labels, probe)
@@ -417,7 +417,11 @@ def cascade_scores(
 
 
 def select(
-    config: InferenceConfig, logits: Tensor, boxes: Tensor, valid: Tensor
+    config: InferenceConfig,
+    logits: Tensor,
+    boxes: Tensor,
+    valid: Tensor,
+    probe: Probe = unwatched,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Threshold, class-wise suppression, and the best over all classes.
 
@@ -426,6 +430,7 @@ def select(
         logits: [B, P, K + 1].
         boxes: [B, P, 4] xyxy in pixels of the stored image.
         valid: [B, P] bool.
+        probe: sees all scores, and which of them enter suppression.
 
     Returns:
         boxes [B, D, 4], scores [B, D], labels [B, D] and valid [B, D]; 0 where invalid.
@@ -433,6 +438,7 @@ def select(
     scores = logits.softmax(dim=-1)[..., :-1]
     classes = scores.shape[-1]
     candidate = (scores > config.score_threshold) & valid[..., None]
+    scores, candidate = probe("scores", (scores, candidate))
     labels = torch.arange(classes, device=scores.device).repeat(scores.shape[1])
     index, kept = batched_nms(
         boxes.repeat_interleave(classes, dim=1),

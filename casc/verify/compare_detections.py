@@ -37,6 +37,11 @@ def compare_detections(
     key = f"{name}.proposals"
     table.box_set(part, key, table.golden(key), proposals)
     _stages(table, part, name, record)
+    scores = table.golden(f"{name}.prenms.scores")
+    if scores is not None and len(scores):
+        # How many there are is for rounding to decide, with scores so near to the threshold.
+        lowest = (record["lowest_score"] - scores.min()).abs()
+        table.add(part, f"{name}.prenms.scores (lowest)", lowest, SCORE, "score")
     _suppression(table, config, part, name)
     _detections(table, golden, part, name, record, masks)
 

@@ -63,7 +63,10 @@ def detection_record(seen: Seen, found: Detections) -> Record:
         record[f"s{i}.mask_logits"] = logits[None]
     if "box.average" in seen:
         record["cls_score_avg"] = seen["box.average"][0]
+    ((scores, candidate),) = seen["scores"]
     return record | {
+        # Of what enters suppression only the lowest is looked at: 1 where nothing does.
+        "lowest_score": torch.where(candidate, scores, 1.0).amin(dim=(1, 2)),
         "proposals": torch.cat([proposals.boxes, proposals.scores[..., None]], dim=-1),
         "proposals_valid": proposals.valid,
         "det_bboxes": torch.cat([found.boxes, found.scores[..., None]], dim=-1),
