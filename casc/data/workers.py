@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+# Before any worker is forked: one that is while another thread of its parent is importing this
+# would wait for that import for good.
+import webdataset.tariterators  # noqa: F401
 from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
