@@ -1,6 +1,9 @@
 """Cards whose limits are published: what bounds a step before any kernel is written."""
 
+from importlib.util import find_spec
 from typing import NamedTuple
+
+from casc.errors import UserError
 
 
 class Card(NamedTuple):
@@ -35,3 +38,18 @@ CARDS = {
         " bfloat16",
     ),
 }  # fmt: skip
+
+
+def check_build() -> None:
+    """Check that this torch can lower for such a card; it needs none to be there.
+
+    Raises:
+        UserError: torch was built without CUDA, or Triton isn't installed.
+    """
+    import torch
+
+    if torch.version.cuda is None or find_spec("triton") is None:
+        raise UserError(
+            f"torch {torch.__version__} has no CUDA or no Triton, which write what is counted;"
+            " install a torch that is built for CUDA (no card is needed)"
+        )

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -106,16 +105,12 @@ class GraphCommand:
 
     def run(self) -> int:
         """Lower and count."""
-        import torch
+        from casc.bench.cards import check_build
 
         if self.batch < 1 or self.objects < 1:
             raise UserError("--batch and --objects must be at least 1")
         _check_canvas(self.canvas)
-        if torch.version.cuda is None or find_spec("triton") is None:
-            raise UserError(
-                f"torch {torch.__version__} has no CUDA or no Triton, which write what is counted;"
-                " install a torch that is built for CUDA (no card is needed)"
-            )
+        check_build()
         job = {
             "what": self.what, "canvas": self.canvas, "batch": self.batch,
             "objects": self.objects, "card": self.card,

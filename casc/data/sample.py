@@ -233,6 +233,8 @@ def _pairs(stream: _TarStream, name: str) -> Iterator[tuple[str, bytes, bytes]]:
     while True:
         try:
             sample = next(samples, None)
+        except UserError:  # of the stream's own kind, such as what a server does
+            raise
         except ValueError as error:
             raise UserError(f"{name}: {error.args[0]}") from None
         if sample is None:

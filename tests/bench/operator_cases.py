@@ -16,7 +16,7 @@ from torch import Tensor
 from casc.evaluate.mask_rle import encode_masks, paste_masks
 from casc.model import noise
 from casc.model.detector import ROI_LEVELS, DetectorConfig, mask_branch, select
-from casc.model.mask_head import init_mask_head, pack
+from casc.model.mask_head import MaskRois, init_mask_head, pack
 from casc.model.mask_targets import polygon_targets
 from casc.model.matching import match_anchors, match_rois, sample
 from casc.model.steps import CAPACITY_SHARES
@@ -130,9 +130,14 @@ def _mask_capacity(sizes: Sizes, count: int, dtype: torch.dtype, device: torch.d
     levels = inputs.some_features(sizes, dtype, device)
     pyramid = flatten_pyramid(levels, config.anchors.strides[:ROI_LEVELS])
     packed = pack(rois, count)
+
+    def mean_loss(chosen: MaskRois) -> Tensor:
+        total, cells = mask_branch(params, config, 0, pyramid, chosen, targets)
+        return total / cells
+
     return Case(
-        lambda: mask_branch(params, config, 0, pyramid, packed, targets),
-        lambda: mask_branch(params, config, 0, pyramid, rois, targets),
+        lambda: mean_loss(packed),
+        lambda: mean_loss(rois),
         # The sum over RoIs changes its order; in bfloat16 each gradient is rounded as well.
         1e-4 if dtype == torch.float32 else 0.05,
         largest,

@@ -85,7 +85,7 @@ def changed(path: str, value: Any) -> str:
         ("splits.train.buckets.0.height", 0, "splits.train.buckets[0].height"),
         ("splits.train.buckets.0.edges", ..., "splits.train.buckets[0].edges"),
         ("splits.train.buckets.0.max_aspect", 0, "splits.train.buckets[0].max_aspect"),
-        ("splits.train.buckets.0.min_aspect", float("nan"), "min_aspect"),
+        ("splits.train.buckets.0.min_aspect", float("nan"), "NaN is no number of JSON"),
         ("splits.train.shards.1", "x", "splits.train.shards[1]"),
         ("splits.train.shards.1.train", 1, "splits.train.shards[1].train"),
         ("splits.train.shards.2.bucket", 2, "splits.train.shards[2].bucket"),

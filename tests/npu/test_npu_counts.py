@@ -28,7 +28,7 @@ def test_the_host_reads_no_more_than_documented(counts, name, allowed):
         assert not step["fallbacks"]
     if allowed:
         ((where, _),) = counts[name]["steps"][0]["reads"]
-        assert "step.py" in where
+        assert "steps.py" in where
 
 
 @pytest.mark.parametrize("name", ["casc", "casc, counted", "casc, inference"])

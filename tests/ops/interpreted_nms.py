@@ -47,7 +47,8 @@ def cases(draw):
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     spread, levels = draw(st.sampled_from([3, 8, 30])), draw(st.sampled_from([1, 4, 1000]))
-    corner = torch.randint(-5, spread, (batch, size, 2), generator=generator)
+    # As boxes on a canvas are: shifting groups by the largest coordinate keeps only these apart.
+    corner = torch.randint(0, spread + 5, (batch, size, 2), generator=generator)
     side = torch.randint(0, 6, (batch, size, 2), generator=generator)
     # Powers of two: shifting groups apart rounds nothing.
     boxes = torch.cat([corner, corner + side], dim=2).float() * draw(
