@@ -78,7 +78,7 @@ class InferenceConfig:
     detections: int = 100
     """The most detections per image."""
     nms_kernel: NmsKernel = "auto"
-    """As of the RPN: greedy, fixed, or auto, which chooses by the device."""
+    """As of the RPN: greedy, fixed, triton, or auto, which chooses by the device."""
     average: Literal["logits", "probabilities"] = "logits"
     """What of the stages' scores is averaged. logits: turned into probabilities once, as the
     reference does. probabilities: of each stage by itself, as Detectron2 does."""

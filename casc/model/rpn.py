@@ -45,8 +45,9 @@ class RPNConfig:
     nms_iou: float = 0.7
     """Proposals that overlap a better one by more go."""
     nms_kernel: NmsKernel = "auto"
-    """greedy: fast on the CPU. fixed: a fixed number of launches, no read. auto: greedy on the
-    CPU, else fixed. The proposals are the same."""
+    """greedy: fast on the CPU. fixed: a fixed number of launches, no read. triton: the same in two
+    kernels. auto: greedy on the CPU, triton where the device has it and it computes the same, else
+    fixed. The proposals are the same."""
     train_pre_nms: int = 2000
     """Best anchors per level that enter suppression when training."""
     train_proposals: int = 2000
