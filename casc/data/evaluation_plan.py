@@ -29,10 +29,10 @@ def plan_evaluation(
     bucket_of, samples, _ = columns(split)
     steps = []
     for bucket in range(len(split.buckets)):
-        line = order_of(np.flatnonzero(bucket_of == bucket), samples)
+        order = order_of(np.flatnonzero(bucket_of == bucket), samples)
         steps += [
-            EvaluationStep(bucket, line.segments(at, min(at + batch, line.length)))
-            for at in range(0, line.length, batch)
+            EvaluationStep(bucket, order.segments(at, min(at + batch, order.length)))
+            for at in range(0, order.length, batch)
         ]
     for index, parts in ((rank, world), (worker, max(workers, 1))):
         steps = steps[len(steps) * index // parts : len(steps) * (index + 1) // parts]

@@ -1,8 +1,8 @@
 """Which samples every rank and worker reads at every step, as a pure function.
 
-An epoch of a bucket is one line of sample positions: its shards in a shuffled order, end
-to end. Each (rank, worker) owns one contiguous stretch of the line, so it reads a few
-shards from front to back and nobody else reads the same part. Along its stretch a worker
+An epoch of a bucket is one order of its samples: its shards, shuffled, end to end. Each
+(rank, worker) owns one contiguous stretch of it, so it reads a few shards from front to
+back and nobody else reads the same part. Along its stretch a worker
 takes windows of some hundred samples into memory and draws them in a shuffled order.
 Nothing is negotiated: every process computes the same plan from the same arguments.
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from casc.data.hashing import hash64, shuffled
 from casc.data.index import Split
-from casc.data.sample_order import SampleOrder, Segment, columns, order_of, without
+from casc.data.sample_order import SampleOrder, Segment, columns, order_of
 from casc.errors import UserError
 
 # What a hash is for; distinct purposes must not share their numbers.
@@ -72,7 +72,7 @@ class EpochPlan:
     window: int
     counts: tuple[int, ...]
     """Steps of each bucket, from `first` on."""
-    lines: tuple[SampleOrder, ...]
+    orders: tuple[SampleOrder, ...]
     """One per bucket of the split."""
     first: int = 0
     """The step at which this plan takes over from another one of the same epoch."""
@@ -93,15 +93,15 @@ class EpochPlan:
     def wrapped(self) -> list[int]:
         """Per bucket, how many samples are seen a second time to fill its last batches."""
         return [
-            steps * self.world * self.batch - line.length
-            for steps, line in zip(self.counts, self.lines, strict=True)
+            steps * self.world * self.batch - order.length
+            for steps, order in zip(self.counts, self.orders, strict=True)
         ]
 
     def before(self, block: int) -> list[int]:
         """Steps of each bucket in the blocks before one."""
         return [
-            (steps * block + lot) // self.blocks
-            for steps, lot in zip(self.counts, self.remainders, strict=True)
+            (steps * block + remainder) // self.blocks
+            for steps, remainder in zip(self.counts, self.remainders, strict=True)
         ]
 
     def start(self, block: int) -> int:
@@ -165,34 +165,34 @@ def plan_epoch(
         if value < least:
             raise UserError(f"{name} must be at least {least}, not {value}")
     bucket_of, samples, train = columns(split)
-    lines = []
+    orders = []
     for bucket in range(len(split.buckets)):
         mine = np.flatnonzero((bucket_of == bucket) & train)
         mine = mine[shuffled(len(mine), hash64(seed, epoch, _SHARDS, bucket))]
-        lines.append(order_of(mine, samples))
-    if not any(line.length for line in lines):
+        orders.append(order_of(mine, samples))
+    if not any(order.length for order in orders):
         raise UserError("the split has no training samples")
     first = resume_count = 0
     for phase in past.phases if past.epoch == epoch else ():
         before = (phase.world, phase.batch, phase.workers, phase.window)
-        lines = _remaining(
-            _plan(lines, seed, epoch, *before, first, resume_count, block), phase.stop
+        orders = _remaining(
+            _plan(orders, seed, epoch, *before, first, resume_count, block), phase.stop
         )
         first, resume_count = phase.stop, resume_count + 1
-    return _plan(lines, seed, epoch, world, batch, workers, window, first, resume_count, block)
+    return _plan(orders, seed, epoch, world, batch, workers, window, first, resume_count, block)
 
 
 def _plan(
-    lines: list[SampleOrder], seed: int, epoch: int, world: int, batch: int, workers: int,
+    orders: list[SampleOrder], seed: int, epoch: int, world: int, batch: int, workers: int,
     window: int, first: int, resume_count: int, block: int,
 ) -> EpochPlan:  # fmt: skip
-    counts = tuple(-(-line.length // (world * batch)) for line in lines)
+    counts = tuple(-(-order.length // (world * batch)) for order in orders)
     blocks = max(1, -(-sum(counts) // block))
     remainders = tuple(
-        hash64(seed, epoch, _SHARE, resume_count, b) % blocks for b in range(len(lines))
+        hash64(seed, epoch, _SHARE, resume_count, b) % blocks for b in range(len(orders))
     )
     return EpochPlan(
-        seed, epoch, world, batch, max(workers, 1), window, counts, tuple(lines), first,
+        seed, epoch, world, batch, max(workers, 1), window, counts, tuple(orders), first,
         resume_count, blocks, remainders,
     )  # fmt: skip
 
@@ -231,7 +231,7 @@ def worker_windows(
             first = begin + done - done % plan.window
             last = min(first + plan.window, end)
             order = _window_order(plan, bucket, first, last)[done % plan.window :]
-            yield Window(plan.lines[bucket].segments(first, last), order)
+            yield Window(plan.orders[bucket].segments(first, last), order)
             done = last - begin
 
 
@@ -247,10 +247,10 @@ def noise_seed(seed: int, epoch: int, image_id: int) -> int:
 def _stretch(
     plan: EpochPlan, block: int, bucket: int, worker: int, start: int
 ) -> tuple[int, int, int]:
-    """A worker's stretch of a bucket's line in a block, in samples.
+    """A worker's stretch of a bucket's order in a block, in samples.
 
     Returns:
-        Where it begins within its rank's part of the line, how long it is, and how much of it
+        Where it begins within its rank's part of the order, how long it is, and how much of it
         is drawn before step `start`.
     """
     mine = plan.start(block) + np.flatnonzero(plan.buckets(block) == bucket)
@@ -270,22 +270,33 @@ def _window_order(plan: EpochPlan, bucket: int, first: int, last: int) -> np.nda
 
 
 def _remaining(plan: EpochPlan, stop: int) -> list[SampleOrder]:
-    """What the plan's steps before `stop` leave of its lines."""
-    lines, block = [], plan.block_of(stop)
-    for bucket, line in enumerate(plan.lines):
-        stride = plan.counts[bucket] * plan.batch
-        ranks = range(0, plan.world * stride, max(stride, 1))
-        whole = plan.before(block)[bucket] * plan.batch
-        seen = [(0, 0), *((begin, begin + whole) for begin in ranks)]
+    """What the plan's steps before `stop` leave of each bucket."""
+    return [order.without(_seen(plan, bucket, stop)) for bucket, order in enumerate(plan.orders)]
+
+
+def _seen(plan: EpochPlan, bucket: int, stop: int) -> list[tuple[int, int]]:
+    """The [start, stop) of a bucket's order that the plan's steps before `stop` have drawn."""
+    block = plan.block_of(stop)
+    per_rank = plan.counts[bucket] * plan.batch
+    whole_blocks = plan.before(block)[bucket] * plan.batch
+    seen = []
+    for rank in range(plan.world):
+        begin = rank * per_rank
+        seen.append((begin, begin + whole_blocks))
         for worker in range(plan.workers):
             offset, count, done = _stretch(plan, block, bucket, worker, stop)
-            for begin in (rank + offset for rank in ranks):
-                part = done % plan.window
-                first = begin + done - part
-                seen.append((begin, first))
-                if part:
-                    last = min(first + plan.window, begin + count)
-                    order = _window_order(plan, bucket, first, last)[:part]
-                    seen += [(first + at, first + at + 1) for at in order.tolist()]
-        lines.append(without(line, seen))
-    return lines
+            seen += _drawn(plan, bucket, begin + offset, count, done)
+    return seen
+
+
+def _drawn(
+    plan: EpochPlan, bucket: int, begin: int, count: int, done: int
+) -> list[tuple[int, int]]:
+    """The first `done` samples that a worker draws of its stretch [begin, begin + count)."""
+    part = done % plan.window
+    first = begin + done - part
+    whole_windows = [(begin, first)]
+    if not part:
+        return whole_windows
+    order = _window_order(plan, bucket, first, min(first + plan.window, begin + count))
+    return whole_windows + [(first + at, first + at + 1) for at in order[:part].tolist()]

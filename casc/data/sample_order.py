@@ -1,5 +1,6 @@
 """A bucket's samples of an epoch, end to end."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,13 +25,13 @@ class SampleOrder:
     shards: np.ndarray
     """[n] positions in `Split.shards`."""
     begins: np.ndarray
-    """[n] position on the line at which each shard starts."""
+    """[n] position in the order at which each shard starts."""
     length: int
     offsets: np.ndarray
     """[n] the sample of the shard with which it starts there."""
 
     def segments(self, start: int, stop: int) -> list[Segment]:
-        """The parts of shards under [start, stop); the line repeats past its end."""
+        """The parts of shards under [start, stop); the order repeats past its end."""
         found = []
         while start < stop:
             lap, at = divmod(start, self.length)
@@ -43,9 +44,42 @@ class SampleOrder:
             start = upto
         return found
 
+    def without(self, seen: list[tuple[int, int]]) -> "SampleOrder":
+        """What is left when some [start, stop) are taken out; they may repeat, as `segments`."""
+        starts, stops = self._gaps(seen)
+        # Between two neighbouring cuts all samples are of one shard, and all left or none.
+        cuts = np.unique(np.concatenate([self.begins, starts, stops]))
+        begin, end = cuts[:-1], cuts[1:]
+        gap = np.searchsorted(starts, begin, side="right") - 1
+        left = (gap >= 0) & (begin < np.append(stops, 0)[gap])
+        begin, length = begin[left], (end - begin)[left]
+        shard = np.searchsorted(self.begins, begin, side="right") - 1
+        return SampleOrder(
+            self.shards[shard],
+            np.cumsum(length) - length,
+            int(length.sum()),
+            self.offsets[shard] + begin - self.begins[shard],
+        )
+
+    def _gaps(self, seen: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and stops, ascending, of the parts of [0, length) that aren't in `seen`."""
+        once = [part for start, stop in seen for part in self._unrolled(start, stop)]
+        spans = np.array(sorted(once) or [(0, 0)], dtype=np.int64)
+        starts = np.append(0, np.maximum.accumulate(spans[:, 1]))
+        stops = np.append(spans[:, 0], self.length)
+        return starts[starts < stops], stops[starts < stops]
+
+    def _unrolled(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The parts of [0, length) under [start, stop), which may reach past the end."""
+        while start < stop:
+            at = start % self.length
+            upto = min(self.length, at + stop - start)
+            yield at, upto
+            start += upto - at
+
 
 def order_of(shards: np.ndarray, samples: np.ndarray) -> SampleOrder:
-    """The line of some shards; `samples` counts every shard of the split."""
+    """The order of some shards, end to end; `samples` counts every shard of the split."""
     shards = shards[samples[shards] > 0]
     ends = np.cumsum(samples[shards])
     return SampleOrder(
@@ -60,39 +94,4 @@ def columns(split: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         np.fromiter((s.bucket for s in split.shards), np.int64, n),
         np.fromiter((s.samples for s in split.shards), np.int64, n),
         np.fromiter((s.train for s in split.shards), np.bool_, n),
-    )
-
-
-def without(line: SampleOrder, seen: list[tuple[int, int]]) -> SampleOrder:
-    """A line without the given parts of it, which may reach past its end and so repeat it."""
-    folded = []
-    for start, stop in seen:
-        while stop > line.length and start < stop:
-            at = start % line.length
-            upto = min(stop, start - at + line.length)
-            folded.append((at, at + upto - start))
-            start = upto
-        if start < stop:
-            folded.append((start, stop))
-    spans = np.array(sorted(folded) or [(0, 0)], dtype=np.int64)
-    ends = np.maximum.accumulate(spans[:, 1])
-    gaps = np.append(0, ends), np.append(spans[:, 0], line.length)
-    keep = gaps[0] < gaps[1]
-    starts, stops = gaps[0][keep], gaps[1][keep]
-    if not len(starts):
-        nothing = np.zeros(0, np.int64)
-        return SampleOrder(nothing, nothing, 0, nothing)
-    # Between two neighbouring cuts a stretch is of one shard, and it is seen or not.
-    cuts = np.unique(np.concatenate([line.begins, starts, stops]))
-    left, right = cuts[:-1], cuts[1:]
-    gap = np.searchsorted(starts, left, side="right") - 1
-    keep = (gap >= 0) & (left < stops[gap])
-    left, right = left[keep], right[keep]
-    shard = np.searchsorted(line.begins, left, side="right") - 1
-    length = right - left
-    return SampleOrder(
-        line.shards[shard],
-        np.cumsum(length) - length,
-        int(length.sum()),
-        line.offsets[shard] + left - line.begins[shard],
     )

@@ -153,7 +153,13 @@ def test_width_scales_every_channel():
 
 
 @pytest.mark.parametrize("depth", [18, 50])
-def test_recomputing_changes_no_number(mode, depth):
+# What is saved and what is recomputed is decided before code is generated, so none is.
+@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
+def test_recomputing_changes_no_number(backend, depth):
+    def mode(function):
+        return torch.compile(function, backend=backend, fullgraph=True) if backend else function
+
+    torch.compiler.reset()
     results = []
     for recompute in (False, True):
         config = ResNetConfig(depth=depth, width=8, recompute=recompute)

@@ -62,7 +62,7 @@ def cases(draw):
     return boxes, scores, group, valid, iou, draw(st.sampled_from([1, 5, size, size + 3])), groups
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(cases(), st.booleans())
 def test_the_survivors_are_those_of_the_rule(case, apart):
     boxes, scores, group, valid, iou, count, groups = case
