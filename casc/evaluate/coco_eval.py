@@ -245,38 +245,58 @@ def _accumulate(
     evaluator: Any = _evaluator(iou_type, [0], category_ids)
     params = evaluator.params
     params.maxDets = [sys.maxsize]
+    evaluator._paramsEval = params
     areas, thresholds = len(params.areaRng), len(params.iouThrs)
-    # By category, then by image: equal scores keep that order.
-    order = np.lexsort((matches.image, matches.category))
-    found, objects = matches.detections, matches.objects
-    first = np.cumsum(found) - found
-    pair = np.repeat(order, np.minimum(found[order], limit))
-    kept = _ranges(first[order], np.minimum(found[order], limit))
-    objects_kept = _ranges((np.cumsum(objects) - objects)[order], objects[order])
+    by_category = _by_category(matches, limit)
     matched, ignored = (
-        np.unpackbits(bits[:, kept], axis=0, count=areas * thresholds)
+        np.unpackbits(bits[:, by_category.detections], axis=0, count=areas * thresholds)
         .view(bool)
         .reshape(areas, thresholds, -1)
         for bits in (matches.matched, matches.ignored)
     )
-    scores = matches.scores[kept]
-    unwanted = matches.objects_ignored[:, objects_kept]
-    found_of = _slices(matches.category[pair], params.catIds)
-    objects_of = _slices(np.repeat(matches.category[order], objects[order]), params.catIds)
+    scores = matches.scores[by_category.detections]
+    objects_ignored = matches.objects_ignored[:, by_category.objects]
+    detections_of = _slices(by_category.detection_categories, params.catIds)
+    objects_of = _slices(by_category.object_categories, params.catIds)
     evaluator.evalImgs = [
         {
-            "dtScores": scores[mine],
-            "dtMatches": matched[area][:, mine],
-            "dtIgnore": ignored[area][:, mine],
-            "gtIgnore": unwanted[area][theirs],
+            "dtScores": scores[detections],
+            "dtMatches": matched[area][:, detections],
+            "dtIgnore": ignored[area][:, detections],
+            "gtIgnore": objects_ignored[area][objects],
         }
-        for mine, theirs in zip(found_of, objects_of, strict=True)
+        for detections, objects in zip(detections_of, objects_of, strict=True)
         for area in range(areas)
     ]
-    evaluator._paramsEval = params
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.accumulate()
     return evaluator.eval
+
+
+class _ByCategory(NamedTuple):
+    """The columns of `Matches` by category, then by image: equal scores keep that order."""
+
+    detections: np.ndarray
+    """Columns of detections, the best `limit` of each image and category."""
+    detection_categories: np.ndarray
+    objects: np.ndarray
+    object_categories: np.ndarray
+
+
+def _by_category(matches: Matches, limit: int) -> _ByCategory:
+    order = np.lexsort((matches.image, matches.category))
+    category, found, objects = (
+        values[order] for values in (matches.category, matches.detections, matches.objects)
+    )
+    first_found = (np.cumsum(matches.detections) - matches.detections)[order]
+    first_object = (np.cumsum(matches.objects) - matches.objects)[order]
+    within = np.minimum(found, limit)
+    return _ByCategory(
+        detections=_ranges(first_found, within),
+        detection_categories=np.repeat(category, within),
+        objects=_ranges(first_object, objects),
+        object_categories=np.repeat(category, objects),
+    )
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -180,8 +180,28 @@ def _edges(
 
     In order. What the image cuts off begins at row 0 or ends at row `height`.
     """
-    size = masks.shape[-1]
     level = np.float32(threshold)
+    column, row, certain = _crossings(columns, masks.shape[-1], boxes, height, level)
+    doubtful = _doubtful(columns, masks, boxes, level)
+    doubtful[column[~certain]] = True
+    if not doubtful.any():
+        return column, row
+    kept = ~doubtful[column]
+    again, row_again = _edges_again(columns, doubtful.nonzero()[0], masks, boxes, height, threshold)
+    column, row = np.append(column[kept], again), np.append(row[kept], row_again)
+    order = np.argsort(column * (height + 1) + row, kind="stable")
+    return column[order], row[order]
+
+
+def _crossings(
+    columns: _Columns, size: int, boxes: Tensor, height: int, level: np.float32
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the lines between the mask's rows cross the threshold.
+
+    Returns:
+        `[E]` columns, rows just after the crossing, and whether rounding can't have moved it
+        to another row.
+    """
     inside = columns.values >= level
     column, segment = np.divmod(np.flatnonzero(inside[:, 1:] != inside[:, :-1]), size + 1)
     # A segment is the line between two cells' centres; the first begins outside, at -1.
@@ -199,16 +219,8 @@ def _edges(
         value = start + slope * (_cells(row, y0, y1, size) - (segment - 1))
         return (value - level) * np.sign(slope)
 
-    doubtful = _doubtful(columns, masks, boxes, level)
-    doubtful[column[(over(row) < _DOUBT) | (over(row - 1) > -_DOUBT)]] = True
-    row = row.clip(0, height)
-    if not doubtful.any():
-        return column, row
-    kept = ~doubtful[column]
-    again, row_again = _edges_again(columns, doubtful.nonzero()[0], masks, boxes, height, threshold)
-    column, row = np.append(column[kept], again), np.append(row[kept], row_again)
-    order = np.argsort(column * (height + 1) + row, kind="stable")
-    return column[order], row[order]
+    certain = (over(row) >= _DOUBT) & (over(row - 1) <= -_DOUBT)
+    return column, row.clip(0, height), certain
 
 
 def _doubtful(columns: _Columns, masks: Tensor, boxes: Tensor, level: np.float32) -> np.ndarray:
