@@ -11,6 +11,7 @@ from casc.data.decode import decode_image
 from casc.data.index import Bucket, Index, Shard, read_index
 from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.reader import remote_shard
+from casc.data.record import SampleRecord
 from casc.data.remote import FetchError, is_local, join, location
 from casc.data.sample import annotation_edges, iter_tar
 from casc.data.status import Status
@@ -242,7 +243,7 @@ def _check_sample(task: _Task, key: str, image: bytes, text: bytes, before: Chec
     )
 
 
-def _sample_faults(task: _Task, record: dict[str, Any], image: bytes) -> list[str]:
+def _sample_faults(task: _Task, record: SampleRecord, image: bytes) -> list[str]:
     bucket, faults = task.bucket, []
     width, height = record["width"], record["height"]
     try:

@@ -3,20 +3,17 @@
 import bisect
 import difflib
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from casc.data.index import Index
 from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.reader import read_shard
+from casc.data.record import SampleRecord, parse_record
 from casc.errors import UserError
 from data_tools.report import KINDS, parse_ids
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Choice:
 
 def choose_samples(
     folder: str, index: Index, split: str, choice: Choice, loading: RemoteConfig = DEFAULT_LOADING
-) -> list[tuple[bytes, Record]]:
+) -> list[tuple[bytes, SampleRecord]]:
     """Find samples, in the order of the shards.
 
     Without conditions any sample is as likely as any other, and only the shards that have
@@ -78,7 +75,7 @@ def choose_samples(
 
 def _any(
     folder: str, index: Index, split: str, choice: Choice, loading: RemoteConfig
-) -> list[tuple[bytes, Record]]:
+) -> list[tuple[bytes, SampleRecord]]:
     shards = index.splits[split].shards
     ends = list(itertools.accumulate(shard.samples for shard in shards))
     count = min(choice.count, ends[-1])
@@ -88,7 +85,7 @@ def _any(
         shard = bisect.bisect_right(ends, number)
         wanted.setdefault(shard, set()).add(number - (ends[shard] - shards[shard].samples))
     return [
-        (image, json.loads(record))
+        (image, parse_record(record))
         for shard in sorted(wanted)
         for i, (_, image, record) in enumerate(read_shard(folder, shards[shard], loading))
         if i in wanted[shard]
@@ -100,18 +97,18 @@ def _search(
     index: Index,
     split: str,
     choice: Choice,
-    fits: Callable[[Record], bool],
+    fits: Callable[[SampleRecord], bool],
     loading: RemoteConfig,
-) -> list[tuple[bytes, Record]]:
+) -> list[tuple[bytes, SampleRecord]]:
     shards = index.splits[split].shards
     rng = np.random.default_rng(choice.seed)
     count = len(choice.ids) or choice.count
-    found: list[tuple[int, int, bytes, Record]] = []
+    found: list[tuple[int, int, bytes, SampleRecord]] = []
     for shard in rng.permutation(len(shards)).tolist():
         here = [
             (shard, i, image, record)
             for i, (_, image, data) in enumerate(read_shard(folder, shards[shard], loading))
-            if fits(record := json.loads(data))
+            if fits(record := parse_record(data))
         ]
         order = rng.permutation(len(here))[: count - len(found)].tolist()
         found += [here[i] for i in order]
@@ -120,7 +117,7 @@ def _search(
     return [(image, record) for _, _, image, record in sorted(found, key=lambda entry: entry[:2])]
 
 
-def _of_class(index: Index, split: str, choice: Choice) -> Callable[[Record], bool]:
+def _of_class(index: Index, split: str, choice: Choice) -> Callable[[SampleRecord], bool]:
     names = {category.name: category.id for category in index.categories}
     for name in choice.classes:
         if name not in names:
@@ -132,12 +129,12 @@ def _of_class(index: Index, split: str, choice: Choice) -> Callable[[Record], bo
     )
 
 
-def _of_id(index: Index, split: str, choice: Choice) -> Callable[[Record], bool]:
+def _of_id(index: Index, split: str, choice: Choice) -> Callable[[SampleRecord], bool]:
     wanted = set(choice.ids)
     return lambda record: not wanted or record["image_id"] in wanted
 
 
-def _with_problem(index: Index, split: str, choice: Choice) -> Callable[[Record], bool]:
+def _with_problem(index: Index, split: str, choice: Choice) -> Callable[[SampleRecord], bool]:
     report = index.splits[split].report.get("findings", {})
     shown = {
         kind: entry
@@ -160,7 +157,7 @@ def _with_problem(index: Index, split: str, choice: Choice) -> Callable[[Record]
     )
 
 
-def problems_of(index: Index, split: str, record: Record) -> list[str]:
+def problems_of(index: Index, split: str, record: SampleRecord) -> list[str]:
     """What sharding found in a sample, for people."""
     report = index.splits[split].report.get("findings", {})
     texts = []

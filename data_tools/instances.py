@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from casc.data.record import AnnotationRecord
 from casc.data.sample import signed_area
 from casc.data.segmentation import mask_area, pack, part_fault, rle_counts
 from data_tools.report import Finding
@@ -29,10 +30,10 @@ class Frame(NamedTuple):
     """False where the image isn't of the annotated size, so nothing can be trained on."""
 
 
-class Record(NamedTuple):
-    """An annotation's entry in a sample's JSON."""
+class Made(NamedTuple):
+    """An annotation of a sample, and what was found in it."""
 
-    entry: dict[str, Any]
+    entry: AnnotationRecord
     findings: list[Finding]
 
 
@@ -41,7 +42,7 @@ def make_record(
     frame: Frame,
     labels: Mapping[int, int],
     tolerance: float = 0.0,
-) -> Record:
+) -> Made:
     """Turn an annotation of `data_tools.coco` into a record.
 
     Args:
@@ -76,7 +77,7 @@ def make_record(
     if "outside_image" not in reasons and overhang > _BEYOND:
         find("out_of_bounds")
 
-    entry: dict[str, Any] = {
+    entry: AnnotationRecord = {
         "id": number,
         "category_id": annotation["category_id"],
         "bbox": [x, y, w, h],
@@ -95,7 +96,7 @@ def make_record(
             for ring in mask.rings
         ]
         entry["mask_iou"] = mask.iou
-    return Record(entry, findings)
+    return Made(entry, findings)
 
 
 class _Mask(NamedTuple):

@@ -2,12 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from casc.data.index import Index, read_index
 from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
+from casc.data.record import SampleRecord
 from casc.data.remote import location
 from casc.draw import contact_sheet, draw_sample
 from casc.draw.html import document, escape, picture, table
@@ -68,7 +68,7 @@ def _page(
     folder: str,
     index: Index,
     split: str,
-    samples: list[tuple[bytes, dict[str, Any]]],
+    samples: list[tuple[bytes, SampleRecord]],
     captions: list[str],
     cell: int,
 ) -> str:
@@ -83,7 +83,7 @@ def _page(
 
 
 def _card(
-    image: bytes, record: dict[str, Any], index: Index, split: str, caption: str, cell: int
+    image: bytes, record: SampleRecord, index: Index, split: str, caption: str, cell: int
 ) -> str:
     names = {category.id: category.name for category in index.categories}
     drawn = picture(
@@ -110,7 +110,7 @@ def _card(
     )
 
 
-def _caption(record: dict[str, Any]) -> str:
+def _caption(record: SampleRecord) -> str:
     entries = record["annotations"]
     trained = sum(entry["train"] for entry in entries)
     use = f"{trained} of {len(entries)} to train on" if record["train"] else "evaluation only"

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from casc.data.record import SampleRecord
 from casc.data.sample import annotation_edges
 from data_tools.images import store_image
 from data_tools.instances import Frame, make_record
@@ -47,7 +48,7 @@ class SampleMembers(NamedTuple):
     extension: str
     """Of the image."""
     image: bytes
-    record: dict[str, Any]
+    record: SampleRecord
     findings: list[Finding]
 
 

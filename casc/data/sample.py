@@ -16,7 +16,6 @@ Legend: g trainable objects of an image, e polygon edges of an object, h x w sto
 """
 
 import io
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from casc.data.decode import decode_image
+from casc.data.record import AnnotationRecord, parse_record
 from casc.errors import UserError
 
 
@@ -59,7 +59,7 @@ def read_sample(image_bytes: bytes, json_bytes: bytes) -> Sample:
     Raises:
         ImageError: when the image can't be decoded or has another size than the JSON says.
     """
-    record = json.loads(json_bytes)
+    record = parse_record(json_bytes)
     image = decode_image(image_bytes, record["orientation"])
     if image.shape[:2] != (record["height"], record["width"]):
         raise UserError(
@@ -77,7 +77,7 @@ def read_sample(image_bytes: bytes, json_bytes: bytes) -> Sample:
     )
 
 
-def annotation_edges(annotation: dict[str, Any]) -> np.ndarray:
+def annotation_edges(annotation: AnnotationRecord) -> np.ndarray:
     """Give the polygon edges `[e, 4]` float32 of a sample JSON's annotation.
 
     Polygons may run either way, so each part is turned to positive area, and the non-zero
@@ -87,7 +87,7 @@ def annotation_edges(annotation: dict[str, Any]) -> np.ndarray:
     return annotations_edges([annotation])[0]
 
 
-def annotations_edges(annotations: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+def annotations_edges(annotations: Sequence[AnnotationRecord]) -> list[np.ndarray]:
     """Give each annotation's edges as `annotation_edges` does, all of an image at once."""
     return _edges(
         [a["rings"] if "rings" in a else a["segmentation"] for a in annotations],

@@ -1,6 +1,6 @@
 """Ground truth of a shard's sample on its image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,12 +8,13 @@ from pycocotools import mask as coco_mask
 
 from casc.data.decode import decode_image
 from casc.data.index import Category
+from casc.data.record import SampleRecord
 from casc.draw.instances import draw_instances
 
 
 def draw_sample(
     image: bytes,
-    record: Mapping[str, Any],
+    record: SampleRecord,
     categories: Sequence[Category],
     long_side: int | None = None,
     seen_at: int | None = None,

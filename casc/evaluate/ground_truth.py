@@ -1,6 +1,5 @@
 """The ground truth that evaluation measures against: COCO data sets, from files or shards."""
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from casc.data.index import Category, Index
 from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.reader import read_shard
+from casc.data.record import SampleRecord, parse_record
 from casc.data.segmentation import mask_area, usable_segmentation
 from casc.errors import UserError
 from casc.json_files import MOST_COCO_BYTES, read_json
@@ -33,7 +33,7 @@ def ground_truth_from_shards(
     if split not in index.splits:
         raise UserError(f"{folder}: no split {split!r}; there is {', '.join(index.splits)}")
     records = (
-        json.loads(record)
+        parse_record(record)
         for shard in index.splits[split].shards
         for _, _, record in read_shard(folder, shard, loading)
     )
@@ -41,7 +41,7 @@ def ground_truth_from_shards(
 
 
 def ground_truth_from_samples(
-    samples: Iterable[Mapping[str, Any]], categories: Sequence[Category]
+    samples: Iterable[SampleRecord], categories: Sequence[Category]
 ) -> CocoDict:
     """Collect the JSON records of shards into a COCO data set, annotations as COCO gave them.
 

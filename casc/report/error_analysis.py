@@ -4,7 +4,6 @@ Precision by recall, and the images on which it did best and worst, with what it
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from casc.data.decode import decode_image
 from casc.data.index import Category, Index, Split, canvas
 from casc.data.loader_config import EvalLoaderConfig
 from casc.data.reader import read_shard
+from casc.data.record import parse_record
 from casc.data.stream import evaluation_batches
 from casc.device.devices import traits
 from casc.draw import draw_instances, draw_sample
@@ -196,7 +196,7 @@ def _draw(
         if len(shown) == len(wanted):
             break
         for _, image, data in read_shard(root, shard, loading):
-            record = json.loads(data)
+            record = parse_record(data)
             key = record["image_id"]
             if key not in wanted or key in shown:
                 continue

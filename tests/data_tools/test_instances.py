@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
 from casc.data.sample import annotation_edges
-from data_tools.instances import Frame, Record, make_record
+from data_tools.instances import Frame, Made, make_record
 from data_tools.rings import fill_rings
 
 FRAME = Frame(60, 50, 60, 50)
@@ -28,7 +28,7 @@ def annotation(**fields: Any) -> dict[str, Any]:
     }
 
 
-def kinds(record: Record) -> list[str]:
+def kinds(record: Made) -> list[str]:
     assert all(finding.id == 5 for finding in record.findings)
     return [finding.kind for finding in record.findings]
 
