@@ -1,6 +1,11 @@
-"""A batch of a known load: nothing has to be on disk, and every run times the same work."""
+"""What is timed: a batch of a known load.
+
+Nothing has to be on disk, and every run times the same work.
+"""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -26,6 +31,26 @@ class Load:
     than the objects themselves; a trained network has about 120."""
     capacity: int | None = None
     """Objects that a batch has room for; None for as many as it has, and one at least."""
+
+
+What = Literal["train", "inference"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker times."""
+
+    what: What
+    who: Literal["casc", "torchvision"]
+    load: Load
+    dtype: str
+    """float32 or bfloat16."""
+    device: str
+    compile: bool = True
+    cache: Path | None = None
+    """Folder for compiled code; None for the default one."""
+    threads: int | None = None
+    """Of the CPU; None for torch's choice."""
 
 
 def made_up_batch(load: Load, classes: int, seed: int = 0) -> Batch:

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from casc.bench import budgets
-from casc.bench.batch import CLASSES, made_up_batch
+from casc.bench.batch import CLASSES, Job, made_up_batch
 from casc.bench.train import compute_of, image_config
-from casc.bench.worker import Job
 from casc.data.stream import to_device
 from casc.device.devices import synchronize
 from casc.model.detector import DetectorConfig, init

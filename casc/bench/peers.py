@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from casc.bench.batch import CLASSES, Load, made_up_batch
-from casc.bench.worker import Job
+from casc.bench.batch import CLASSES, Job, Load, made_up_batch
 from casc.data.batch import Batch
 from casc.device.devices import synchronize
 

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from casc.bench import budgets, flops
-from casc.bench.batch import CLASSES, Load, made_up_batch
-from casc.bench.worker import Job
+from casc.bench.batch import CLASSES, Job, Load, made_up_batch
 from casc.data.stream import to_device
 from casc.device.compile_cache import use_cache
 from casc.device.compute import Compute

@@ -10,32 +10,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from casc.bench.batch import Load
+from casc.bench.batch import Job
 from casc.errors import UserError
-
-What = Literal["train", "inference"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker times."""
-
-    what: What
-    who: Literal["casc", "torchvision"]
-    load: Load
-    dtype: str
-    """float32 or bfloat16."""
-    device: str
-    compile: bool = True
-    cache: Path | None = None
-    """Folder for compiled code; None for the default one."""
-    threads: int | None = None
-    """Of the CPU; None for torch's choice."""
 
 
 class Subject(Protocol):

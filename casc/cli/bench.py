@@ -15,7 +15,7 @@ import tyro
 from casc.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
-    from casc.bench.worker import Job, What
+    from casc.bench.batch import Job, What
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -241,8 +241,7 @@ def _measure(what: "What", command: StepCommand, positives: int | None) -> dict[
 
 
 def _job(what: "What", command: StepCommand, positives: int | None) -> "Job":
-    from casc.bench.batch import Load
-    from casc.bench.worker import Job
+    from casc.bench.batch import Job, Load
     from casc.device.devices import choose_device, choose_dtype
     from casc.train.profile import check_profile
 
