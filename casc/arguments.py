@@ -63,8 +63,8 @@ def _refuse(prog: str | None, text: str) -> NoReturn:
 
 
 def _unknown(flags: Sequence[str], known: list[str]) -> str:
-    told = ", ".join(flag + _likely(flag.partition("=")[0], known) for flag in flags)
-    return f"unknown flag{'s' if len(flags) > 1 else ''} {told}"
+    named = ", ".join(flag + _likely(flag.partition("=")[0], known) for flag in flags)
+    return f"unknown flag{'s' if len(flags) > 1 else ''} {named}"
 
 
 def _unknown_flags(kind: Any, arguments: Sequence[str], options: dict[str, Any]) -> list[str]:

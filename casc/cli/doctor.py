@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 State = Literal["ok", "note", "missing"]
 PACKAGES = ("casc", "torch", "torchvision", "torch-npu", "triton", "triton-ascend", "pycocotools")
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-# Where Ascend's software lies unless it was told otherwise.
+# Where Ascend's software lies unless the environment says otherwise.
 CANN = (Path("/usr/local/Ascend/cann"), Path("/usr/local/Ascend/ascend-toolkit/latest"))
 DRIVER = Path("/usr/local/Ascend/driver")
 
@@ -163,8 +163,8 @@ def ascend() -> Iterator[Finding]:
 
 def cann_home() -> Path | None:
     """Where CANN is, by the environment or in its usual places."""
-    told = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
-    places = (Path(told), *CANN) if told else CANN
+    toolkit = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    places = (Path(toolkit), *CANN) if toolkit else CANN
     return next((place for place in places if place.is_dir()), None)
 
 

@@ -64,13 +64,13 @@ class ReportCommand:
             raise UserError(f"--threshold {self.threshold}: must be in [0, 1]")
         history = read_history(self.folder)
         evaluated = newest_evaluation(history)
-        look, without = None, "--no-images was given."
+        analysis, without = None, "--no-images was given."
         if self.images:
-            look = self._look(history)
+            analysis = self._analyse(history)
             without = "the run has no checkpoint yet."
-            if look is None:
+            if analysis is None:
                 print(f"{self.folder}: no checkpoint yet, so the page has no images", flush=True)
-        page = report_page(history, evaluated, look, threshold=self.threshold, without=without)
+        page = report_page(history, evaluated, analysis, threshold=self.threshold, without=without)
         out = self.out or self.folder / REPORT
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.tmp")
@@ -79,7 +79,7 @@ class ReportCommand:
         print(f"the report is in {out}", flush=True)
         return 0
 
-    def _look(self, history: "History") -> "tuple[int, ErrorAnalysis] | None":
+    def _analyse(self, history: "History") -> "tuple[int, ErrorAnalysis] | None":
         from tqdm import tqdm
 
         from casc.checkpoints.format import list_checkpoints
@@ -110,7 +110,7 @@ class ReportCommand:
         total = part_of(index.splits[split], self.limit).samples
         print(f"{trained.weights.source} on {total:,} images of {split} of {root}", flush=True)
         with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
-            look = analyse(
+            analysis = analyse(
                 detector,
                 root,
                 index,
@@ -122,4 +122,4 @@ class ReportCommand:
                 limit=self.limit,
                 watch=bar.update,
             )
-        return trained.weights.step or 0, look
+        return trained.weights.step or 0, analysis

@@ -83,15 +83,15 @@ def accuracy_chart(history: History) -> Chart | None:
     return _chart(unit, "AP", lines, min=0, max=1, percent=True) if lines else None
 
 
-def precision_charts(look: ErrorAnalysis, choice: str) -> dict[str, Chart]:
+def precision_charts(analysis: ErrorAnalysis, choice: str) -> dict[str, Chart]:
     """Precision by recall by IoU type, for all classes and for each; in thousandths.
 
     Args:
-        look: the curves.
+        analysis: the curves.
         choice: id of the page's element that chooses the class.
     """
     charts: dict[str, Chart] = {}
-    for kind, precision in look.curves.items():
+    for kind, precision in analysis.curves.items():
         # [T, 101, K] -> [3 curves, 101, K]: IoU .50, IoU .75, the mean over .50:.95
         curves = np.stack([precision[0], precision[5], precision.mean(axis=0)])
         known: np.ndarray = np.all(precision >= 0, axis=(0, 1))

@@ -17,7 +17,7 @@ _CHOICE = "pr-class"
 def report_page(
     history: History,
     evaluated: tuple[int, Evaluation] | None,
-    look: tuple[int, ErrorAnalysis] | None,
+    analysis: tuple[int, ErrorAnalysis] | None,
     *,
     threshold: float = 0.5,
     without: str = "",
@@ -27,17 +27,19 @@ def report_page(
     Args:
         history: of the run.
         evaluated: the newest evaluation, and its step.
-        look: a checkpoint's step and what it did; without it, precision and images are left out.
-        threshold: the score that `look` drew from.
-        without: why there is no `look`.
+        analysis: a checkpoint's step and its errors; None leaves precision and images out.
+        threshold: the score that `analysis` drew from.
+        without: why there is no `analysis`.
     """
     training = training_charts(history)
     data: dict[str, Any] = {name: chart for name, _, chart in training}
     accuracy = accuracy_chart(history)
     if accuracy:
         data["ap"] = accuracy
-    if look and look[1].images == look[1].whole and (not evaluated or evaluated[0] < look[0]):
-        evaluated = look[0], look[1].evaluation
+    if analysis:
+        step, errors = analysis
+        if errors.images == errors.whole and (not evaluated or evaluated[0] < step):
+            evaluated = step, errors.evaluation
     first_batch = history.folder / PICTURE
     parts = [
         ("summary", "Summary", sections.summary(history, evaluated)),
@@ -48,12 +50,12 @@ def report_page(
         ),
         ("accuracy", "Accuracy", sections.accuracy(history, evaluated, accuracy is not None)),
     ]
-    if look:
-        step, seen = look
-        data |= {f"pr-{k}": chart for k, chart in precision_charts(seen, _CHOICE).items()}
+    if analysis:
+        step, errors = analysis
+        data |= {f"pr-{k}": chart for k, chart in precision_charts(errors, _CHOICE).items()}
         parts += [
-            ("precision", "Precision and recall", sections.curves(seen, step, _CHOICE)),
-            ("images", "Worst and best images", sections.images(seen, step, threshold)),
+            ("precision", "Precision and recall", sections.curves(errors, step, _CHOICE)),
+            ("images", "Worst and best images", sections.images(errors, step, threshold)),
         ]
     else:
         text = f"Left out: {without}"

@@ -144,36 +144,37 @@ def accuracy(history: History, evaluated: tuple[int, Evaluation] | None, charted
     return body + table(title, heads, rows, sortable=True, filtered="Find a class")
 
 
-def curves(look: ErrorAnalysis, step: int, choice: str) -> str:
+def curves(analysis: ErrorAnalysis, step: int, choice: str) -> str:
     """Precision by recall, with the element that chooses a class."""
     options = "".join(
         f'<option value="{i}">{escape(name)}</option>'
-        for i, name in enumerate(["all classes (mean)", *(c.name for c in look.categories)])
+        for i, name in enumerate(["all classes (mean)", *(c.name for c in analysis.categories)])
     )
     charts = "".join(
-        chart(f"pr-{kind}", "Boxes" if kind == "bbox" else "Masks") for kind in look.curves
+        chart(f"pr-{kind}", "Boxes" if kind == "bbox" else "Masks") for kind in analysis.curves
     )
     return (
-        f"<p>{escape(_extent(look, step))} Precision is COCO's: the best at this recall or above."
+        f"<p>{escape(_extent(analysis, step))} Precision is COCO's: the best at this recall or"
+        " above."
         f'</p><div class="choice"><label for="{escape(choice)}">Class</label>'
         f'<select id="{escape(choice)}">{options}</select></div>'
         f'<div class="charts">{charts}</div>'
     )
 
 
-def images(look: ErrorAnalysis, step: int, threshold: float) -> str:
+def images(analysis: ErrorAnalysis, step: int, threshold: float) -> str:
     """The worst and the best images, predictions beside ground truth."""
     head = (
-        f"{_extent(look, step)} Detections with a score of at least {threshold:g} are drawn and"
+        f"{_extent(analysis, step)} Detections with a score of at least {threshold:g} are drawn and"
         " counted. An image's quality is the summed mask IoU of the objects that were found (at an"
         " IoU of .50 or more), over the mean number of objects and detections (panoptic quality)."
         " 100\u00a0% means that all was found, exactly, and nothing else."
     )
-    if not look.worst:
+    if not analysis.worst:
         return note("There are too few images with objects to call some best and some worst.")
     blocks = "".join(
         f'<h3>{title}</h3><div class="cards">{"".join(map(_card, shown))}</div>'
-        for title, shown in (("Worst", look.worst), ("Best", look.best))
+        for title, shown in (("Worst", analysis.worst), ("Best", analysis.best))
     )
     return f"<p>{escape(head)}</p>{blocks}"
 
@@ -191,12 +192,11 @@ def _card(shown: Example) -> str:
     )
 
 
-def _extent(look: ErrorAnalysis, step: int) -> str:
-    if look.images == look.whole:
-        return f"The checkpoint of step {step:,} on all {look.whole:,} images of the split."
-    return (
-        f"The checkpoint of step {step:,} on {look.images:,} of the split's {look.whole:,} images."
-    )
+def _extent(analysis: ErrorAnalysis, step: int) -> str:
+    if analysis.images == analysis.whole:
+        return f"The checkpoint of step {step:,} on all {analysis.whole:,} images of the split."
+    part = f"{analysis.images:,} of the split's {analysis.whole:,} images"
+    return f"The checkpoint of step {step:,} on {part}."
 
 
 def note(text: str, alarm: bool = False) -> str:

@@ -156,7 +156,7 @@ def watch_positives(warn: Callable[[str], None]) -> Callable[[dict[str, float]],
     """
     silent: set[str] = set()
 
-    def look(values: dict[str, float]) -> None:
+    def watch(values: dict[str, float]) -> None:
         for name, value in values.items():
             head, _, kind = name.rpartition(".")
             if kind != "positives":
@@ -171,4 +171,4 @@ def watch_positives(warn: Callable[[str], None]) -> Callable[[dict[str, float]],
             elif value > 0:
                 silent.discard(head)
 
-    return look
+    return watch
