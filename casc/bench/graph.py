@@ -89,7 +89,10 @@ def lower(job: GraphJob, config: DetectorConfig) -> list[no_gpu.Lowered]:
     config = replace(config, mask_head=replace(config.mask_head, capacity="full"))
     image = ImageConfig(short=min(job.canvas), long=max(job.canvas))
     dtype = getattr(torch, job.dtype)
-    compute = Compute(dtype, torch.channels_last, compile=False)
+    # What "auto" comes to on a card: its check wants one that runs.
+    compute = Compute(
+        dtype, torch.channels_last, compile=False, roi_kernel="triton", nms_kernel="triton"
+    )
     load = Load(job.canvas, job.batch, job.objects if job.what == "train" else 0)
     params, buffers = detector.init(config, torch.Generator().manual_seed(0))
     params = steps.to_format(params, torch.channels_last)

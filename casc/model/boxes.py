@@ -60,10 +60,11 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, floa
     Returns:
         [..., 4].
     """
-    x, y, w, h = _centre_form(boxes)
-    tx, ty, tw, th = _centre_form(targets)
-    w, h, tw, th = (side.clamp(min=1e-6) for side in (w, h, tw, th))
-    deltas = ((tx - x) / w, (ty - y) / h, (tw / w).log(), (th / h).log())
+    centre, side = _centre_form(boxes)
+    goal_centre, goal_side = _centre_form(targets)
+    side, goal_side = side.clamp(min=1e-6), goal_side.clamp(min=1e-6)
+    shift, growth = (goal_centre - centre) / side, (goal_side / side).log()
+    deltas = (*shift.unbind(-1), *growth.unbind(-1))
     return torch.stack([d / std for d, std in zip(deltas, stds, strict=True)], dim=-1)
 
 
@@ -81,20 +82,11 @@ def decode(
     Returns:
         [B, N, 4] xyxy.
     """
-    x, y, w, h = _centre_form(boxes)
-    dx, dy, dw, dh = (d * std for d, std in zip(deltas.unbind(-1), stds, strict=True))
-    w_new = w * dw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    h_new = h * dh.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    x_new, y_new = x + w * dx, y + h * dy
-    moved = torch.stack(
-        [
-            x_new - w_new * 0.5,
-            y_new - h_new * 0.5,
-            x_new + w_new * 0.5,
-            y_new + h_new * 0.5,
-        ],
-        dim=-1,
-    )
+    centre, side = _centre_form(boxes)
+    deltas = torch.stack([d * std for d, std in zip(deltas.unbind(-1), stds, strict=True)], dim=-1)
+    half = side * deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * 0.5
+    centre = centre + side * deltas[..., :2]
+    moved = torch.cat([centre - half, centre + half], dim=-1)
     return moved if size is None else clip(moved, size)
 
 
@@ -115,7 +107,7 @@ def clip(boxes: Tensor, size: Tensor) -> Tensor:
     return torch.minimum(boxes.nan_to_num().clamp(min=0), limit)
 
 
-def _centre_form(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Centre x, centre y, width and height, each [...]."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return (x1 + x2) * 0.5, (y1 + y2) * 0.5, x2 - x1, y2 - y1
+def _centre_form(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres (x, y), and widths and heights, each [..., 2]."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return (low + high) * 0.5, high - low

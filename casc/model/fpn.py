@@ -40,13 +40,25 @@ def fpn(params: Params, config: FPNConfig, maps: list[Tensor]) -> list[Tensor]:
         for i, x in enumerate(maps)
     ]
     for i in range(len(laterals) - 1, 0, -1):
-        size = laterals[i - 1].shape[2:]
-        laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=size, mode="nearest")
+        laterals[i - 1] = add_upsampled(laterals[i - 1], laterals[i])
     levels = [
         conv_module(params, f"{PREFIX}.fpn_convs.{i}", x, padding=1, norm=config.norm)
         for i, x in enumerate(laterals)
     ]
     return [*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2)]
+
+
+def add_upsampled(fine: Tensor, coarse: Tensor) -> Tensor:
+    """The coarse level by nearest upsampling on top of the finer one: [B, C, H, W] as `fine`.
+
+    Where sides are doubled, as on every canvas, one sum repeats each cell, and its gradient has a
+    fixed order; interpolate's backward on CUDA adds in whatever order threads come.
+    """
+    height, width = coarse.shape[2:]
+    if fine.shape[2:] != (2 * height, 2 * width):
+        return fine + F.interpolate(coarse, size=fine.shape[2:], mode="nearest")
+    blocks = fine.unflatten(3, (width, 2)).unflatten(2, (height, 2))
+    return (blocks + coarse[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
 
 
 def init_fpn(

@@ -253,19 +253,19 @@ def candidates(
         N = sum over levels of min(count, A_l).
     """
     count = config.train_pre_nms if train else config.test_pre_nms
-    boxes, scores, levels = [], [], []
     lengths = [level.shape[0] for level in anchors]
-    level_logits = output.logits.detach().split(lengths, dim=1)
-    level_deltas = output.deltas.detach().split(lengths, dim=1)
-    for i, level in enumerate(anchors):
-        score, best = level_logits[i].sigmoid().topk(min(count, lengths[i]), dim=1)
-        boxes.append(decode(level[best], take(level_deltas[i], best), STDS, size))
+    scores, best, levels, first = [], [], [], 0
+    for i, level in enumerate(output.logits.detach().sigmoid().split(lengths, dim=1)):
+        score, index = level.topk(min(count, lengths[i]), dim=1)
         scores.append(score)
-        levels.append(torch.full_like(best[0], i))
-    all_boxes = torch.cat(boxes, dim=1)
-    sides = all_boxes[..., 2:] - all_boxes[..., :2]
-    valid = (sides > 0).all(dim=-1)
-    return Candidates(all_boxes, torch.cat(scores, dim=1), torch.cat(levels), valid, len(levels))
+        best.append(index + first)
+        levels.append(torch.full_like(index[0], i))
+        first += lengths[i]
+    index = torch.cat(best, dim=1)
+    deltas = take(output.deltas.detach(), index)
+    boxes = decode(torch.cat(anchors)[index], deltas, STDS, size)
+    valid = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+    return Candidates(boxes, torch.cat(scores, dim=1), torch.cat(levels), valid, len(anchors))
 
 
 def propose(config: RPNConfig, found: Candidates, *, train: bool) -> Proposals:
