@@ -34,12 +34,14 @@ class Worker:
     """A process that does one step whenever it is asked to.
 
     Raises:
-        UserError: in any method, with the process's own message, when it failed.
+        UserError: in any method, with the process's own message, when it failed, or when all
+            of its answers together have taken longer than the timeout.
     """
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, timeout: float | None = None):
         context = multiprocessing.get_context("spawn")
         self.job = job
+        self.deadline = None if timeout is None else time.monotonic() + timeout
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, job), daemon=True)
         self.process.start()
@@ -53,6 +55,10 @@ class Worker:
         """`peak_rss_gib` and what the subject has to say."""
         return self._ask("facts")
 
+    def memory(self) -> dict[str, float]:
+        """`peak_rss_gib`, and `peak_device_gib` of an accelerator."""
+        return self._ask("memory")
+
     def compilations(self) -> dict[str, int]:
         """Graphs, graph breaks and recompilations so far."""
         return self._ask("compilations")
@@ -64,7 +70,8 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         self.pipe.close()
-        self.process.join(10)
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        self.process.join(0 if late else 10)
         self.process.kill()
 
     def __enter__(self) -> "Worker":
@@ -77,6 +84,8 @@ class Worker:
         job = self.job
         try:
             self.pipe.send(what)
+            if self.deadline is not None and not self.pipe.poll(self.deadline - time.monotonic()):
+                raise UserError(f"{job.who} {job.what}: the time was over")
             answer = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join(10)
@@ -106,8 +115,11 @@ def _serve(pipe: Connection, job: Job) -> None:
                 answer = trace(subject, question)
             elif question == "compilations":
                 answer = compilations()
+            elif question == "memory":
+                answer = _memory(job)
             else:
-                answer = _facts(subject, job)
+                # First of all: looking closer needs memory of its own.
+                answer = _memory(job) | subject.facts()
         except Exception as error:
             traceback.print_exc()
             answer = f"{type(error).__name__}: {error}"
@@ -141,17 +153,14 @@ def trace(subject: Subject, file: Path) -> None:
             traced()
 
 
-def _facts(subject: Subject, job: Job) -> dict[str, Any]:
+def _memory(job: Job) -> dict[str, float]:
     import torch
 
-    # First of all: looking closer needs memory of its own.
-    memory: dict[str, Any] = {
-        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    }
+    memory = {"peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     device = torch.device(job.device)
     if device.type != "cpu":
         memory["peak_device_gib"] = torch.accelerator.max_memory_allocated(device) / 2**30
-    return memory | subject.facts()
+    return memory
 
 
 def _subject(job: Job) -> Subject:

@@ -1,4 +1,4 @@
-"""`casc bench train | inference | graph | loader`; train if nothing is said."""
+"""`casc bench train | inference | graph | loader | card`; train if nothing is said."""
 
 import json
 import subprocess
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from casc.cli.card import CardCommand
 from casc.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
@@ -109,7 +110,7 @@ class GraphCommand:
 
         if self.batch < 1 or self.objects < 1:
             raise UserError("--batch and --objects must be at least 1")
-        _check_canvas(self.canvas)
+        check_canvas(self.canvas)
         check_build()
         job = {
             "what": self.what, "canvas": self.canvas, "batch": self.batch,
@@ -163,7 +164,8 @@ class LoaderCommand:
         return 0
 
 
-def _check_canvas(canvas: tuple[int, int]) -> None:
+def check_canvas(canvas: tuple[int, int]) -> None:
+    """Refuse sizes that no level of the pyramid fits."""
     if min(canvas) < 32 or any(side % 32 for side in canvas):
         raise UserError(f"--canvas {canvas}: both sides must be multiples of 32")
 
@@ -173,6 +175,7 @@ Bench = (
     | Annotated[InferenceCommand, tyro.conf.subcommand("inference", prefix_name=False)]
     | Annotated[GraphCommand, tyro.conf.subcommand("graph", prefix_name=False)]
     | Annotated[LoaderCommand, tyro.conf.subcommand("loader", prefix_name=False)]
+    | Annotated[CardCommand, tyro.conf.subcommand("card", prefix_name=False)]
 )
 
 
@@ -247,7 +250,7 @@ def _job(what: "What", command: StepCommand, positives: int | None) -> "Job":
 
     if min(command.batch, command.steps) < 1 or command.objects < 0:
         raise UserError("--batch and --steps must be at least 1, --objects at least 0")
-    _check_canvas(command.canvas)
+    check_canvas(command.canvas)
     check_profile(command.profile)
     device = choose_device(command.device)
     dtype = choose_dtype(PRECISIONS.get(command.dtype, command.dtype), device)
