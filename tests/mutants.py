@@ -119,7 +119,7 @@ MUTANTS = (
     Mutant("smooth L1 not halved", "model/losses.py", "square = 0.5 * difference * difference / beta", "square = difference * difference / beta"),
     Mutant("smooth L1 of padding too", "model/losses.py", "torch.where(mask[..., None], prediction - target, 0.0).abs()", "(prediction - target).abs()"),
     Mutant("gradient through the refined boxes", "model/box_head.py", "deltas.detach().reshape(boxes.shape)", "deltas.reshape(boxes.shape)", ("model/test_box_head.py",)),
-    Mutant("a ReLU missing in the box head", "model/box_head.py", "x = F.relu(linear(params, f\"{name}.shared_fcs.1\", F.relu(x)))", "x = F.relu(linear(params, f\"{name}.shared_fcs.1\", x))"),
+    Mutant("a ReLU missing in the box head", "model/box_head.py", "x = F.relu(linear(params, f\"{name}.shared_fcs.{i}\", x))", "x = linear(params, f\"{name}.shared_fcs.{i}\", x)"),
     # ---- RoIAlign ----
     Mutant("features doubled on the way to the box head", "ops/roi_linear.py", "return linear(features.flatten(1), matrix, bias), pyramid", "return linear(2 * features.flatten(1), matrix, bias), pyramid"),
     Mutant("the fixed grid's features doubled", "ops/roi_linear.py", "return product(_features(pixels, index, weight, cells), matrix, bias)", "return product(2 * _features(pixels, index, weight, cells), matrix, bias)"),

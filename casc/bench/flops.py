@@ -43,13 +43,13 @@ def reference_step(config: DetectorConfig, load: Load, positives: Sequence[int])
 
     def step(params: Params, buffers: Params, batch: Batch) -> Tensor:
         features = _features(params, buffers, config, batch, load)
-        output = rpn_head(params, features.levels)
+        output = rpn_head(params, config.rpn, features.levels)
         results = [output.logits, output.deltas]
         rois = load.batch * config.box_head.samples
         for i, count in enumerate(positives):
             aligned = _aligned(features, config, rois, config.box_head.cells)
-            results += box_head(params, i, aligned)
-            if count:
+            results += box_head(params, config.box_head, i, aligned)
+            if count and i < detector.mask_stages(config):
                 aligned = _aligned(features, config, count, config.mask_head.cells)
                 results.append(mask_head(params, config.mask_head, i, aligned, None))
         return torch.stack([r.sum() for r in results]).sum()
@@ -67,7 +67,7 @@ def own_step(config: DetectorConfig, load: Load, positives: Sequence[int]) -> in
         noise = detector.draw_noise(config, batch.seed, count, batch.valid.shape[1])
         features = detector.extract(params, buffers, config, inputs.image)
         found, pyramid, rois = detector.box_branch(params, config, features, inputs, noise)
-        for i, positive in enumerate(positives):
+        for i, positive in enumerate(positives[: len(rois)]):
             slots = rois[i].valid.shape[0]
             if config.mask_head.capacity == "counted":
                 slots = mask_capacity(positive, slots, COMPUTE.dynamic_rois)

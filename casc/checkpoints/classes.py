@@ -45,9 +45,12 @@ def in_order_of(
     tensors = dict(checkpoint.tensors)
     rows = []
     for name, value in tensors.items():
-        if moved and _by_class(name):
-            index = torch.tensor(order + list(range(count, len(value))))
-            tensors[name] = value[index]
+        if moved and _by_class(name, value, count):
+            # Where each class has its own box, its four rows lie together.
+            rows_each = 4 if ".fc_reg." in name else 1
+            each = value.reshape(-1, rows_each, *value.shape[1:])
+            index = torch.tensor(order + list(range(count, len(each))))
+            tensors[name] = each[index].reshape(value.shape)
             rows.append(Row("reordered", name, name, tuple(value.shape), "classes"))
         else:
             rows.append(Row("matched", name, name, tuple(value.shape)))
@@ -58,9 +61,10 @@ def in_order_of(
     return changed, rows, Convention("class order", text, how, flag)
 
 
-def _by_class(name: str) -> bool:
+def _by_class(name: str, value: torch.Tensor, count: int) -> bool:
     """Whether a tensor's rows are classes; of `fc_cls`, the last row is the background."""
     head, _, layer = name.rpartition(".")[0].rpartition(".")
-    return (head.startswith(BOX) and layer == "fc_cls") or (
+    own_boxes = layer == "fc_reg" and count > 1 and len(value) == 4 * count
+    return (head.startswith(BOX) and (layer == "fc_cls" or own_boxes)) or (
         head.startswith(MASK) and layer == "conv_logits"
     )

@@ -13,6 +13,7 @@ from casc.checkpoints.foreign import (
     Stated,
     Written,
     channel_line,
+    check_expressible,
     to_rgb,
     to_text,
 )
@@ -34,11 +35,12 @@ def write_detectron2(
         mask_stage: whose mask head to keep; None wants all to be the same.
 
     Raises:
-        UserError: it isn't a whole detector, or there is no such stage.
+        UserError: it isn't a whole detector, Detectron2 hasn't its heads, or there is no such stage.
     """
     if not checkpoint.whole:
         raise UserError("a backbone alone is no Cascade Mask R-CNN; use --to torchvision")
     model, image = checkpoint.model, checkpoint.image
+    check_expressible(model)
     channels = stated.channels if stated.channels != "auto" else checkpoint.channels or "bgr"
     tensors = to_rgb(checkpoint.tensors, channels)
     differences = []

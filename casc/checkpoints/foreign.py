@@ -85,6 +85,28 @@ class Written(NamedTuple):
     differences: list[str]
 
 
+def check_expressible(model: DetectorConfig) -> None:
+    """Refuse heads that have no place in other programs' checkpoints as casc writes them.
+
+    Raises:
+        UserError: naming the field.
+    """
+    plain = DetectorConfig()
+    for part, names in (
+        ("fpn", ("norm",)),
+        ("rpn", ("convs",)),
+        ("box_head", ("convs", "fcs", "class_specific")),
+        ("mask_head", ("norm", "stages")),
+    ):
+        for name in names:
+            found, usual = (getattr(getattr(m, part), name) for m in (model, plain))
+            if found not in (usual, "gn"):
+                raise UserError(
+                    f"model.{part}.{name} {found}: only casc reads such heads; keep the weights as"
+                    " they are, or export the detector (casc export)"
+                )
+
+
 def to_rgb(tensors: Mapping[str, Tensor], channels: Channels) -> dict[str, Tensor]:
     """Turn the first convolution's inputs from one order of colours to the other, or not."""
     result = dict(tensors)

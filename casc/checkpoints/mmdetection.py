@@ -18,6 +18,7 @@ from casc.checkpoints.foreign import (
     Written,
     as_float32,
     channel_line,
+    check_expressible,
     complete,
     from_text,
     one,
@@ -121,11 +122,12 @@ def write_mmdetection(checkpoint: Checkpoint, stated: Stated) -> Written:
     """A checkpoint for MMDetection 2.x and 3.x, and what to set in its config.
 
     Raises:
-        UserError: it isn't a whole detector.
+        UserError: it isn't a whole detector, or one whose heads only casc reads.
     """
     if not checkpoint.whole:
         raise UserError("a backbone alone is no checkpoint of MMDetection; use --to torchvision")
     model, image = checkpoint.model, checkpoint.image
+    check_expressible(model)
     channels = stated.channels if stated.channels != "auto" else checkpoint.channels or "rgb"
     tensors = to_rgb(checkpoint.tensors, channels)
     rows = [_row(name, value, channels, []) for name, value in tensors.items()]

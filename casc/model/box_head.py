@@ -12,12 +12,22 @@ from torch import Tensor
 
 from casc.model import losses
 from casc.model.boxes import decode, encode
-from casc.model.layers import Params, cast, linear, new_weight, xavier_normal
+from casc.model.layers import (
+    Norm,
+    Params,
+    cast,
+    conv_module,
+    kaiming_normal,
+    linear,
+    new_conv_module,
+    new_weight,
+    xavier_normal,
+)
 from casc.model.matching import match_rois, sample, take
 from casc.model.targets import Targets
 from casc.ops.probe import Probe, unwatched
 from casc.ops.pyramid import Pyramid
-from casc.ops.roi_align import RoiKernel, Sampling
+from casc.ops.roi_align import RoiKernel, Sampling, roi_align
 from casc.ops.roi_linear import roi_linear
 
 PREFIX = "roi_head.bbox_head"
@@ -46,7 +56,21 @@ class BoxHeadConfig:
     cells: int = 7
     """RoIAlign cells per side."""
     channels: int = 1024
-    """Width of the two fully connected layers."""
+    """Width of the fully connected layers."""
+    convs: int = 0
+    """3x3 convolutions before the fully connected layers; 4 with fcs 1 is "4conv1fc"."""
+    conv_channels: int = 256
+    """Their channels."""
+    norm: Norm = "none"
+    """After each convolution. gn: group norm. ln: layer norm over channels, as in ViTDet."""
+    fcs: int = 2
+    """Fully connected layers, at least one."""
+    class_specific: bool = False
+    """Regress a box for each class (Fast R-CNN), not one for all (Cascade R-CNN)."""
+    loss: losses.BoxLoss = "smooth_l1"
+    """Of boxes. smooth_l1: of the deltas. giou, diou, ciou: of the decoded boxes, 1 - that IoU."""
+    box_weight: float = 1.0
+    """Factor on the box loss beside the stage's own; 10 is usual with giou."""
     beta: float = 1.0
     """Where the smooth L1 loss turns linear."""
 
@@ -76,7 +100,7 @@ class BoxOutput(NamedTuple):
     logits: Tensor
     """[R, K + 1]; the last is background."""
     deltas: Tensor
-    """[R, 4], the same for all classes."""
+    """[R, 4], the same for all classes; or [R, K * 4], each class's own."""
 
 
 def max_positive(config: BoxHeadConfig) -> int:
@@ -132,11 +156,14 @@ def sample_rois(
     return RoiSample(take(boxes, index), gt, labels, kept, positive, from_gt, index)
 
 
-def box_head(params: Params, stage: int, features: Tensor) -> BoxOutput:
+def box_head(params: Params, config: BoxHeadConfig, stage: int, features: Tensor) -> BoxOutput:
     """Class logits and deltas of each RoI from its [R, C, cells, cells] features."""
-    return _outputs(
-        params, stage, linear(params, f"{PREFIX}.{stage}.shared_fcs.0", features.flatten(1))
-    )
+    name = f"{PREFIX}.{stage}"
+    for i in range(config.convs):
+        x = conv_module(params, f"{name}.shared_convs.{i}", features, padding=1, norm=config.norm)
+        features = F.relu(x)
+    x = linear(params, f"{name}.shared_fcs.0", features.flatten(1))
+    return _outputs(params, config, stage, x)
 
 
 def box_head_at(
@@ -154,7 +181,7 @@ def box_head_at(
 
     Args:
         params: weights by name.
-        config: cells per side.
+        config: the head; without convolutions, its first layer is one operator with RoIAlign.
         stage: which head.
         pyramid: features.
         boxes: [R, 4] xyxy in pixels of the canvas.
@@ -163,19 +190,25 @@ def box_head_at(
         kernel: see `roi_align`.
         probe: see `roi_linear`.
     """
+    if config.convs:
+        features = roi_align(pyramid, boxes, image, config.cells, sampling, kernel)
+        features = probe("box.features", features)
+        return box_head(params, config, stage, features), pyramid
     name = f"{PREFIX}.{stage}.shared_fcs.0"
     matrix = cast(params[f"{name}.weight"], pyramid.pixels.dtype)
     bias = params[f"{name}.bias"].to(matrix.dtype)
     x, pyramid = roi_linear(
         pyramid, boxes, image, config.cells, sampling, kernel, matrix, bias, probe
     )
-    return _outputs(params, stage, x), pyramid
+    return _outputs(params, config, stage, x), pyramid
 
 
-def _outputs(params: Params, stage: int, x: Tensor) -> BoxOutput:
+def _outputs(params: Params, config: BoxHeadConfig, stage: int, x: Tensor) -> BoxOutput:
     """What follows the first fully connected layer."""
     name = f"{PREFIX}.{stage}"
-    x = F.relu(linear(params, f"{name}.shared_fcs.1", F.relu(x)))
+    x = F.relu(x)
+    for i in range(1, config.fcs):
+        x = F.relu(linear(params, f"{name}.shared_fcs.{i}", x))
     logits = linear(params, f"{name}.fc_cls", x)
     return BoxOutput(logits.float(), linear(params, f"{name}.fc_reg", x).float())
 
@@ -201,10 +234,17 @@ def box_losses(
     first = max_positive(config)
     boxes, gt, positive = (t[:, :first] for t in (rois.boxes, rois.gt, rois.positive))
     goal = probe("box.goal", encode(boxes, take(targets.boxes, gt), stage.stds))
-    deltas = output.deltas.reshape(*rois.valid.shape, 4)[:, :first]
-    loss_bbox = losses.smooth_l1(deltas, goal, positive, config.beta)
+    deltas = output.deltas.reshape(*rois.valid.shape, -1)[:, :first]
+    if config.class_specific:
+        deltas = own_deltas(deltas, rois.labels[:, :first])
+    if config.loss == "smooth_l1":
+        loss_bbox = losses.smooth_l1(deltas, goal, positive, config.beta)
+    else:
+        moved = decode(boxes, deltas, stage.stds, None)
+        loss_bbox = losses.iou_loss(config.loss, moved, take(targets.boxes, gt), positive)
+    weight = stage.loss_weight * config.box_weight
     return losses.LossSums(
-        {"loss_cls": stage.loss_weight * loss_cls, "loss_bbox": stage.loss_weight * loss_bbox},
+        {"loss_cls": stage.loss_weight * loss_cls, "loss_bbox": weight * loss_bbox},
         {"loss_cls": samples, "loss_bbox": samples},
         {
             "acc": 100 * hits.sum() / samples.clamp(min=1),
@@ -213,13 +253,44 @@ def box_losses(
     )
 
 
+def own_deltas(deltas: Tensor, labels: Tensor) -> Tensor:
+    """The deltas of each RoI's class where each class has its own.
+
+    By a product with ones and zeros, as in the mask head: exact, and its backward has no order.
+
+    Args:
+        deltas: [B, N, K * 4].
+        labels: [B, N] int64; where not in [0, K) the deltas are 0.
+
+    Returns:
+        [B, N, 4].
+    """
+    each = deltas.unflatten(-1, (-1, 4))
+    own = labels[..., None] == torch.arange(each.shape[-2], device=labels.device)
+    return (each * own[..., None]).sum(dim=-2)
+
+
+def regressed_class(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Whose box the next stage gets where each class has its own, as MMDetection chooses.
+
+    Args:
+        logits: [B, N, K + 1].
+        labels: [B, N] int64, the class of positives and K of others; None at inference.
+
+    Returns:
+        [B, N] int64 in [0, K): the class of positives, else that of the best score.
+    """
+    best = logits.detach()[..., :-1].argmax(dim=-1)
+    return best if labels is None else torch.where(labels < logits.shape[-1] - 1, labels, best)
+
+
 def refine(stage: StageConfig, boxes: Tensor, deltas: Tensor, size: Tensor) -> Tensor:
     """The next stage's boxes: decoded and clipped, without gradient.
 
     Args:
         stage: its standard deviations.
         boxes: [B, N, 4] xyxy.
-        deltas: [B * N, 4].
+        deltas: [B * N, 4], or [B, N, 4].
         size: [B, 2] image height and width in pixels.
 
     Returns:
@@ -236,17 +307,23 @@ def init_box_head(
     params: Params,
     generator: torch.Generator,
 ) -> None:
-    """Add fresh parameters of one stage: Xavier normal everywhere, as the reference ends up.
+    """Add fresh parameters of one stage: Xavier normal, as the reference ends up.
+
+    Convolutions, which the reference hasn't, are He normal.
 
     Its config asks for N(0, 0.01) and N(0, 0.001) in the last layers, but a later entry
     for all linear layers overrides both.
     """
     name = f"{PREFIX}.{stage}"
-    flat = in_channels * config.cells**2
+    for i in range(config.convs):
+        shape = (config.conv_channels, in_channels, 3, 3)
+        module = f"{name}.shared_convs.{i}"
+        new_conv_module(params, module, shape, kaiming_normal, generator, config.norm)
+        in_channels = config.conv_channels
+    sides = [in_channels * config.cells**2, *[config.channels] * config.fcs]
     for layer, out, inputs in (
-        ("shared_fcs.0", config.channels, flat),
-        ("shared_fcs.1", config.channels, config.channels),
+        *((f"shared_fcs.{i}", sides[i + 1], sides[i]) for i in range(config.fcs)),
         ("fc_cls", classes + 1, config.channels),
-        ("fc_reg", 4, config.channels),
+        ("fc_reg", 4 * (classes if config.class_specific else 1), config.channels),
     ):
         new_weight(params, f"{name}.{layer}", (out, inputs), xavier_normal, generator, bias=out)

@@ -17,6 +17,7 @@ from casc.model import noise as noises
 from casc.model.anchors import AnchorConfig, grid_anchors
 from casc.model.box_head import (
     BoxHeadConfig,
+    BoxOutput,
     RoiSample,
     StageConfig,
     box_head,
@@ -24,7 +25,9 @@ from casc.model.box_head import (
     box_losses,
     init_box_head,
     max_positive,
+    own_deltas,
     refine,
+    regressed_class,
     sample_rois,
 )
 from casc.model.fpn import FPNConfig, fpn, init_fpn
@@ -171,13 +174,19 @@ def init(config: DetectorConfig, generator: torch.Generator) -> tuple[Params, Pa
     init_rpn(config.rpn, config.anchors, channels, params, generator)
     for i in range(len(config.stages)):
         init_box_head(config.box_head, i, config.classes, channels, params, generator)
-        init_mask_head(config.mask_head, i, config.classes, channels, params, generator)
+        if i < mask_stages(config):
+            init_mask_head(config.mask_head, i, config.classes, channels, params, generator)
     return params, buffers
 
 
 def trainable(config: DetectorConfig, params: Params) -> Params:
     """The parameters that learn: all but the backbone's frozen stages."""
     return {k: v for k, v in params.items() if not is_frozen(config.backbone, k)}
+
+
+def mask_stages(config: DetectorConfig) -> int:
+    """How many stages have a mask head, from the first on."""
+    return len(config.stages) if config.mask_head.stages == "every" else 1
 
 
 def draw_noise(config: DetectorConfig, seed: Tensor, anchors: int, capacity: int) -> Noise:
@@ -244,7 +253,7 @@ def losses(
     """
     features = extract(params, buffers, config, inputs.image, probe)
     result, pyramid, rois = box_branch(params, config, features, inputs, noise, probe)
-    for i in range(len(config.stages)):
+    for i in range(mask_stages(config)):
         loss = mask_branch(params, config, i, pyramid, rois[i], inputs.targets, probe)
         result = join(result, weighted_mask_loss(config, i, *loss))
     return result
@@ -272,13 +281,14 @@ def box_branch(
     every = probe("anchors", torch.cat(anchors))
     result, pyramid = rpn_branch(params, config, features, every, inputs, noise.rpn, probe)
     with torch.no_grad():
-        output = probe("rpn.output", rpn_head(params, features.levels))
+        output = probe("rpn.output", rpn_head(params, config.rpn, features.levels))
     found = probe("candidates", candidates(config.rpn, output, anchors, inputs.size, train=True))
     proposals = probe("proposals", propose(config.rpn, found, train=True))
     cascade, pyramid, samples = cascade_losses(
         params, config, pyramid, proposals, inputs, noise.stages, probe
     )
-    rois = [mask_rois(s, max_positive(config.box_head)) for s in samples]
+    masked = samples[: mask_stages(config)]
+    rois = [mask_rois(s, max_positive(config.box_head)) for s in masked]
     pyramid = detach_unread(pyramid, config.roi_align, config.roi_kernel)
     return join(result, cascade), pyramid, rois
 
@@ -297,7 +307,8 @@ def rpn_branch(
     targets = rpn_targets(config.rpn, anchors, inputs.size, gt.boxes, gt.valid, keys, probe)
     targets = probe("rpn.targets", targets)
     sizes = level_sizes(features.levels)
-    sampled, pyramid = rpn_head_at(params, features.pyramid, sizes, targets.sample.indices)
+    index = targets.sample.indices
+    sampled, pyramid = rpn_head_at(params, config.rpn, features.pyramid, sizes, index)
     sampled = probe("rpn.sampled", sampled)
     result = rpn_losses(config.rpn, sampled, anchors, targets, gt.boxes, probe)
     result.measures["rpn.positives"] = _per_image(targets.sample.positive)
@@ -335,7 +346,10 @@ def cascade_losses(
         stage_losses = box_losses(config.box_head, stage, output, rois, inputs.targets, probe)
         stage_losses.measures["positives"] = _per_image(rois.positive)
         stages.append(add_prefix(f"s{i}.", stage_losses))
-        boxes = refine(stage, rois.boxes, output.deltas, inputs.size)
+        deltas = output.deltas
+        if config.box_head.class_specific:
+            deltas = _chosen_deltas(output, rois.labels)
+        boxes = refine(stage, rois.boxes, deltas, inputs.size)
         # Ground truth is added afresh by each stage; its own refinement would come twice.
         valid = rois.valid & ~rois.from_gt
         samples.append(rois)
@@ -378,7 +392,7 @@ def detect(
     """
     features = extract(params, buffers, config, inputs.image, probe)
     anchors = grid_anchors(config.anchors, level_sizes(features.levels), inputs.size.device)
-    output = rpn_head(params, features.levels)
+    output = rpn_head(params, config.rpn, features.levels)
     found = candidates(config.rpn, output, anchors, inputs.size, train=False)
     proposals = probe("proposals", propose(config.rpn, found, train=False))
     logits, boxes = cascade_scores(params, config, features.pyramid, proposals, inputs.size, probe)
@@ -400,16 +414,22 @@ def cascade_scores(
 ) -> tuple[Tensor, Tensor]:
     """Mean logits [B, P, K + 1] and final boxes [B, P, 4] in canvas pixels.
 
+    Where each class has its own box, these are [B, P * K, 4], the class fastest.
     Where the config averages probabilities, the logarithms of these are the logits.
     """
     boxes = proposals.boxes
     logits = []
     for i, stage in enumerate(config.stages):
         boxes = probe("box.rois", boxes)
-        output = box_head(params, i, _align(config, pyramid, boxes, config.box_head.cells))
-        output = probe("box.output", output)
+        features = _align(config, pyramid, boxes, config.box_head.cells)
+        output = probe("box.output", box_head(params, config.box_head, i, features))
         logits.append(output.logits.reshape(*boxes.shape[:2], -1))
-        boxes = refine(stage, boxes, output.deltas, size)
+        deltas = output.deltas
+        if config.box_head.class_specific and i + 1 < len(config.stages):
+            deltas = _chosen_deltas(output, boxes.new_full(boxes.shape[:2], config.classes).long())
+        elif config.box_head.class_specific:
+            boxes = boxes.repeat_interleave(config.classes, dim=1)
+        boxes = refine(stage, boxes, deltas, size)
     if config.inference.average == "probabilities":
         logs = torch.stack(logits).log_softmax(dim=-1)
         return logs.logsumexp(dim=0) - math.log(len(logits)), boxes
@@ -428,7 +448,7 @@ def select(
     Args:
         config: thresholds.
         logits: [B, P, K + 1].
-        boxes: [B, P, 4] xyxy in pixels of the stored image.
+        boxes: [B, P, 4] xyxy in pixels of the stored image; or [B, P * K, 4], each class's own.
         valid: [B, P] bool.
         probe: sees all scores, and which of them enter suppression.
 
@@ -440,8 +460,10 @@ def select(
     candidate = (scores > config.score_threshold) & valid[..., None]
     scores, candidate = probe("scores", (scores, candidate))
     labels = torch.arange(classes, device=scores.device).repeat(scores.shape[1])
+    if boxes.shape[1] == scores.shape[1]:
+        boxes = boxes.repeat_interleave(classes, dim=1)
     index, kept = batched_nms(
-        boxes.repeat_interleave(classes, dim=1),
+        boxes,
         scores.flatten(1),
         labels,
         candidate.flatten(1),
@@ -451,7 +473,7 @@ def select(
         largest=scores.shape[1],
         kernel=config.nms_kernel,
     )
-    best = take(boxes, index // classes)
+    best = take(boxes, index)
     return (
         torch.where(kept[..., None], best, 0.0),
         torch.where(kept, take(scores.flatten(1), index), 0.0),
@@ -468,7 +490,7 @@ def detect_masks(
     labels: Tensor,
     probe: Probe = unwatched,
 ) -> Tensor:
-    """Mean mask probability of all stages: [B, D, 28, 28] float32.
+    """Mean mask probability of all stages that have a mask head: [B, D, 28, 28] float32.
 
     Args:
         params: weights by name.
@@ -481,7 +503,7 @@ def detect_masks(
     features = _align(config, pyramid, boxes, config.mask_head.cells)
     logits = [
         probe("mask.logits", mask_head(params, config.mask_head, i, features, labels.flatten()))
-        for i in range(len(config.stages))
+        for i in range(mask_stages(config))
     ]
     stages = [each.sigmoid() for each in logits]
     mean = torch.stack(stages).sum(dim=0) / len(stages)
@@ -491,6 +513,12 @@ def detect_masks(
 def _align(config: DetectorConfig, pyramid: Pyramid, boxes: Tensor, cells: int) -> Tensor:
     """RoIAlign of [B, N, 4] boxes: [B * N, C, cells, cells]."""
     return roi_align(pyramid, *_flat(boxes), cells, config.roi_align, config.roi_kernel)
+
+
+def _chosen_deltas(output: BoxOutput, labels: Tensor) -> Tensor:
+    """The deltas [B, N, 4] of the class that `regressed_class` chooses."""
+    logits, deltas = (x.reshape(*labels.shape, -1) for x in output)
+    return own_deltas(deltas, regressed_class(logits, labels))
 
 
 def _flat(boxes: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ class FPNConfig:
     channels: int = 256
     """Channels of every level."""
     norm: Norm = "none"
-    """gn: group norm after each convolution, for training from scratch."""
+    """After each convolution. gn: group norm, for training from scratch. ln: layer norm."""
 
 
 def fpn(params: Params, config: FPNConfig, maps: list[Tensor]) -> list[Tensor]:

@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from casc.ops.linear import linear as linear_product
 
 Params = dict[str, Tensor]
-Norm = Literal["none", "gn"]
+Norm = Literal["none", "gn", "ln"]
 
 BN_EPS = 1e-5
 GN_GROUPS = 32
+LN_EPS = 1e-6
 
 
 def conv(params: Params, name: str, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
@@ -93,10 +94,19 @@ def group_norm(params: Params, name: str, x: Tensor) -> Tensor:
     return F.group_norm(x, math.gcd(GN_GROUPS, channels), weight, bias)
 
 
+def layer_norm(params: Params, name: str, x: Tensor) -> Tensor:
+    """Layer normalisation (Ba et al., 2016) over the channels of each cell: [B, C, H, W]."""
+    weight, bias = params[f"{name}.weight"].to(x.dtype), params[f"{name}.bias"].to(x.dtype)
+    x = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, LN_EPS)
+    return x.permute(0, 3, 1, 2)
+
+
 def conv_module(params: Params, name: str, x: Tensor, padding: int, norm: Norm) -> Tensor:
-    """A ConvModule of mmcv without its activation: `name.conv`, then `name.gn` if there is one."""
+    """A ConvModule of mmcv without its activation: `name.conv`, then `name.gn` or `name.ln`."""
     x = conv(params, f"{name}.conv", x, padding=padding)
-    return group_norm(params, f"{name}.gn", x) if norm == "gn" else x
+    if norm == "gn":
+        return group_norm(params, f"{name}.gn", x)
+    return layer_norm(params, f"{name}.ln", x) if norm == "ln" else x
 
 
 # What follows makes initial parameters: `fill` is one of torch.nn.init's functions with
@@ -164,5 +174,5 @@ def new_conv_module(
     """Add the parameters that `conv_module` reads; a norm takes the bias's place."""
     bias = shape[0] if norm == "none" else None
     new_weight(params, f"{name}.conv", shape, fill, generator, bias=bias)
-    if norm == "gn":
-        new_norm(params, f"{name}.gn", shape[0])
+    if norm != "none":
+        new_norm(params, f"{name}.{norm}", shape[0])

@@ -4,11 +4,16 @@ Entries that don't count give exactly zero loss and gradient, whatever finite nu
 hold, so a batch without a single object trains like any other.
 """
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from casc.model.boxes import area
+
+BoxLoss = Literal["smooth_l1", "giou", "diou", "ciou"]
 
 
 class LossSums(NamedTuple):
@@ -118,3 +123,46 @@ def smooth_l1(prediction: Tensor, target: Tensor, mask: Tensor, beta: float) -> 
     difference = torch.where(mask[..., None], prediction - target, 0.0).abs()
     square = 0.5 * difference * difference / beta
     return torch.where(difference < beta, square, difference - 0.5 * beta).sum()
+
+
+def iou_loss(
+    kind: BoxLoss, prediction: Tensor, target: Tensor, mask: Tensor, eps: float = 1e-7
+) -> Tensor:
+    """Sum of 1 - GIoU, DIoU or CIoU where `mask` holds.
+
+    Generalized IoU (Rezatofighi et al., 2019) subtracts the share of the enclosing box that is
+    in neither; Distance-IoU (Zheng et al., 2020) the squared distance of the centres over the
+    squared diagonal of the enclosing box; Complete-IoU, of the same paper, a penalty on the
+    aspect ratio as well, whose weight has no gradient.
+
+    Args:
+        kind: giou, diou or ciou.
+        prediction: [..., 4] float32 xyxy in pixels.
+        target: [..., 4] float32 xyxy in pixels.
+        mask: [...] bool.
+        eps: added to what is divided by.
+
+    Returns:
+        Scalar float32.
+    """
+    # Padded rows become the unit square, whose loss and gradient are finite.
+    unit = torch.tensor([0.0, 0.0, 1.0, 1.0], device=target.device)
+    a, b = (torch.where(mask[..., None], boxes, unit) for boxes in (prediction, target))
+    sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    intersection = sides.clamp(min=0).prod(dim=-1)
+    union = area(a) + area(b) - intersection
+    iou = intersection / (union + eps)
+    around = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    if kind == "giou":
+        enclosing = around.prod(dim=-1)
+        loss = 1 - iou + (enclosing - union) / (enclosing + eps)
+    else:
+        apart = (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) * 0.5
+        loss = 1 - iou + apart.square().sum(-1) / (around.square().sum(-1) + eps)
+    if kind == "ciou":
+        ours, theirs = (
+            torch.atan((x[..., 2] - x[..., 0]) / (x[..., 3] - x[..., 1])) for x in (a, b)
+        )
+        shape = 4 / math.pi**2 * (theirs - ours).square()
+        loss = loss + (shape / (1 - iou + shape + eps)).detach() * shape
+    return torch.where(mask, loss, 0.0).sum()

@@ -43,7 +43,12 @@ class MaskHeadConfig:
     channels: int = 256
     """Their channels."""
     norm: Norm = "none"
-    """gn: group norm after each convolution, for training from scratch."""
+    """After each convolution. gn: group norm, for training from scratch. ln: layer norm over
+    channels, as in ViTDet."""
+    stages: Literal["every", "first"] = "every"
+    """Which cascade stages have a mask head. every: each its own, and masks are their mean. first:
+    one alone, on the first stage's RoIs in training and on the final boxes at inference, as in
+    Detectron2's cascade."""
     target: Literal["polygon", "bitmap"] = "polygon"
     """polygon: rasterised on the device from polygon edges.
     bitmap: the reference's way, from full-size bitmaps made by the loader."""

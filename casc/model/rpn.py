@@ -29,7 +29,9 @@ class RPNConfig:
     """The region proposal network."""
 
     channels: int = 256
-    """Channels of its 3x3 convolution."""
+    """Channels of its 3x3 convolutions."""
+    convs: int = 1
+    """3x3 convolutions, a ReLU after each."""
     positive_iou: float = 0.7
     """An anchor is an object from this overlap on."""
     negative_iou: float = 0.3
@@ -87,12 +89,14 @@ class Proposals(NamedTuple):
     """[B, K] bool."""
 
 
-def rpn_head(params: Params, levels: list[Tensor]) -> RPNOutput:
+def rpn_head(params: Params, config: RPNConfig, levels: list[Tensor]) -> RPNOutput:
     """Objectness and deltas of every anchor, the same head on each level."""
     logits, deltas = [], []
     for features in levels:
         batch = features.shape[0]
-        x = F.relu(conv(params, f"{PREFIX}.rpn_conv", features, padding=1))
+        x = features
+        for name in _convs(config):
+            x = F.relu(conv(params, name, x, padding=1))
         score = conv(params, f"{PREFIX}.rpn_cls", x)
         delta = conv(params, f"{PREFIX}.rpn_reg", x)
         logits.append(score.permute(0, 2, 3, 1).reshape(batch, -1).float())
@@ -101,7 +105,11 @@ def rpn_head(params: Params, levels: list[Tensor]) -> RPNOutput:
 
 
 def rpn_head_at(
-    params: Params, pyramid: Pyramid, sizes: list[tuple[int, int]], anchor: Tensor
+    params: Params,
+    config: RPNConfig,
+    pyramid: Pyramid,
+    sizes: list[tuple[int, int]],
+    anchor: Tensor,
 ) -> tuple[RPNOutput, Pyramid]:
     """What `rpn_head` says of chosen anchors only.
 
@@ -112,6 +120,7 @@ def rpn_head_at(
 
     Args:
         params: weights by name.
+        config: how many convolutions.
         pyramid: features.
         sizes: (H_l, W_l) of every level with anchors, P6 included.
         anchor: [B, S] int64 into A.
@@ -119,11 +128,19 @@ def rpn_head_at(
     Returns:
         Logits [B, S] and deltas [B, S, 4], and the pyramid for the next reader.
     """
-    weight = params[f"{PREFIX}.rpn_conv.weight"]
     ratios = params[f"{PREFIX}.rpn_cls.weight"].shape[0]
-    x, pyramid = patches(pyramid, sizes, anchor // ratios, weight.shape[-1])
-    weight = weight.permute(0, 2, 3, 1).flatten(1).to(x.dtype)
-    x = F.relu(F.linear(x, weight, params[f"{PREFIX}.rpn_conv.bias"].to(x.dtype)))
+    # Each convolution takes a cell off every side of the neighbourhood.
+    x, within, pyramid = patches(pyramid, sizes, anchor // ratios, 2 * config.convs + 1)
+    *first, last = _convs(config)
+    for name in first:
+        side = within.shape[-1]
+        x = x.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
+        within = within[..., 1:-1, 1:-1]
+        # The next one sees zeros beyond the level, not what this one makes there.
+        x = F.relu(conv(params, name, x)) * within.flatten(0, 1)[:, None].to(x.dtype)
+        x = x.permute(0, 2, 3, 1).flatten(1)
+    weight = params[f"{last}.weight"].permute(0, 2, 3, 1).flatten(1).to(x.dtype)
+    x = F.relu(F.linear(x, weight, params[f"{last}.bias"].to(x.dtype)))
     score, delta = (
         F.linear(
             x,
@@ -300,13 +317,21 @@ def init_rpn(
     generator: torch.Generator,
 ) -> None:
     """Add fresh RPN parameters: N(0, 0.01), zero biases."""
+    inputs = [in_channels, *[config.channels] * (config.convs - 1)]
     for name, out, channels, kernel in (
-        ("rpn_conv", config.channels, in_channels, 3),
-        ("rpn_cls", len(anchors.ratios), config.channels, 1),
-        ("rpn_reg", 4 * len(anchors.ratios), config.channels, 1),
+        *((c, config.channels, i, 3) for c, i in zip(_convs(config), inputs, strict=True)),
+        (f"{PREFIX}.rpn_cls", len(anchors.ratios), config.channels, 1),
+        (f"{PREFIX}.rpn_reg", 4 * len(anchors.ratios), config.channels, 1),
     ):
         shape = (out, channels, kernel, kernel)
-        new_weight(params, f"{PREFIX}.{name}", shape, normal_001, generator, bias=out)
+        new_weight(params, name, shape, normal_001, generator, bias=out)
+
+
+def _convs(config: RPNConfig) -> list[str]:
+    """The convolutions' names, MMDetection's: several are numbered."""
+    if config.convs == 1:
+        return [f"{PREFIX}.rpn_conv"]
+    return [f"{PREFIX}.rpn_conv.{i}.conv" for i in range(config.convs)]
 
 
 def _max_positive(config: RPNConfig) -> int:

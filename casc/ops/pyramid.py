@@ -31,7 +31,7 @@ def flatten_pyramid(levels: list[Tensor], strides: tuple[int, ...]) -> Pyramid:
 
 def patches(
     pyramid: Pyramid, sizes: list[tuple[int, int]], cell: Tensor, side: int
-) -> tuple[Tensor, Pyramid]:
+) -> tuple[Tensor, Tensor, Pyramid]:
     """The square neighbourhood of chosen cells, as a convolution with zero padding sees it.
 
     Args:
@@ -42,8 +42,9 @@ def patches(
         side: of the neighbourhood in cells, odd.
 
     Returns:
-        [B * S, side * side * C] of the features' dtype, in the order (y, x, channel), and the
-        pyramid for the next reader (see `chained_bags`).
+        [B * S, side * side * C] of the features' dtype, in the order (y, x, channel); [B, S, side,
+        side] bool, which cells lie on the level; and the pyramid for the next reader (see
+        `chained_bags`).
     """
     stored = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
     last = len(stored) - 1
@@ -66,7 +67,7 @@ def patches(
     rows = torch.where(within, rows + start[..., None, None], 0).reshape(-1, 1)
     weight = within.reshape(-1, 1).to(pyramid.pixels.dtype)
     read, pixels = chained_bags(pyramid.pixels, rows, weight)
-    return read.reshape(cell.numel(), -1), pyramid._replace(pixels=pixels)
+    return read.reshape(cell.numel(), -1), within, pyramid._replace(pixels=pixels)
 
 
 def by_level(level: Tensor, values: list[int]) -> Tensor:

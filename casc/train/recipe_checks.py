@@ -37,6 +37,9 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
         ("optim.max-skips", recipe.optim.max_skips, 1),
         ("schedule.warmup-steps", recipe.schedule.warmup_steps, 0),
         ("image.short", recipe.image.short, 1),
+        ("model.rpn.convs", recipe.model.rpn.convs, 1),
+        ("model.box-head.convs", recipe.model.box_head.convs, 0),
+        ("model.box-head.fcs", recipe.model.box_head.fcs, 1),
         ("image.long", recipe.image.long, recipe.image.short),
     ):
         if value is not None and value < least:
@@ -65,6 +68,10 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
         raise UserError(
             f"--model.backbone.frozen-stages {recipe.model.backbone.frozen_stages}: must be from -1"
             " (none) to 4 (all)"
+        )
+    if not 0 < recipe.model.box_head.box_weight < math.inf:
+        raise UserError(
+            f"--model.box-head.box-weight {recipe.model.box_head.box_weight}: must be more than 0"
         )
     if recipe.optim.clip_norm is not None and not recipe.optim.clip_norm > 0:
         raise UserError(f"--optim.clip-norm {recipe.optim.clip_norm}: must be more than 0")

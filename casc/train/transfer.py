@@ -66,6 +66,9 @@ def transfer(
     if known is not None:
         notes.append(known.text)
         made = [name for name in params if _is_by_class(name) and name in tensors]
+        if recipe.model.box_head.class_specific and known.sources != list(range(known.total)):
+            # Each class's own boxes: these rows would be those of other classes now.
+            tensors = {k: v for k, v in tensors.items() if ".fc_reg." not in k}
         for name in made:
             rows = _rows(name, params, tensors, known)
             if rows is None:

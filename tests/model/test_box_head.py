@@ -1,7 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.ops import generalized_box_iou_loss
 
 from casc.model import box_head as heads
 from casc.model.boxes import decode, encode
@@ -143,7 +147,7 @@ def make_params() -> dict[str, Tensor]:
 
 def test_the_head_is_two_layers_and_two_outputs(mode):
     params, features = make_params(), randn(24, 3, 2, 2)
-    made = mode(heads.box_head)(params, 1, features)
+    made = mode(heads.box_head)(params, CONFIG, 1, features)
     name = "roi_head.bbox_head.1"
 
     def layer(part: str, x: Tensor) -> Tensor:
@@ -153,7 +157,7 @@ def test_the_head_is_two_layers_and_two_outputs(mode):
     torch.testing.assert_close(made.logits, layer("fc_cls", x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(made.deltas, layer("fc_reg", x), rtol=1e-5, atol=1e-5)
     assert made.logits.shape == (24, CLASSES + 1)
-    low = heads.box_head(params, 1, features.bfloat16())
+    low = heads.box_head(params, CONFIG, 1, features.bfloat16())
     assert low.logits.dtype == low.deltas.dtype == torch.float32
     torch.testing.assert_close(low.logits, made.logits, rtol=0.05, atol=0.05)
 
@@ -230,3 +234,97 @@ def test_refining_by_the_target_deltas_lands_on_the_target():
         on = rois.positive
         torch.testing.assert_close(made[on], gt[on], rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(decode(rois.boxes, deltas, stage.stds, size), made)
+
+
+@pytest.mark.parametrize("norm", ["none", "gn", "ln"])
+def test_convolutions_come_before_the_fully_connected_layers(mode, norm):
+    """torchvision's 4conv1fc head, norms included but for the layer norm, which it hasn't."""
+    config = replace(CONFIG, convs=2, conv_channels=32, norm=norm, fcs=1, cells=3)
+    params: dict[str, Tensor] = {}
+    heads.init_box_head(config, 0, CLASSES, 3, params, torch.Generator().manual_seed(0))
+    params = {k: v + 0.1 * randn(*v.shape) for k, v in params.items()}
+    name = "roi_head.bbox_head.0"
+    features = randn(6, 3, 3, 3)
+
+    def theirs(channels: int) -> torch.nn.Module:
+        if norm == "gn":
+            return torch.nn.GroupNorm(32, channels)
+        return torch.nn.Identity() if norm == "none" else ChannelNorm(channels)
+
+    class ChannelNorm(torch.nn.LayerNorm):
+        def __init__(self, channels):
+            super().__init__(channels, eps=1e-6)
+
+        def forward(self, input):
+            return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+    oracle = FastRCNNConvFCHead((3, 3, 3), [32, 32], [CONFIG.channels], norm_layer=theirs)
+    ours = [f"{name}.shared_convs.{i}.{part}" for i in (0, 1) for part in ("conv", norm)]
+    ours = [part for part in ours if f"{part}.weight" in params] + [f"{name}.shared_fcs.0"]
+    layers = [
+        m for m in oracle.modules()
+        if isinstance(m, torch.nn.Conv2d | torch.nn.GroupNorm | torch.nn.LayerNorm
+                      | torch.nn.Linear)
+    ]  # fmt: skip
+    with torch.no_grad():
+        for layer, part in zip(layers, ours, strict=True):
+            layer.weight.copy_(params[f"{part}.weight"])
+            if layer.bias is not None:
+                layer.bias.copy_(params.get(f"{part}.bias", torch.zeros_like(layer.bias)))
+        if norm == "none":  # theirs has no bias there
+            for i in (0, 1):
+                params[f"{name}.shared_convs.{i}.conv.bias"].zero_()
+        x = oracle(features)
+    made = mode(heads.box_head)(params, config, 0, features)
+    right = F.linear(x, params[f"{name}.fc_cls.weight"], params[f"{name}.fc_cls.bias"])
+    torch.testing.assert_close(made.logits, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("objects", [True, False])
+def test_a_loss_of_decoded_boxes(mode, objects):
+    """As MMDetection's reg_decoded_bbox has it: the sum over positives over all samples."""
+    rois, targets = draw(SOME if objects else torch.zeros_like(SOME), 1)
+    config = replace(CONFIG, loss="giou", box_weight=10.0)
+    deltas = randn(24, 4, seed=1).requires_grad_()
+    output = heads.BoxOutput(randn(24, CLASSES + 1), deltas)
+
+    def run(output, rois, targets):
+        return mean_losses(heads.box_losses(config, STAGES[1], output, rois, targets))
+
+    _, losses = mode(run)(output, rois, targets)
+    on = rois.positive
+    gt = targets.boxes[torch.arange(2)[:, None], rois.gt]
+    moved = decode(rois.boxes, deltas.reshape(2, 12, 4), STAGES[1].stds, None)
+    total = generalized_box_iou_loss(moved[on], gt[on], reduction="sum")
+    expected = 10 * STAGES[1].loss_weight * total / rois.valid.sum()
+    torch.testing.assert_close(losses["loss_bbox"], expected.detach())
+    if objects:  # a positive's own target costs nothing
+        perfect = encode(rois.boxes, gt, STAGES[1].stds).reshape(24, 4)
+        found = run(heads.BoxOutput(output.logits, perfect), rois, targets)[1]
+        assert found["loss_bbox"] < 1e-4
+
+
+def test_each_class_may_have_its_own_box():
+    rois, targets = draw()
+    shared = CONFIG
+    own = replace(CONFIG, class_specific=True)
+    logits = randn(24, CLASSES + 1)
+    every = randn(24, CLASSES, 4, seed=1)
+    chosen = every[torch.arange(24), rois.labels.flatten().clamp(max=CLASSES - 1)]
+    results = [
+        mean_losses(heads.box_losses(config, STAGES[0], output, rois, targets))[1]["loss_bbox"]
+        for config, output in (
+            (shared, heads.BoxOutput(logits, chosen)),
+            (own, heads.BoxOutput(logits, every.flatten(1))),
+        )
+    ]
+    torch.testing.assert_close(*results)
+    params: dict[str, Tensor] = {}
+    heads.init_box_head(own, 0, CLASSES, 3, params, torch.Generator().manual_seed(0))
+    assert params["roi_head.bbox_head.0.fc_reg.weight"].shape == (4 * CLASSES, CONFIG.channels)
+    # Whose box a stage hands on: the class of positives, the best one of others and at inference.
+    labels = heads.regressed_class(logits.reshape(2, 12, -1), rois.labels)
+    best = logits[:, :-1].argmax(-1).reshape(2, 12)
+    assert torch.equal(labels[rois.positive], rois.labels[rois.positive])
+    assert torch.equal(labels[~rois.positive], best[~rois.positive])
+    assert torch.equal(heads.regressed_class(logits.reshape(2, 12, -1), None), best)

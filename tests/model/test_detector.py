@@ -10,6 +10,7 @@ from torch import Tensor
 from casc.data.batch import Batch
 from casc.device.compute import Compute
 from casc.model import detector
+from casc.model.box_head import BoxHeadConfig
 from casc.model.detector import DetectorConfig, InferenceConfig, Inputs, Noise
 from casc.model.layers import Params
 from casc.model.losses import LossSums, mean_losses
@@ -581,3 +582,84 @@ def test_init_follows_the_generator(world):
             torch.equal(params["backbone.conv1.weight"], world.params["backbone.conv1.weight"])
             == same
         )
+
+
+HEAD_CHOICES = {
+    "4conv1fc": BoxHeadConfig(32, convs=4, conv_channels=16, fcs=1, norm="gn", loss="giou"),
+    "ln": BoxHeadConfig(32, channels=64, convs=1, conv_channels=16, fcs=1, norm="ln", loss="ciou"),
+    "own": BoxHeadConfig(32, channels=64, class_specific=True, loss="diou", box_weight=5.0),
+}
+
+
+@pytest.mark.parametrize("choice", HEAD_CHOICES)
+def test_other_heads_learn_and_detect(world, tiny_batch, choice):
+    config = replace(
+        world.config,
+        fpn=replace(world.config.fpn, norm="ln" if choice == "ln" else "none"),
+        rpn=replace(world.config.rpn, convs=2),
+        box_head=HEAD_CHOICES[choice],
+        mask_head=replace(
+            world.config.mask_head, stages="first", norm="ln" if choice == "ln" else "none"
+        ),
+    )
+    params, buffers = detector.init(config, torch.Generator().manual_seed(0))
+    params = {k: v.requires_grad_() for k, v in params.items()}
+    assert not [name for name in params if name.startswith("roi_head.mask_head.1")]
+    batch = tiny_batch([3, 0, 2])
+    inputs = world.inputs(batch)
+    total, measures = mean_losses(
+        detector.losses(params, buffers, config, inputs, world.noise(batch))
+    )
+    total.backward()
+    assert total.isfinite()
+    assert [name for name in measures if name.endswith("loss_mask")] == ["s0.loss_mask"]
+    idle = [
+        k for k, v in detector.trainable(config, params).items()
+        if k.startswith(("rpn_head", "roi_head"))
+        and (v.grad is None or not v.grad.isfinite().all() or not v.grad.any())
+    ]  # fmt: skip
+    assert not idle
+    with torch.no_grad():
+        found = detector.detect(params, buffers, config, inputs)
+    assert found.valid.any()
+    assert found.boxes.isfinite().all()
+    assert (found.masks.flatten(2).amax(-1) > 0).equal(found.valid)
+
+
+def test_one_mask_head_is_the_first_of_three(world, tiny_batch):
+    """Its loss is the first stage's, and masks are its alone."""
+    config = replace(world.config, mask_head=replace(world.config.mask_head, stages="first"))
+    batch = tiny_batch([3, 2])
+    inputs, noise = world.inputs(batch), world.noise(batch)
+    one, three = (
+        detector.losses(world.params, world.buffers, c, inputs, noise)
+        for c in (config, world.config)
+    )
+    assert set(three.sums) - set(one.sums) == {"s1.loss_mask", "s2.loss_mask"}
+    assert all(torch.equal(one.sums[name], three.sums[name]) for name in one.sums)
+    features = detector.extract(world.params, world.buffers, config, inputs.image)
+    boxes, labels = inputs.targets.boxes, inputs.targets.labels
+    same = {
+        k.replace("mask_head.0", f"mask_head.{i}"): v
+        for i in STAGES for k, v in world.params.items() if "mask_head.0" in k
+    }  # fmt: skip
+    made = detector.detect_masks(world.params, config, features.pyramid, boxes, labels)
+    right = detector.detect_masks(
+        world.params | same, world.config, features.pyramid, boxes, labels
+    )
+    torch.testing.assert_close(made, right)
+
+
+def test_each_class_has_its_own_final_box(world, tiny_batch):
+    """With all classes' deltas alike, the detections are those of a shared regression."""
+    config = world.config
+    own = replace(config, box_head=replace(config.box_head, class_specific=True))
+    params = {
+        k: v.repeat(config.classes, *[1] * (v.dim() - 1)) if "fc_reg" in k else v
+        for k, v in world.params.items()
+    }
+    inputs = world.inputs(tiny_batch([3, 2]))
+    right = detector.detect(world.params, world.buffers, config, inputs)
+    made = detector.detect(params, world.buffers, own, inputs)
+    for ours, theirs in zip(made, right, strict=True):
+        torch.testing.assert_close(ours, theirs)

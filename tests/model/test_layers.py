@@ -88,17 +88,20 @@ def test_the_inputs_dtype_decides():
     )
 
 
-@pytest.mark.parametrize("norm", ["none", "gn"])
+@pytest.mark.parametrize("norm", ["none", "gn", "ln"])
 def test_conv_module_is_a_convolution_and_perhaps_a_norm(norm):
     params: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     layers.new_conv_module(params, "m", (64, 6, 3, 3), layers.xavier_uniform, generator, norm)
-    norm_keys = {"m.gn.weight", "m.gn.bias"} if norm == "gn" else {"m.conv.bias"}
+    norm_keys = {"m.conv.bias"} if norm == "none" else {f"m.{norm}.weight", f"m.{norm}.bias"}
     assert set(params) == {"m.conv.weight"} | norm_keys
     image = randn(2, 6, 5, 7)
     expected = nn.functional.conv2d(image, params["m.conv.weight"], padding=1)
     if norm == "gn":
         expected = nn.functional.group_norm(expected, 32)
+    if norm == "ln":
+        mean, var = expected.mean(1, keepdim=True), expected.var(1, keepdim=True, correction=0)
+        expected = (expected - mean) / (var + 1e-6).sqrt()
     torch.testing.assert_close(layers.conv_module(params, "m", image, 1, norm), expected)
 
 

@@ -1,5 +1,7 @@
+import pytest
 import torch
 import torch.nn.functional as F
+from torchvision import ops
 
 from casc.model import losses
 
@@ -93,3 +95,37 @@ def test_binary_cross_entropy_is_torchs_to_the_bit(mode):
             value.backward()
             results.append((value.detach(), x.grad))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+TORCHVISIONS = {
+    "giou": ops.generalized_box_iou_loss,
+    "diou": ops.distance_box_iou_loss,
+    "ciou": ops.complete_box_iou_loss,
+}
+
+
+@pytest.mark.parametrize("kind", TORCHVISIONS)
+def test_box_overlap_losses_are_torchvisions(mode, kind):
+    """Values and gradients, of boxes that overlap, don't, and are the same; the rest counts 0."""
+    generator = torch.Generator().manual_seed(0)
+    corner, target_corner = 60 * torch.rand(2, 50, 2, generator=generator)
+    sides, target_sides = 1 + 50 * torch.rand(2, 50, 2, generator=generator)
+    boxes = torch.cat([corner, corner + sides], dim=-1)
+    target = torch.cat([target_corner, target_corner + target_sides], dim=-1)
+    boxes[:5] = target[:5] + 0.001
+    mask = torch.rand(50, generator=generator) < 0.8
+    wild = boxes.clone()
+    wild[~mask] = torch.tensor([1e30, 5.0, -1e30, 5.0])
+    wild.requires_grad_()
+    made = mode(lambda *x: losses.iou_loss(kind, *x))(wild, target, mask)
+    made.backward()
+    boxes.requires_grad_()
+    right = TORCHVISIONS[kind](boxes[mask], target[mask], reduction="sum")
+    right.backward()
+    torch.testing.assert_close(made, right, rtol=1e-5, atol=1e-5)
+    assert wild.grad is not None
+    assert boxes.grad is not None
+    torch.testing.assert_close(wild.grad, boxes.grad, rtol=1e-4, atol=1e-6)
+    assert (wild.grad[~mask] == 0).all()
+    nothing = losses.iou_loss(kind, wild, target, torch.zeros_like(mask))
+    assert nothing == 0
