@@ -106,10 +106,10 @@ MUTANTS = (
     Mutant("the RPN's normaliser", "model/rpn.py", "(positive, valid & ~positive)]", "(positive, positive)]"),
     Mutant("the RPN's maps in channel order", "model/rpn.py", "logits.append(score.permute(0, 2, 3, 1)", "logits.append(score.permute(0, 1, 2, 3)"),
     Mutant("the sampled head reads the wrong ratio", "model/rpn.py", "anchor[..., None] % ratios ==", "anchor[..., None] // ratios =="),
-    Mutant("the sampled head's patches transposed", "model/rpn.py", "weight = weight.permute(0, 2, 3, 1).flatten(1).to(x.dtype)", "weight = weight.permute(0, 3, 2, 1).flatten(1).to(x.dtype)"),
+    Mutant("the sampled head's patches transposed", "model/rpn.py", "weight = params[f\"{last}.weight\"].permute(0, 2, 3, 1)", "weight = params[f\"{last}.weight\"].permute(0, 3, 2, 1)"),
     Mutant("patches wrap round the border", "ops/pyramid.py", "weight = within.reshape(-1, 1).to(pyramid.pixels.dtype)", "weight = torch.ones_like(within.reshape(-1, 1)).to(pyramid.pixels.dtype)", ("model/test_rpn.py",)),
     # ---- box heads ----
-    Mutant("all stages refine as the first", "model/detector.py", "boxes = refine(stage, rois.boxes, output.deltas, inputs.size)", "boxes = refine(config.stages[0], rois.boxes, output.deltas, inputs.size)"),
+    Mutant("all stages refine as the first", "model/detector.py", "boxes = refine(stage, rois.boxes, deltas, inputs.size)", "boxes = refine(config.stages[0], rois.boxes, deltas, inputs.size)"),
     Mutant("the first stage's deviations at inference", "model/detector.py", "boxes = refine(stage, boxes, output.deltas, size)", "boxes = refine(config.stages[0], boxes, output.deltas, size)"),
     Mutant("a stage's threshold", "model/detector.py", "StageConfig(iou=0.6,", "StageConfig(iou=0.5,"),
     Mutant("a stage's weight", "model/detector.py", "loss_weight=0.25", "loss_weight=0.5"),
@@ -120,6 +120,9 @@ MUTANTS = (
     Mutant("smooth L1 of padding too", "model/losses.py", "torch.where(mask[..., None], prediction - target, 0.0).abs()", "(prediction - target).abs()"),
     Mutant("gradient through the refined boxes", "model/box_head.py", "deltas.detach().reshape(boxes.shape)", "deltas.reshape(boxes.shape)", ("model/test_box_head.py",)),
     Mutant("a ReLU missing in the box head", "model/box_head.py", "x = F.relu(linear(params, f\"{name}.shared_fcs.{i}\", x))", "x = linear(params, f\"{name}.shared_fcs.{i}\", x)"),
+    Mutant("GIoU's enclosing box not that", "model/losses.py", "loss = 1 - iou + (enclosing - union) / (enclosing + eps)", "loss = 1 - iou + (enclosing - union) / (union + eps)", ("model/test_losses.py",)),
+    Mutant("CIoU's weight with a gradient", "model/losses.py", "(shape / (1 - iou + shape + eps)).detach()", "(shape / (1 - iou + shape + eps))", ("model/test_losses.py",)),
+    Mutant("the second RPN convolution sees beyond the level", "model/rpn.py", " * within.flatten(0, 1)[:, None].to(x.dtype)", "", ("model/test_rpn.py",)),
     # ---- RoIAlign ----
     Mutant("features doubled on the way to the box head", "ops/roi_linear.py", "return linear(features.flatten(1), matrix, bias), pyramid", "return linear(2 * features.flatten(1), matrix, bias), pyramid"),
     Mutant("the fixed grid's features doubled", "ops/roi_linear.py", "return product(_features(pixels, index, weight, cells), matrix, bias)", "return product(2 * _features(pixels, index, weight, cells), matrix, bias)"),

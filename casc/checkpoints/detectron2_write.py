@@ -35,7 +35,7 @@ def write_detectron2(
         mask_stage: whose mask head to keep; None wants all to be the same.
 
     Raises:
-        UserError: it isn't a whole detector, Detectron2 hasn't its heads, or there is no such stage.
+        UserError: it isn't a whole detector, or has other heads, or there is no such stage.
     """
     if not checkpoint.whole:
         raise UserError("a backbone alone is no Cascade Mask R-CNN; use --to torchvision")
