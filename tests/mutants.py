@@ -110,7 +110,7 @@ MUTANTS = (
     Mutant("patches wrap round the border", "ops/pyramid.py", "weight = within.reshape(-1, 1).to(pyramid.pixels.dtype)", "weight = torch.ones_like(within.reshape(-1, 1)).to(pyramid.pixels.dtype)", ("model/test_rpn.py",)),
     # ---- box heads ----
     Mutant("all stages refine as the first", "model/detector.py", "boxes = refine(stage, rois.boxes, deltas, inputs.size)", "boxes = refine(config.stages[0], rois.boxes, deltas, inputs.size)"),
-    Mutant("the first stage's deviations at inference", "model/detector.py", "boxes = refine(stage, boxes, output.deltas, size)", "boxes = refine(config.stages[0], boxes, output.deltas, size)"),
+    Mutant("the first stage's deviations at inference", "model/detector.py", "boxes = refine(stage, boxes, deltas, size)", "boxes = refine(config.stages[0], boxes, deltas, size)"),
     Mutant("a stage's threshold", "model/detector.py", "StageConfig(iou=0.6,", "StageConfig(iou=0.5,"),
     Mutant("a stage's weight", "model/detector.py", "loss_weight=0.25", "loss_weight=0.5"),
     Mutant("a stage's deviation", "model/detector.py", "(0.033, 0.033, 0.067, 0.067)", "(0.033, 0.033, 0.067, 0.067 / 2)"),
