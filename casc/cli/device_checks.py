@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from casc.device.devices import choose_compiler, choose_dtype, compiler_missing, traits
+from casc.device.compile_cache import use_cache
+from casc.device.compilers import tried
+from casc.device.devices import choose_dtype, traits
 from casc.model.choose_compute import TOLERANCE, roi_difference
 from casc.ops.nms import batched_nms
 from casc.ops.row_sums import weighted_row_sums
@@ -113,25 +115,19 @@ def _optimizer(device: torch.device) -> Check:
 
 
 def _compiler(device: torch.device) -> Check:
-    if missing := compiler_missing(device):
-        return Check(
-            "compiler", True, f"{choose_compiler('auto', device)}; inductor isn't usable: {missing}"
-        )
-    if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            return Check("compiler", True, f"inductor with {get_cpp_compiler()}")
-        except InvalidCxxCompiler:
-            return Check(
-                "compiler",
-                False,
-                "inductor finds no C++ compiler",
-                "install g++ (apt-get install g++), or train with --compile-backend aot_eager",
-                needed=False,
-            )
-    return Check("compiler", True, "inductor")
+    """As a run chooses, but nothing that is known is taken for granted; runs then know it."""
+    folder = use_cache()
+    failed = []
+    for compiler in traits(device).compilers:
+        trial = tried(compiler, device, folder, again=True)
+        if not trial.fault:
+            found = "; ".join([compiler.name, *map(str, failed)])
+            fix = failed[0].compiler.fix if failed else ""
+            return Check("compiler", not failed, found, fix, needed=False)
+        failed.append(trial)
+    return Check(
+        "compiler", False, "; ".join(map(str, failed)), failed[0].compiler.fix, needed=False
+    )
 
 
 def _collectives(device: torch.device) -> Check:

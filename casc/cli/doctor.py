@@ -206,8 +206,9 @@ def explain_import(trouble: str) -> Finding:
     elif library:
         why = f"{culprit} doesn't find {library[1]}, a library of CANN, which isn't installed"
         fix = f"install CANN and source its set_env.sh (docs/npu.md){without}"
-    elif "Two accelerators" in trouble:
-        why = f"this torch is built for another device than {culprit}"
+    elif "Two accelerators" in trouble or "Duplicated key" in trouble:
+        # Refused where that device is there; else the process aborts, as both name settings alike.
+        why = f"this torch{_build()} is built for another device than {culprit}"
         fix = f"install torch's CPU build of the same version (docs/npu.md){without}"
     elif "undefined symbol" in trouble:
         why = f"{culprit} was built against another torch: {_last(trouble)}"
@@ -216,6 +217,14 @@ def explain_import(trouble: str) -> Finding:
         why = _last(trouble)
         fix = f"mend or uninstall {culprit}{without}" if loaded else "reinstall torch"
     return Finding("torch", "import", why, "missing", fix)
+
+
+def _build() -> str:
+    """The installed torch's version, which ends in what it is built for."""
+    try:
+        return f" ({version('torch')})"
+    except PackageNotFoundError:
+        return ""
 
 
 def devices() -> tuple[list[Finding], list[str]]:

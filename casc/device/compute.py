@@ -20,9 +20,9 @@ class Compute(NamedTuple):
     shapes are dear, once for each of a few capacities."""
     programs: Path | None = None
     """Folder, from `casc.device.compile_cache.use_cache`, in which what is compiled outlasts the
-    process; with inductor only."""
+    process, where the compiler allows it."""
     backend: str = "inductor"
-    """torch.compile's, from `casc.device.devices.choose_compiler`."""
+    """torch.compile's, from `casc.device.compilers.choose_compiler`."""
     roi_kernel: Literal["aten", "native", "triton"] = "aten"
     """What the config's "auto" stands for, from `casc.model.choose_compute`."""
     nms_kernel: Literal["auto", "triton"] = "auto"

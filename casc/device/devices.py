@@ -16,7 +16,7 @@ from torch import Tensor
 
 from casc.errors import UserError
 
-CompileBackend = Literal["auto", "inductor", "aot_eager"]
+CompileBackend = Literal["auto", "dvm", "inductor", "aot_eager"]
 
 
 class Setting(NamedTuple):
@@ -30,6 +30,21 @@ class Setting(NamedTuple):
     """Whether --deterministic can't do without."""
 
 
+class Compiler(NamedTuple):
+    """What can compile a step for a device."""
+
+    name: CompileBackend
+    """The recipe's name for it."""
+    backend: str
+    """torch.compile's."""
+    fix: str
+    """What may help where it doesn't work."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables by which the device's package is told to load it, before anything is compiled."""
+    kept: bool = False
+    """Whether compiled programs can outlast the process."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Traits:
     """How to run on one kind of device."""
@@ -39,10 +54,11 @@ class Traits:
     chip lacks bfloat16 `choose_dtype` takes float16, whose loss scale is in the state."""
     memory_format: torch.memory_format
     """Of images and convolution weights."""
-    triton: tuple[str, ...] = ()
-    """Triton's backends of which Inductor needs one; it needs none where this is empty."""
-    triton_kernels: bool = False
-    """Whether casc's own Triton kernels are used here, if they prove right; else plain ATen."""
+    compilers: tuple[Compiler, ...]
+    """What can compile a step, in the order in which they are tried."""
+    triton_kernels: tuple[str, ...] = ()
+    """Triton's backends of which casc's own kernels need one. They are used if they prove right;
+    else, and where this is empty, plain ATen."""
     backend: str
     """torch.distributed's: for objects on the host, and for tensors on the device."""
     pin_memory: bool
@@ -64,10 +80,15 @@ class Traits:
     """Whether `_embedding_bag_dense_backward` has a kernel here."""
     ready: Callable[[], None] = lambda: None
     """What to switch on once per process."""
+    toolkits: tuple[str, ...] = ()
+    """Variables that say where the device's software is."""
     environment: tuple[Setting, ...] = ()
     """What may be set before the program starts; `casc doctor` shows what is."""
     unsupported: tuple[str, ...] = ()
     """What can't be had here, for people."""
+
+
+_AOT_EAGER = Compiler("aot_eager", "aot_eager", "train with --no-compile")
 
 
 def _ready_npu() -> None:
@@ -78,6 +99,12 @@ def _ready_npu() -> None:
 TRAITS = {
     "cpu": Traits(
         memory_format=torch.channels_last,
+        compilers=(
+            Compiler(
+                "inductor", "inductor", "install a C++ compiler (apt-get install g++)", kept=True
+            ),
+            _AOT_EAGER,
+        ),
         backend="gloo",
         pin_memory=False,
         fused_optimizer=True,
@@ -88,8 +115,13 @@ TRAITS = {
     ),
     "cuda": Traits(
         memory_format=torch.channels_last,
-        triton=("nvidia", "amd"),
-        triton_kernels=True,
+        compilers=(
+            Compiler(
+                "inductor", "inductor", "reinstall torch with the triton that it names", kept=True
+            ),
+            _AOT_EAGER,
+        ),
+        triton_kernels=("nvidia", "amd"),
         backend="cpu:gloo,cuda:nccl",
         pin_memory=True,
         fused_optimizer=True,
@@ -102,7 +134,21 @@ TRAITS = {
     "npu": Traits(
         # Ascend refuses channels_last; its own formats are chosen inside the kernels.
         memory_format=torch.contiguous_format,
-        triton=("ascend",),
+        compilers=(
+            Compiler(
+                "dvm",
+                "inductor",
+                "install CANN's and torch-npu's releases that belong together",
+                (("TORCHINDUCTOR_NPU_BACKEND", "dvm"),),
+            ),
+            Compiler(
+                "inductor",
+                "inductor",
+                "install the triton-ascend that names this torch-npu, if there is one",
+                (("TORCHINDUCTOR_NPU_BACKEND", "default"),),
+            ),
+            _AOT_EAGER,
+        ),
         backend="cpu:gloo,npu:hccl",
         pin_memory=True,
         # torch's own optimizer: NpuFusedSGD diverged when gradients were None.
@@ -113,6 +159,7 @@ TRAITS = {
         select_rois=False,
         bag_backward=False,
         ready=_ready_npu,
+        toolkits=("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"),
         environment=(
             Setting("TASK_QUEUE_ENABLE", "1", "launches have a thread; 2 forbids graphs"),
             Setting("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True", "less fragmentation"),
@@ -125,10 +172,13 @@ TRAITS = {
         unsupported=(
             "channels_last: refused by the device",
             "graphs with dynamic shapes: one graph per mask capacity is compiled instead",
-            "keeping compiled programs on disk with any backend but inductor",
+            "keeping compiled programs on disk: every run compiles",
         ),
     ),
 }
+
+COMPILER_PACKAGES = ("torch", "torch-npu", "triton", "triton-ascend")
+"""Whose versions decide whether a compiler works."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -202,34 +252,15 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
 
 
-def choose_compiler(name: CompileBackend, device: torch.device) -> str:
-    """torch.compile's backend by name; `auto` takes inductor where it is usable.
-
-    Raises:
-        UserError: the one asked for isn't usable.
-    """
-    missing = compiler_missing(device)
-    if name == "auto":
-        return "aot_eager" if missing else "inductor"
-    if name == "inductor" and missing:
-        raise UserError(f"--compile-backend inductor: {missing}; use --compile-backend aot_eager")
-    return name
-
-
-def compiler_missing(device: torch.device) -> str | None:
-    """Why inductor can't compile for a device; None where it can."""
-    wanted = traits(device).triton
-    # Without them in one package, a `triton` for other devices would count.
-    if not wanted or any(_installed(f"triton.backends.{name}") for name in wanted):
-        return None
-    return f"it needs Triton with its backend for {device.type}, which isn't installed"
-
-
 def triton_missing(device: torch.device) -> str | None:
     """Why casc's own Triton kernels can't run on a device; None where they can."""
-    if not traits(device).triton_kernels:
+    wanted = traits(device).triton_kernels
+    if not wanted:
         return f"there are no Triton kernels for {device.type}"
-    return compiler_missing(device)
+    # Without them in one package, a `triton` for other devices would count.
+    if any(_installed(f"triton.backends.{name}") for name in wanted):
+        return None
+    return f"Triton with its backend for {device.type} isn't installed"
 
 
 def _installed(module: str) -> bool:

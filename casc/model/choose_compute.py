@@ -11,15 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from casc.device.compilers import choose_compiler
 from casc.device.compute import Compute
-from casc.device.devices import (
-    CompileBackend,
-    choose_compiler,
-    choose_dtype,
-    compiler_missing,
-    traits,
-    triton_missing,
-)
+from casc.device.devices import CompileBackend, choose_dtype, traits, triton_missing
 from casc.errors import UserError
 from casc.model.detector import DetectorConfig
 from casc.ops.nms import batched_nms
@@ -48,7 +42,8 @@ def choose_compute(
         dtype: as for `choose_dtype`.
         compile: whether to compile.
         backend: as for `choose_compiler`.
-        programs: folder from `use_cache`, where compiled programs are kept.
+        programs: folder from `use_cache`, where compiled programs are kept, and which compilers
+            work.
 
     Raises:
         UserError: the device can't do what is asked for.
@@ -57,16 +52,18 @@ def choose_compute(
     kernel, notes = choose_roi_kernel(config.roi_kernel, config.roi_align, device)
     nms_kernel, nms_notes = choose_nms_kernel(config, device)
     notes += nms_notes
-    chosen = choose_compiler(backend, device) if compile else "inductor"
-    if compile and backend == "auto" and chosen != "inductor":
-        notes.append(f"compiling with {chosen}: inductor isn't usable, {compiler_missing(device)}")
+    chosen = None
+    if compile:
+        chosen, failed = choose_compiler(backend, device, programs)
+        name = f"compiling with {chosen.name}" if chosen else "warning: not compiling"
+        notes.append("; ".join([name, *map(str, failed)]))
     return Compute(
         choose_dtype(dtype, device),
         row.memory_format,
-        compile,
+        chosen is not None,
         row.dynamic_shapes,
-        programs if compile and chosen == "inductor" else None,
-        chosen,
+        programs if chosen and chosen.kept else None,
+        chosen.backend if chosen else "inductor",
         kernel,
         nms_kernel,
     ), notes

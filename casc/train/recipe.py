@@ -76,8 +76,8 @@ class Recipe:
     compile: bool = True
     """Compile the step with torch.compile; off, the same numbers come slower."""
     compile_backend: CompileBackend = "auto"
-    """inductor makes kernels. aot_eager only captures the graph and runs it operator by operator,
-    for devices without Triton. auto: inductor where it is usable."""
+    """inductor and, on NPUs, dvm make kernels. aot_eager only captures the graph and runs it
+    operator by operator. auto: the first that works, tried before the first step; else eager."""
     compile_cache: Path | None = None
     """Folder to keep compiled code in, for later runs and shared by all processes; by default
     $CASC_CACHE/compile, or casc/compile in ~/.cache. It may be deleted at any time."""

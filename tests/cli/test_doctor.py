@@ -11,6 +11,14 @@ from casc.cli import device_checks as smoke
 from casc.cli import doctor
 from casc.cli.device_checks import check_device
 from casc.cli.doctor import DoctorCommand, Finding, examine, explain_import, lines
+from casc.device import compilers
+
+
+@pytest.fixture(autouse=True)
+def working_compilers(monkeypatch):
+    """They are tried for seconds, and have tests of their own."""
+    monkeypatch.setattr(compilers, "find_fault", lambda compiler, device: "")
+
 
 WITHOUT_CANN = """Traceback (most recent call last):
 ImportError: libhccl.so: cannot open shared object file: No such file or directory
@@ -57,6 +65,13 @@ def test_a_backend_that_breaks_torch_is_explained(tmp_path):
         (
             "RuntimeError: Failed to load the backend extension: torch_npu.\nRuntimeError: Two"
             " accelerators cannot be used at the same time in PyTorch: npu and cuda.",
+            "built for another device",
+            "CPU build",
+        ),
+        (
+            "terminate called after throwing an instance of 'c10::ValueError'\n  what():"
+            " Duplicated key 'pinned_reserve_segment_size_mb' found in device config parser hook"
+            "\nframe #0: c10::Error::Error() + 0x9d",
             "built for another device",
             "CPU build",
         ),
@@ -125,18 +140,18 @@ def test_checks_find_wrong_results(monkeypatch):
     assert failed == ["weighted bags"]
 
 
-def test_a_missing_compiler_is_a_note(monkeypatch):
-    from torch._inductor import cpp_builder
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    def none():
-        raise InvalidCxxCompiler
-
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+def test_a_compiler_that_does_not_work_is_a_note(monkeypatch, tmp_path):
+    monkeypatch.setenv("CASC_CACHE", str(tmp_path))
+    faults = {"inductor": "InvalidCxxCompiler: none", "aot_eager": ""}
+    monkeypatch.setattr(compilers, "find_fault", lambda compiler, device: faults[compiler.name])
     (check,) = (c for c in check_device(torch.device("cpu")) if c.name == "compiler")
     assert not check.passed
     assert not check.needed
+    assert check.found == "aot_eager; inductor doesn't work: InvalidCxxCompiler: none"
     assert "g++" in check.fix
+    faults["inductor"] = ""
+    (check,) = (c for c in check_device(torch.device("cpu")) if c.name == "compiler")
+    assert check.passed
 
 
 def test_the_report_marks_and_mends():

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from casc.device import devices
+from casc.device import compilers, devices
 from casc.device.compute import Compute
-from casc.device.devices import RoiKernels, choose_compiler, choose_dtype
+from casc.device.devices import RoiKernels, choose_dtype
 from casc.errors import UserError
 from casc.model import choose_compute as kernels
 from casc.model import detector
@@ -101,7 +101,9 @@ def test_a_kernel_that_raises_is_not_used_and_said(like_npu, monkeypatch):
 @pytest.fixture
 def like_gpu(monkeypatch):
     """The CPU's row with Triton kernels, whose compiler looks as if it were there."""
-    monkeypatch.setitem(devices.TRAITS, "cpu", replace(devices.TRAITS["cpu"], triton_kernels=True))
+    row = replace(devices.TRAITS["cpu"], triton_kernels=("any",))
+    monkeypatch.setitem(devices.TRAITS, "cpu", row)
+    monkeypatch.setattr(devices, "_installed", lambda module: module == "triton.backends.any")
 
 
 def with_nms(rpn="auto", inference="auto") -> DetectorConfig:
@@ -127,7 +129,7 @@ def test_no_triton_where_the_table_has_none(monkeypatch):
     with pytest.raises(UserError, match=r"--model.inference.nms-kernel triton: there are no Tri"):
         choose_nms_kernel(with_nms(inference="triton"), CPU)
     with pytest.raises(UserError, match=r"use --model.rpn.nms-kernel fixed"):
-        choose_compute(with_nms(rpn="triton"), CPU)
+        choose_compute(with_nms(rpn="triton"), CPU, compile=False)
 
 
 def test_triton_where_it_keeps_the_same_boxes(like_gpu, monkeypatch):
@@ -136,7 +138,7 @@ def test_triton_where_it_keeps_the_same_boxes(like_gpu, monkeypatch):
     assert kernel == "triton"
     assert len(notes) == 1
     assert choose_nms_kernel(with_nms("fixed", "greedy"), CPU) == ("auto", [])
-    compute, _ = choose_compute(with_nms("fixed"), CPU)
+    compute, _ = choose_compute(with_nms("fixed"), CPU, compile=False)
     resolved = resolve_auto(with_nms("fixed"), compute)
     assert resolved.rpn.nms_kernel == "fixed"
     assert resolved.inference.nms_kernel == "triton"
@@ -153,7 +155,7 @@ def test_no_triton_that_differs_or_does_not_run(like_gpu, monkeypatch, fault):
 
     replaced(monkeypatch, survivors)
     if fault == "not installed":
-        row = replace(devices.TRAITS["cpu"], triton=("no_such_backend",))
+        row = replace(devices.TRAITS["cpu"], triton_kernels=("no_such_backend",))
         monkeypatch.setitem(devices.TRAITS, "cpu", row)
         assert choose_nms_kernel(with_nms(), CPU) == ("auto", [])
     else:
@@ -165,18 +167,23 @@ def test_no_triton_that_differs_or_does_not_run(like_gpu, monkeypatch, fault):
         choose_nms_kernel(with_nms("triton"), CPU)
 
 
-def test_compilers(monkeypatch):
-    assert choose_compiler("auto", CPU) == "inductor"
-    assert choose_compiler("aot_eager", CPU) == "aot_eager"
-    row = replace(devices.TRAITS["cpu"], triton=("no_such_backend",))
-    monkeypatch.setitem(devices.TRAITS, "cpu", row)
-    assert choose_compiler("auto", CPU) == "aot_eager"
-    with pytest.raises(UserError, match=r"--compile-backend inductor: it needs Triton"):
-        choose_compiler("inductor", CPU)
-    compute, notes = choose_compute(DetectorConfig(), CPU)
+def test_what_compiles_is_what_works(monkeypatch, tmp_path):
+    faults = {"inductor": "InvalidCxxCompiler: none", "aot_eager": ""}
+    monkeypatch.setattr(compilers, "find_fault", lambda compiler, device: faults[compiler.name])
+    compute, notes = choose_compute(DetectorConfig(), CPU, programs=tmp_path)
     assert compute.backend == "aot_eager"
+    assert compute.compile
     assert compute.programs is None
-    assert any("compiling with aot_eager" in note for note in notes)
+    assert "compiling with aot_eager; inductor doesn't work: InvalidCxxCompiler: none" in notes
+    with pytest.raises(UserError, match=r"--compile-backend inductor: Inv.*; install a C\+\+ comp"):
+        choose_compute(DetectorConfig(), CPU, backend="inductor", programs=tmp_path)
+
+
+def test_eager_where_nothing_compiles(monkeypatch, tmp_path):
+    monkeypatch.setattr(compilers, "find_fault", lambda compiler, device: "no way")
+    compute, notes = choose_compute(DetectorConfig(), CPU, programs=tmp_path)
+    assert not compute.compile
+    assert any(note.startswith("warning: not compiling; inductor doesn't") for note in notes)
 
 
 def test_float16_where_bfloat16_is_missing(monkeypatch):

@@ -24,8 +24,9 @@ def jobs(recipe, folder: Path, *, device: str) -> list:
     if device == "cpu":
         return [as_job(half), as_job(whole)]
     compiled = replace(
-        whole, compile=True, out=folder / "npu-compiled", compile_cache=folder / "programs"
-    )
+        whole, compile=True, compile_backend="aot_eager", out=folder / "npu-compiled",
+        compile_cache=folder / "programs",
+    )  # fmt: skip
     native = replace(recipe, device=device, out=folder / "npu-native", max_steps=1)
     return [as_job(each) for each in (half, whole, compiled, native)]
 
