@@ -1,3 +1,38 @@
-"""Cascade Mask R-CNN as pure functions that torch.compile captures whole."""
+"""Cascade Mask R-CNN as pure functions that torch.compile captures whole.
+
+Four functions are all that most programs need; docs/python.md shows them:
+
+    detector = casc.load("runs/coco_1x")
+    results = detector("photo.jpg")
+    casc.evaluate(detector, "shards")
+    casc.train(recipe)
+    casc.shard("COCO", "shards")
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from casc.evaluate.run import evaluate
+    from casc.inference.load import load
+    from casc.train.loop import train
+    from data_tools.shard import shard
+
+__all__ = ["evaluate", "load", "shard", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a function when it is first asked for: torch takes seconds."""
+    # Of `casc.evaluate` and `casc.train` the packages are the functions.
+    if name in ("evaluate", "train"):
+        return importlib.import_module(f"casc.{name}")
+    places = {"load": "casc.inference.load", "shard": "data_tools.shard"}
+    if name in places:
+        return getattr(importlib.import_module(places[name]), name)
+    raise AttributeError(f"module 'casc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -10,14 +10,12 @@ from typing import Annotated, Literal, NoReturn
 import tyro
 
 from casc.arguments import parse_arguments
-from casc.data.index import Index
+from casc.data.index import ASPECTS, Index
 from casc.data.loader_config import RemoteConfig, check_loading
 from casc.data.status import warn_on_stderr
 from casc.errors import UserError
 from data_tools.parallel import default_workers, interrupt_once
 from data_tools.report import format_findings, format_table
-
-_ASPECTS = (1 / 1.52, 1 / 1.36, 1.0, 1.36, 1.52)
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class ShardCommand:
     """Images without any annotation: for evaluation only, or trained on as background."""
     allow_missing: bool = False
     """End with 0 even though more than 1 % of the images are missing or unreadable."""
-    aspects: tuple[float, ...] = field(default=_ASPECTS)
+    aspects: tuple[float, ...] = field(default=ASPECTS)
     """Edges between buckets, width over height, ascending. No numbers: a single bucket.
     Images of a bucket share a canvas, for which the training step is compiled once."""
     max_size: int | None = None

@@ -3,13 +3,12 @@
 import hashlib
 import io
 import stat
-import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
-from casc.data.decode import ImageError, decode_image, open_image
+from casc.data.decode import ImageError, decode_image, exif_orientation, open_image
 from casc.errors import UserError
 
 LARGEST_FILE = 2**30
@@ -19,7 +18,6 @@ MISSING, UNREADABLE = "missing", "unreadable"
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _ALIASES = {"jpg": {"jpg", "jpeg", "jpe", "jfif"}}
-_EXIF_ORIENTATION = 0x0112
 
 
 class Probe(NamedTuple):
@@ -143,8 +141,7 @@ def _probe(data: bytes, name: str) -> Probe:
         kind, mode, size = image.format or "", image.mode, image.size
         if kind != "MPO" and _frames(image) > 1:
             traits.append("animated")
-        # Pillow turns TIFF itself.
-        orientation = 1 if kind == "TIFF" else _exif_orientation(image)
+        orientation = exif_orientation(image)
         transparent = "A" in mode or "transparency" in image.info
         sixteen = mode.startswith("I;16") or (kind == "PNG" and _png_depth(data) == 16)
     decoded = decode_image(data)
@@ -176,16 +173,6 @@ def _probe(data: bytes, name: str) -> Probe:
         orientation=orientation,
         traits=tuple(traits),
     )
-
-
-def _exif_orientation(image: Image.Image) -> int:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found: Any = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # damaged EXIF: viewers and OpenCV go by the pixels then, and so do we
-        return 1
-    return found if type(found) is int and 1 <= found <= 8 else 1
 
 
 def _frames(image: Image.Image) -> int:

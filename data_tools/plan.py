@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from casc.data.index import Category
+from casc.data.index import ASPECTS, Category
 from casc.data.segmentation import usable_segmentation
 from casc.errors import UserError
 from data_tools.coco import Annotations, ImageEntry
@@ -20,12 +20,14 @@ SHORTEST_SIDE = 32
 class Settings(NamedTuple):
     """What shapes the shards' contents."""
 
-    aspects: tuple[float, ...]
+    aspects: tuple[float, ...] = ASPECTS
     """Edges between buckets, width over height, ascending."""
-    max_size: int | None
-    samples_per_shard: int
-    shard_mib: float
-    trace_tolerance: float
+    max_size: int | None = None
+    """Reduce images whose longer side exceeds this many pixels."""
+    samples_per_shard: int = 64
+    shard_mib: float = 256.0
+    trace_tolerance: float = 0.0
+    """Pixels by which polygons traced from RLE masks may deviate from them."""
     negatives: bool = False
     """Train on images without any annotation, as background."""
 

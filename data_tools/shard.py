@@ -7,6 +7,7 @@ interruptions.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,40 @@ class Run(NamedTuple):
     workers: int = 1
     progress: bool = False
     say: Callable[[str], None] = print
+
+
+def shard(
+    coco: str | os.PathLike[str],
+    out: str | os.PathLike[str] = "shards",
+    splits: Sequence[str] | None = None,
+    *,
+    settings: Settings = Settings(),  # noqa: B008 - a tuple
+    workers: int = 1,
+    progress: bool = False,
+    say: Callable[[str], None] = print,
+) -> Index:
+    """Make shards of a data set with COCO annotations, as `data_tools shard` does.
+
+    What is finished is kept: an interrupted call goes on where it was. With more than one
+    worker the program's main module must be safe to import (`if __name__ == "__main__":`).
+
+    Args:
+        coco: the data set's folder.
+        out: folder for the shards; splits that are there already stay.
+        splits: which, by default all that are found.
+        settings: what shapes the shards' contents.
+        workers: processes.
+        progress: show progress bars.
+        say: is given a line for each thing that is done.
+
+    Returns:
+        What is in `out/index.json`; of each split `report` says what was dropped or repaired.
+
+    Raises:
+        UserError: on input that can't be understood, naming file and field.
+        OSError: when the output can't be written.
+    """
+    return shard_dataset(Path(coco), Path(out), splits, settings, Run(workers, progress, say))
 
 
 def shard_dataset(

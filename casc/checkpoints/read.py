@@ -145,30 +145,6 @@ def fit_weights(
     return *result, fit
 
 
-def check_classes(weights: Weights, categories: Sequence[Category], where: str) -> None:
-    """Refuse weights that were trained on other classes, or on the same in another order.
-
-    Raises:
-        UserError: naming the first class that differs.
-    """
-    if weights.categories is None:
-        return
-    trained = [_named(c, weights.categories) for c in weights.categories]
-    wanted = [_named(c, weights.categories) for c in categories]
-    for i, (a, b) in enumerate(zip(trained, wanted, strict=False)):
-        if a != b:
-            raise UserError(f"{weights.source}: class {i} is {a}, in {where} it is {b}")
-    if len(trained) != len(wanted):
-        raise UserError(
-            f"{weights.source}: trained on {len(trained)} classes, {where} has {len(wanted)}"
-        )
-
-
-def _named(category: Category, like: Sequence[Category]) -> str:
-    """Id and name, or the name alone where the file knows no ids."""
-    return category.name if like[0].id < 0 else f"{category.name!r} (id {category.id})"
-
-
 def _in_folder(path: Path) -> Path:
     if (path / checkpoint.WEIGHTS).is_file():
         checkpoint.verify(path)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from casc.data.loader_config import EvalLoaderConfig, check_loading
+from casc.data.loader_config import EvalLoaderConfig
 from casc.errors import UserError
 
 
@@ -41,44 +41,22 @@ class EvalCommand:
         """Evaluate."""
         from tqdm import tqdm
 
-        from casc.checkpoints.model import load_trained
-        from casc.checkpoints.read import check_classes
-        from casc.data.index import read_index
         from casc.data.remote import location
         from casc.evaluate.metrics import format_table, write_evaluation
-        from casc.evaluate.run import evaluate_split
-        from casc.inference.load import ready_detector
+        from casc.evaluate.run import evaluate
+        from casc.inference.load import load
 
         if self.batch < 1:
             raise UserError("--batch must be at least 1")
-        check_loading(self.loading)
-        index, shards = read_index(self.shards, self.loading), location(self.shards)
-        trained = load_trained(self.checkpoint)
-        recipe = trained.weights.recipe or {}
-        split = self.split or recipe.get("val_split", "val2017")
-        if split not in index.splits:
-            known = ", ".join(index.splits)
-            raise UserError(f"--split {split}: {shards} has no such split; it has {known}")
-        check_classes(trained.weights, index.categories, shards)
-        if trained.model.classes != len(index.categories):
-            raise UserError(
-                f"{trained.weights.source}: trained on {trained.model.classes} classes,"
-                f" {shards} has {len(index.categories)}"
+        detector = load(self.checkpoint, device=self.device, dtype=self.dtype, compile=self.compile)
+        split = self.split or detector.split
+        dtype = str(detector.compute.dtype).removeprefix("torch.")
+        where = location(self.shards)
+        _say(f"{detector.source} on {split} of {where}, {detector.device}, {dtype}")
+        with tqdm(unit="image", disable=None, leave=False) as bar:
+            evaluation = evaluate(
+                detector, where, split, batch=self.batch, loading=self.loading, watch=bar.update
             )
-        detector = ready_detector(trained, self.device, self.dtype, self.compile)
-        _say(f"{trained.weights.source} on {split} of {shards}, {detector.device}")
-        total = index.splits[split].samples
-        with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
-            evaluation = evaluate_split(
-                detector,
-                shards,
-                index,
-                split,
-                batch=self.batch,
-                loading=self.loading,
-                watch=bar.update,
-            )
-        assert evaluation is not None  # there is only this process
         _say(format_table(evaluation, per_class=self.per_class))
         if self.out:
             write_evaluation(evaluation, self.out)

@@ -32,35 +32,20 @@ class PredictCommand:
 
     def run(self) -> int:
         """Predict; 1 if an image had to be skipped."""
-        from casc.checkpoints.model import class_names, load_trained
-        from casc.checkpoints.read import check_classes
+        from dataclasses import replace
+
         from casc.data.index import read_index
-        from casc.inference.load import ready_detector
-        from casc.inference.predict import canvas_chooser, predict
+        from casc.inference.load import load
+        from casc.inference.predict import predict
 
         if not self.images:
             raise UserError("no images given")
-        trained = load_trained(self.checkpoint)
-        categories = class_names(trained)
+        detector = load(self.checkpoint, device=self.device, dtype=self.dtype, compile=self.compile)
         if self.shards:
             categories = read_index(self.shards).categories
-            check_classes(trained.weights, categories, str(self.shards))
-            if trained.model.classes != len(categories):
-                raise UserError(
-                    f"--shards {self.shards}: has {len(categories)} classes, the checkpoint was"
-                    f" trained on {trained.model.classes}"
-                )
-        detector = ready_detector(trained, self.device, self.dtype, self.compile)
-        canvas_for = canvas_chooser(trained.image.short, trained.image.long)
-        done = predict(
-            lambda batch: detector(batch, canvas_for(*map(int, batch.size[0].tolist()))),
-            self.images,
-            self.out,
-            categories,
-            score_threshold=self.threshold,
-            device=detector.device,
-            log=_say,
-        )
+            detector.check_classes(categories, f"--shards {self.shards}")
+            detector = replace(detector, categories=categories)
+        done = predict(detector, self.images, self.out, threshold=self.threshold, log=_say)
         _say(f"{len(done.pictures)} pictures and {done.results_file.name} are in {self.out}")
         return done.exit_code
 

@@ -84,9 +84,9 @@ class ReportCommand:
 
         from casc.checkpoints.format import list_checkpoints
         from casc.checkpoints.model import load_trained
-        from casc.checkpoints.read import check_classes
         from casc.data.index import read_index
         from casc.data.remote import location
+        from casc.evaluate.run import check_split
         from casc.inference.load import ready_detector
         from casc.report.error_analysis import analyse, part_of
         from casc.train.start import CHECKPOINTS
@@ -102,11 +102,9 @@ class ReportCommand:
                 f"{error}; say where the shards are with --shards, or use --no-images"
             ) from None
         split = self.split or str(history.recipe.get("val_split", ""))
-        if split not in index.splits:
-            known = ", ".join(index.splits)
-            raise UserError(f"--split {split}: {root} has no such split; it has {known}")
-        check_classes(trained.weights, index.categories, root)
+        check_split(index, split, root)
         detector = ready_detector(trained, self.device, self.dtype, self.compile)
+        detector.check_classes(index.categories, root)
         total = part_of(index.splits[split], self.limit).samples
         print(f"{trained.weights.source} on {total:,} images of {split} of {root}", flush=True)
         with tqdm(total=total, unit="image", disable=None, leave=False) as bar:

@@ -7,6 +7,7 @@ outweigh another dependency (docs/performance.md).
 
 import io
 import warnings
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,9 @@ MAX_PIXELS = 2**27
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What Pillow may try. Shards hold the first three; the others are converted when sharding."""
+
+
+_EXIF_ORIENTATION = 0x0112
 
 
 class ImageError(UserError):
@@ -45,7 +49,7 @@ def decode_image(data: bytes, orientation: int = 1) -> np.ndarray:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                array = _rgb(image)
+                array = rgb(image)
         except ImageError:
             raise
         except Exception as error:  # Pillow's decoders raise whatever they stumble upon
@@ -105,7 +109,28 @@ def orient(array: np.ndarray, orientation: int) -> np.ndarray:
     raise ValueError(f"orientation: expected 1 to 8, got {orientation}")
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def exif_orientation(image: Image.Image) -> int:
+    """Give the orientation 1 to 8 that the metadata of an image, opened but not decoded, asks for.
+
+    1 where there is none, where it is damaged, and for TIFF, which Pillow turns as it decodes.
+    """
+    if image.format == "TIFF":
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found: Any = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # damaged EXIF: viewers and OpenCV go by the pixels then, and so do we
+        return 1
+    return found if type(found) is int and 1 <= found <= 8 else 1
+
+
+def rgb(image: Image.Image) -> np.ndarray:
+    """Give Pillow's image as `[h, w, 3]` uint8, converted as `decode_image` says, not turned.
+
+    Raises:
+        ImageError: its values have no 8-bit meaning.
+    """
     if image.mode.startswith("I;16"):
         sixteen = np.asarray(image)
         image = Image.fromarray((sixteen >> 8).astype(np.uint8))

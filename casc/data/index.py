@@ -20,6 +20,8 @@ from casc.json_files import parse_json
 FORMAT = "casc-shards"
 VERSION = 1
 INDEX_NAME = "index.json"
+ASPECTS = (1 / 1.52, 1 / 1.36, 1.0, 1.36, 1.52)
+"""Where the buckets meet that sharding makes by default: width over height, ascending."""
 _REMEDY = "make the shards again with `data_tools shard`"
 
 

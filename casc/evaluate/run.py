@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from casc.data.batch import Batch
 from casc.data.evaluation_plan import plan_evaluation
-from casc.data.index import Index, canvas
-from casc.data.loader_config import EvalLoaderConfig, RemoteConfig
+from casc.data.index import Category, Index, canvas, read_index
+from casc.data.loader_config import EvalLoaderConfig, RemoteConfig, check_loading
 from casc.data.reader import read_shard
+from casc.data.remote import location
 from casc.data.status import warn_on_stderr
 from casc.data.stream import evaluation_batches, to_device
 from casc.data.workers import BatchStream
@@ -38,13 +39,72 @@ class Detector(Protocol):
         ...
 
     @property
+    def split(self) -> str:
+        """What it was evaluated on when it was trained."""
+        ...
+
+    @property
     def device(self) -> torch.device:
         """Where batches go."""
         ...
 
-    def __call__(self, batch: Batch, size: tuple[int, int]) -> Detections:
+    def detect(self, batch: Batch, size: tuple[int, int]) -> Detections:
         """Detections of a batch on the device whose images fit the canvas `size`."""
         ...
+
+    def check_classes(self, categories: Sequence[Category], where: str) -> None:
+        """Refuse a data set of other classes."""
+        ...
+
+
+def evaluate(
+    detector: Detector,
+    shards: str | os.PathLike[str],
+    split: str | None = None,
+    *,
+    batch: int = 2,
+    loading: EvalLoaderConfig | None = None,
+    watch: Callable[[int], object] = lambda images: None,
+) -> Evaluation:
+    """Measure a detector's box and mask AP on shards, as COCO does.
+
+    Args:
+        detector: what to evaluate.
+        shards: folder or URL of the shards.
+        split: which split; by default the one that the detector was evaluated on in training.
+        batch: images per step.
+        loading: how shards are read.
+        watch: is told how many images each batch had.
+
+    Raises:
+        UserError: the shards have no such split, or other classes; and as `evaluate_split`.
+    """
+    if batch < 1:
+        raise UserError(f"batch must be at least 1, not {batch}")
+    loading = loading or EvalLoaderConfig()
+    check_loading(loading)
+    root = location(shards)
+    index = read_index(root, loading)
+    split = split or detector.split
+    check_split(index, split, root)
+    detector.check_classes(index.categories, root)
+    evaluation = evaluate_split(
+        detector, root, index, split, batch=batch, loading=loading, watch=watch
+    )
+    assert evaluation is not None  # there is only this process
+    return evaluation
+
+
+def check_split(index: Index, split: str, where: str) -> None:
+    """Refuse a split that there isn't.
+
+    Raises:
+        UserError: naming those that there are.
+    """
+    if split not in index.splits:
+        raise UserError(
+            f"--split {split}: {where} has no such split; it has {', '.join(index.splits)}"
+        )
 
 
 def detect_stream(
@@ -58,7 +118,7 @@ def detect_stream(
         sizes: the canvas (H, W) of each of its buckets.
     """
     for bucket, images in stream:
-        found = detector(to_device(images, detector.device), sizes[bucket])
+        found = detector.detect(to_device(images, detector.device), sizes[bucket])
         yield found, images.image_id, images.size
 
 

@@ -5,11 +5,14 @@ Legend: B images, Hi x Wi input canvas.
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from casc.errors import UserError
-from casc.inference.predict import find_images, image_batch, read_image
+from casc.inference.image_files import find_images
+from casc.inference.images import read_image
 
 GENERATED = 10
 
@@ -29,11 +32,16 @@ def read_pictures(paths: Sequence[str], canvas: tuple[int, int]) -> list[Picture
     pictures = []
     for file in files:
         try:
-            batch, _ = image_batch(read_image(file), canvas)
+            image = Image.fromarray(read_image(file))
         except OSError as error:
             raise UserError(f"--images {file}: {error.strerror or error}") from None
-        height, width = batch.size[0].int().tolist()
-        pictures.append((batch.image[0], (height, width)))
+        ratio = min(canvas[0] / image.height, canvas[1] / image.width, 1.0)
+        if ratio < 1:
+            sides = (max(1, round(side * ratio)) for side in (image.width, image.height))
+            image = image.resize((next(sides), next(sides)), Image.Resampling.BILINEAR)
+        whole = torch.zeros((*canvas, 3), dtype=torch.uint8)
+        whole[: image.height, : image.width] = torch.from_numpy(np.array(image))
+        pictures.append((whole, (image.height, image.width)))
     return pictures
 
 

@@ -1,47 +1,189 @@
-"""The detector over a split of shards: detections, and what they are worth."""
+"""A trained detector on its device: images in, what it found out.
 
-from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
+The same object serves `casc predict`, `casc eval`, training's evaluations and Python, so that all
+of them see an image alike.
 
+Legend: h x w an image as it is upright, Hi x Wi input canvas, H x W canvas that the network sees.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Literal, overload
+
+import numpy as np
 import torch
 
 from casc.data.batch import Batch
+from casc.data.index import Category
+from casc.data.stream import to_device
 from casc.device.compute import Compute
-from casc.model.detector import Detections, DetectorConfig
+from casc.errors import UserError
+from casc.evaluate.coco_results import found_in
+from casc.inference.images import KINDS, Picture, batch_of, canvas_of, holding_canvas, read_image
+from casc.inference.results import Results
+from casc.model.detector import Detections, DetectorConfig, InferenceConfig
 from casc.model.layers import Params
 from casc.model.preprocess import ImageConfig
 from casc.model.steps import DetectStep, make_detect_step
 
+_AHEAD = 4
+"""Batches' worth of images that are read at once, to find some for the same canvas."""
 
-class Detector(NamedTuple):
-    """A trained detector on its device, ready for any canvas."""
 
-    params: Params
-    buffers: Params
-    step: Callable[[tuple[int, int], tuple[torch.Size, ...]], DetectStep]
-    """The step for a canvas (H, W) and shapes of a batch, made when it is first asked for."""
-    image: ImageConfig
+@dataclass(frozen=True, eq=False)
+class Detector:
+    """A trained detector, ready for images of any size. Threads may share it.
+
+    `casc.load` makes one of a checkpoint.
+    """
+
+    params: Params = field(repr=False)
+    """Weights by name, on the device; later updates in place are seen."""
+    buffers: Params = field(repr=False)
+    """Batch norm statistics by name."""
+    model: DetectorConfig = field(repr=False)
+    image: ImageConfig = field(repr=False)
+    """How images are resized and normalised."""
+    compute: Compute
     device: torch.device
+    categories: tuple[Category, ...]
+    """The classes, in the order of labels."""
+    source: str = ""
+    """The checkpoint."""
+    split: str = "val2017"
+    """What it was evaluated on when it was trained."""
+    known: Literal["classes", "names", "none"] = "classes"
+    """What of `categories` the checkpoint says: ids and names, names, or neither."""
+    _steps: dict[object, DetectStep] = field(default_factory=dict, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
-    def __call__(self, batch: Batch, size: tuple[int, int]) -> Detections:
-        """Detections of a batch on the device whose images fit the canvas `size`."""
-        shapes = tuple(t.shape for t in batch if t is not None)
-        return self.step(size, shapes)(self.params, self.buffers, batch)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes' names, in the order of labels."""
+        return tuple(category.name for category in self.categories)
 
+    @overload
+    def __call__(self, images: Picture, *, threshold: float = ..., batch: int = ...) -> Results: ...
 
-def new_detector(
-    params: Params,
-    buffers: Params,
-    model: DetectorConfig,
-    image: ImageConfig,
-    compute: Compute,
-    device: torch.device,
-) -> Detector:
-    """A detector over these parameters; later updates in place are seen."""
+    @overload
+    def __call__(
+        self, images: Sequence[Picture], *, threshold: float = ..., batch: int = ...
+    ) -> list[Results]: ...
 
-    @cache
-    def step(size: tuple[int, int], shapes: tuple[torch.Size, ...]) -> DetectStep:
-        return make_detect_step(model, image, size, compute)
+    def __call__(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        threshold: float = 0.5,
+        batch: int = 1,
+    ) -> Results | list[Results]:
+        """Detect objects.
 
-    return Detector(params, buffers, step, image, device)
+        Args:
+            images: one image, or a list of them: paths, URLs, a file's bytes, Pillow's images,
+                arrays `[h, w, 3]` uint8 RGB, tensors `[3, h, w]` uint8, or float in [0, 1].
+                Files and Pillow's images are turned upright as their EXIF data says.
+            threshold: detections with a lower score are left out. It may be below the model's own.
+            batch: images per step; those of similar aspect share one.
+
+        Returns:
+            What was found in the image, or a list of that, in the images' order.
+
+        Raises:
+            UserError: an image can't be read or isn't as it should be, the threshold is out of
+                range, or the model's output isn't finite.
+        """
+        if isinstance(images, KINDS):
+            return next(self.stream([images], threshold=threshold))
+        return list(self.stream(images, threshold=threshold, batch=batch))
+
+    def stream(
+        self, images: Iterable[Picture], *, threshold: float = 0.5, batch: int = 1
+    ) -> Iterator[Results]:
+        """Yield what is found in one image after the other, for more than memory holds.
+
+        Arguments and errors are those of a call; few images are read ahead.
+        """
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold must be in [0, 1], not {threshold}")
+        if batch < 1:
+            raise UserError(f"batch must be at least 1, not {batch}")
+        waiting = iter(images)
+        ahead = 1 if batch == 1 else _AHEAD * batch
+        while some := list(islice(waiting, ahead)):
+            yield from self._some([read_image(picture) for picture in some], threshold, batch)
+
+    def detect(
+        self, batch: Batch, size: tuple[int, int], inference: InferenceConfig | None = None
+    ) -> Detections:
+        """Detections of a batch on the device whose images fit the canvas `size` (H, W).
+
+        Args:
+            batch: its ground truth isn't looked at.
+            size: the canvas.
+            inference: from scores to detections, in place of the model's.
+        """
+        inference = inference or self.model.inference
+        key = inference, size, tuple(t.shape for t in batch if t is not None)
+        # One device does one thing at a time, and tracing isn't made for threads.
+        with self._lock:
+            if key not in self._steps:
+                model = replace(self.model, inference=inference)
+                self._steps[key] = make_detect_step(model, self.image, size, self.compute)
+            return self._steps[key](self.params, self.buffers, batch)
+
+    def check_classes(self, categories: Sequence[Category], where: str) -> None:
+        """Refuse a data set of other classes, or of the same in another order.
+
+        Args:
+            categories: the data set's.
+            where: what errors call it.
+
+        Raises:
+            UserError: naming the first class that differs.
+        """
+        if self.known != "none":
+            for i, pair in enumerate(zip(self.categories, categories, strict=False)):
+                trained, wanted = (self._called(category) for category in pair)
+                if trained != wanted:
+                    raise UserError(
+                        f"{self.source}: class {i} is {trained}, in {where} it is {wanted}"
+                    )
+        if len(self.categories) != len(categories):
+            raise UserError(
+                f"{self.source}: trained on {len(self.categories)} classes, {where} has"
+                f" {len(categories)}"
+            )
+
+    def _called(self, category: Category) -> str:
+        return repr(category.name) + (f" (id {category.id})" if self.known == "classes" else "")
+
+    def _some(
+        self, images: Sequence[np.ndarray], threshold: float, batch: int
+    ) -> Iterator[Results]:
+        """What is found in a few images, in their order; those of one canvas go together."""
+        inference = self.model.inference
+        if threshold < inference.score_threshold:
+            inference = replace(inference, score_threshold=threshold)
+        by_canvas: dict[tuple[int, int], list[int]] = {}
+        for number, image in enumerate(images):
+            size = canvas_of(self.image, *image.shape[:2])
+            by_canvas.setdefault(size, []).append(number)
+        found: dict[int, Results] = {}
+        for size, numbers in by_canvas.items():
+            for start in range(0, len(numbers), batch):
+                part = numbers[start : start + batch]
+                # What is compiled has one shape: the last batch is filled up.
+                rows = batch if self.compute.compile else len(part)
+                held = [holding_canvas(*images[i].shape[:2]) for i in part]
+                pixels = max(h for h, _ in held), max(w for _, w in held)
+                made = batch_of({i: images[i] for i in part}, pixels, rows)
+                detections = self.detect(to_device(made, self.device), size, inference)
+                for each in found_in([(detections, made.image_id, made.size)]):
+                    number = each.image_id
+                    results = Results(each, self.categories, images[number])
+                    found[number] = results.filter(threshold=threshold)
+        for number in range(len(images)):
+            yield found[number]

@@ -1,19 +1,14 @@
-"""Photographs given as files: which they are, their pixels, and what their results are called."""
+"""Images given as files: which they are, and what their results are called."""
 
 import glob
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from casc.data.decode import decode_image, open_image
 from casc.errors import UserError
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 """What a folder is searched for; a file named outright may be called anything."""
-_EXIF_ORIENTATION = 0x0112
 
 
 def find_images(
@@ -46,22 +41,6 @@ def find_images(
         if not matches:
             failed.append((text, reason))
     return list(files), failed
-
-
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read an image as RGB `[h, w, 3]` uint8, turned upright.
-
-    Raises:
-        OSError, UserError: when it can't be read.
-    """
-    data = Path(path).read_bytes()
-    with open_image(data) as image, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-        except Exception:  # damaged metadata doesn't make a photograph unreadable
-            orientation = 1
-    return decode_image(data, orientation if orientation in range(1, 9) else 1)
 
 
 def names_of(files: Sequence[Path]) -> list[str]:

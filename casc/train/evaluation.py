@@ -8,7 +8,7 @@ from casc.data.workers import BatchStream
 from casc.distributed import from_main
 from casc.evaluate.metrics import Evaluation, format_table, write_evaluation
 from casc.evaluate.run import evaluate_split
-from casc.inference.detector import new_detector
+from casc.inference.detector import Detector
 from casc.train.meter import Meter
 from casc.train.results import figures_of
 from casc.train.run import EVALUATIONS, Run
@@ -32,8 +32,14 @@ class Evaluator:
         self.run, self.activity, self.stopping = run, activity, stopping
         self.saver, self.meter = saver, meter
         shown = {**state.params, **state.ema} if run.recipe.ema.evaluate else state.params
-        self.detector = new_detector(
-            shown, state.buffers, run.recipe.model, run.recipe.image, run.compute, run.device
+        self.detector = Detector(
+            params=shown,
+            buffers=state.buffers,
+            model=run.recipe.model,
+            image=run.recipe.image,
+            compute=run.compute,
+            device=run.device,
+            categories=run.index.categories,
         )
         self.latest: Evaluation | None = None
         """The main rank's alone, so it can't tell the others whether there was one."""

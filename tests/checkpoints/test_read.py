@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from casc.checkpoints.model import class_names, load_trained
 from casc.checkpoints.read import (
-    check_classes,
     download_weights,
     fit_weights,
     imagenet_weights,
@@ -19,6 +18,7 @@ from casc.checkpoints.shapes import backbone_of
 from casc.config import to_json
 from casc.data.index import Category
 from casc.errors import UserError
+from casc.inference.load import ready_detector
 from casc.model import detector
 from casc.model.resnet import ResNetConfig
 from casc.train.recipe import Recipe
@@ -83,9 +83,10 @@ def test_reference_checkpoints_import_by_name(tmp_path, model18):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[k], expected[k]) for k in expected)
     assert class_names(trained) == (Category(1, "cat"), Category(2, "dog"))
-    check_classes(weights, CATEGORIES, "shards")
-    with pytest.raises(UserError, match="class 1 is dog, in shards it is cow"):
-        check_classes(weights, (CATEGORIES[0], Category(9, "cow")), "shards")
+    ready = ready_detector(trained, "cpu", compile="off")
+    ready.check_classes(CATEGORIES, "shards")
+    with pytest.raises(UserError, match="class 1 is 'dog', in shards it is 'cow'"):
+        ready.check_classes((CATEGORIES[0], Category(9, "cow")), "shards")
 
 
 @pytest.mark.parametrize("depth", [34, 50, 101, 152])
@@ -104,11 +105,12 @@ def test_casc_checkpoints_say_what_they_are(tmp_path, tiny_recipe):
     assert trained.image == tiny_recipe.image
     assert trained.weights.step == 5
     assert class_names(trained) == CATEGORIES
-    check_classes(trained.weights, CATEGORIES, "shards")
+    ready = ready_detector(trained, "cpu", compile="off")
+    ready.check_classes(CATEGORIES, "shards")
     with pytest.raises(UserError, match=r"class 0 is 'cat' \(id 3\), in shards it is 'dog'"):
-        check_classes(trained.weights, CATEGORIES[::-1], "shards")
+        ready.check_classes(CATEGORIES[::-1], "shards")
     with pytest.raises(UserError, match="trained on 2 classes, shards has 1"):
-        check_classes(trained.weights, CATEGORIES[:1], "shards")
+        ready.check_classes(CATEGORIES[:1], "shards")
     del params["rpn_head.rpn_cls.bias"]
     save_casc(tmp_path / "w.safetensors", tiny_recipe, params, buffers)
     with pytest.raises(UserError, match=r"'rpn_head.rpn_cls.bias' is missing"):

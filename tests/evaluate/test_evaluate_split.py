@@ -2,6 +2,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,19 +10,20 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from casc.data.index import Index, read_index
+from casc.data.batch import Batch
+from casc.data.index import Category, Index, read_index
 from casc.data.loader_config import EvalLoaderConfig, TrainLoaderConfig
 from casc.data.stream import training_batches
 from casc.data.workers import BatchStream
+from casc.device.compute import Compute
 from casc.distributed import ALONE, process_group, ranks_from_environment
 from casc.errors import TransientError, UserError
 from casc.evaluate.ground_truth import ground_truth_from_shards
 from casc.evaluate.metrics import Evaluation, evaluate_detections, read_evaluation, write_evaluation
 from casc.evaluate.run import evaluate_split
 from casc.inference.detector import Detector
-from casc.model.detector import Detections
+from casc.model.detector import Detections, DetectorConfig
 from casc.model.preprocess import ImageConfig
-from casc.model.steps import DetectStep
 
 CPU = torch.device("cpu")
 
@@ -40,15 +42,22 @@ def soft() -> torch.Tensor:
     return torch.linspace(0.4, 1, 28).expand(2, 28, 28).contiguous()
 
 
+def detecting(find: Callable[[Batch], Detections]) -> Detector:
+    class Finder(Detector):
+        def detect(self, batch, size, inference=None):
+            return find(batch)
+
+    config, image = DetectorConfig(classes=2), ImageConfig(short=64, long=64)
+    categories = (Category(1, "red"), Category(2, "green"))
+    return Finder({}, {}, config, image, Compute(compile=False), CPU, categories)
+
+
 def guesser() -> Detector:
-    def step(size, shapes):
-        def detect(params, buffers, batch):
-            each = [guess(abs(i)) for i in batch.image_id.tolist()]
-            return Detections(*(torch.stack(t) for t in zip(*each, strict=True)))
+    def find(batch: Batch) -> Detections:
+        each = [guess(abs(i)) for i in batch.image_id.tolist()]
+        return Detections(*(torch.stack(t) for t in zip(*each, strict=True)))
 
-        return detect
-
-    return Detector({}, {}, step, ImageConfig(short=64, long=64), CPU)
+    return detecting(find)
 
 
 @pytest.fixture
@@ -70,15 +79,12 @@ def test_a_worker_that_dies_while_the_detector_works_is_named(shards):
     ours: list[BatchStream] = []
     calls: list[int] = []
 
-    def step(canvas, shapes) -> DetectStep:
-        def detect(params, buffers, batch) -> Detections:
-            calls.append(1)
-            if len(calls) == 2:  # worker 1's first batch
-                os.kill(ours[0].pids[1], signal.SIGKILL)
-                time.sleep(30)  # torch raises here
-            return Detections(*(t[None] for t in guess(0)))
-
-        return detect
+    def find(batch: Batch) -> Detections:
+        calls.append(1)
+        if len(calls) == 2:  # worker 1's first batch
+            os.kill(ours[0].pids[1], signal.SIGKILL)
+            time.sleep(30)  # torch raises here
+        return Detections(*(t[None] for t in guess(0)))
 
     training = training_batches(
         folder,
@@ -96,7 +102,7 @@ def test_a_worker_that_dies_while_the_detector_works_is_named(shards):
         ) as told,
     ):
         evaluate_split(
-            Detector({}, {}, step, ImageConfig(short=64, long=64), CPU),
+            detecting(find),
             folder,
             index,
             "val",

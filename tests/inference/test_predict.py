@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +19,21 @@ from casc.device.compute import Compute
 from casc.errors import UserError
 from casc.evaluate.coco_results import collect_results
 from casc.evaluate.run import detect_stream
-from casc.inference.detector import new_detector
-from casc.inference.image_files import find_images, read_image
-from casc.inference.predict import canvas_chooser, holding_canvas, image_batch, predict
-from casc.model.detector import Detections, init
+from casc.inference.detector import Detector
+from casc.inference.image_files import find_images
+from casc.inference.images import batch_of, canvas_of, holding_canvas, read_image
+from casc.inference.predict import predict
+from casc.model.detector import Detections, DetectorConfig, init
+from casc.model.preprocess import ImageConfig
 from data_tools.plan import Settings
 from data_tools.shard import Run, shard_dataset
 
 CPU = torch.device("cpu")
 
-CATEGORIES = [Category(4, "red"), Category(9, "green")]
+CATEGORIES = (Category(4, "red"), Category(9, "green"))
 
 
-def detect(batch: Batch) -> Detections:
+def find(batch: Batch) -> Detections:
     """Find the red and the green rectangle, in pixels of the batch as the detector would."""
     slots = 3
     boxes, scores = torch.zeros(1, slots, 4), torch.zeros(1, slots)
@@ -54,6 +57,15 @@ def detect(batch: Batch) -> Detections:
     )
 
 
+def detecting(find: Callable[[Batch], Detections]) -> Detector:
+    class Finder(Detector):
+        def detect(self, batch, size, inference=None):
+            return find(batch)
+
+    config = DetectorConfig(classes=2)
+    return Finder({}, {}, config, ImageConfig(), Compute(compile=False), CPU, CATEGORIES)
+
+
 def save(path: Path, width: int = 200, height: int = 150, **options) -> None:
     image = np.full((height, width, 3), 90, np.uint8)
     image[height // 3 : height // 3 * 2, width // 4 : width // 2] = (230, 20, 20)
@@ -64,7 +76,7 @@ def save(path: Path, width: int = 200, height: int = 150, **options) -> None:
 
 def run(paths: list[Path], out: Path, **options):
     options = {"log": lambda line: None, **options}
-    return predict(detect, paths, out, CATEGORIES, **options)
+    return predict(detecting(find), paths, out, **options)
 
 
 def test_pictures_and_results_are_written(tmp_path: Path):
@@ -99,13 +111,13 @@ def test_pictures_and_results_are_written(tmp_path: Path):
 
 def test_threshold_chooses(tmp_path: Path):
     save(tmp_path / "a.png")
-    low = run([tmp_path / "a.png"], tmp_path / "out", score_threshold=0.3)
+    low = run([tmp_path / "a.png"], tmp_path / "out", threshold=0.3)
     assert [r["category_id"] for r in low.results] == [4, 9]
-    high = run([tmp_path / "a.png"], tmp_path / "out", score_threshold=0.95)
+    high = run([tmp_path / "a.png"], tmp_path / "out", threshold=0.95)
     assert high.results == []
     assert high.pictures[0].exists()
-    with pytest.raises(UserError, match="score_threshold"):
-        run([], tmp_path / "out", score_threshold=50)
+    with pytest.raises(UserError, match="threshold must"):
+        run([], tmp_path / "out", threshold=50)
 
 
 @pytest.mark.parametrize("size", [(2000, 1500), (1500, 2100), (3000, 400), (60, 40)])
@@ -218,16 +230,10 @@ def test_results_survive_an_interruption(tmp_path: Path):
         calls.append(batch)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return detect(batch)
+        return find(batch)
 
     with pytest.raises(KeyboardInterrupt):
-        predict(
-            interrupted,
-            [tmp_path],
-            tmp_path / "out",
-            CATEGORIES,
-            log=lambda line: None,
-        )
+        predict(detecting(interrupted), [tmp_path], tmp_path / "out", log=lambda line: None)
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 1
 
 
@@ -235,42 +241,31 @@ def test_nan_scores_are_refused_not_hidden(tmp_path: Path):
     save(tmp_path / "a.png")
 
     def broken(batch: Batch) -> Detections:
-        found = detect(batch)
+        found = find(batch)
         return found._replace(scores=found.scores * float("nan"))
 
     with pytest.raises(UserError, match="not finite"):
-        predict(broken, [tmp_path], tmp_path / "out", CATEGORIES)
+        predict(detecting(broken), [tmp_path], tmp_path / "out")
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000))
 def test_few_canvases_hold_images_of_any_size(height: int, width: int):
-    canvases = reference_canvases()
-    canvas = canvases(height, width)
+    canvas = canvas_of(ImageConfig(), height, width)
     assert canvas in {(800, 1088), (800, 1216), (800, 1344), (1088, 800), (1216, 800), (1344, 800)}
-    # What the network sees fits, so nothing more than that is lost by reducing the image.
+    # What the network sees fits.
     scale = min(1333 / max(height, width), 800 / min(height, width))
     assert int(height * scale + 0.5) <= canvas[0]
     assert int(width * scale + 0.5) <= canvas[1]
 
 
-def reference_canvases() -> Callable[[int, int], tuple[int, int]]:
-    return canvas_chooser(800, 1333)
-
-
-def test_a_batch_of_one_has_no_ground_truth():
+def test_a_batch_of_images_has_no_ground_truth():
     image = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
-    batch, scale = image_batch(image, (64, 96), 7)
-    assert scale == (1, 1)
+    batch = batch_of({7: image, 0: image[:20]}, (64, 96), 3)
     assert (batch.image[0, :30, :40].numpy() == image).all()
-    assert batch.image.sum() == image.sum()
-    assert batch.size.tolist() == [[30, 40]]
-    assert batch.image_id.tolist() == [7]
+    assert batch.image.sum() == int(image.sum()) + int(image[:20].sum())
+    assert batch.size.tolist() == [[30, 40], [20, 40], [1, 1]]
+    assert batch.image_id.tolist() == [7, 0, -1]
     assert not batch.valid.any()
-    assert batch.boxes.shape == (1, 1, 4)
-    assert batch.edges.shape == (1, 1, 1, 4)
-    batch, scale = image_batch(image, (15, 96))
-    assert batch.size.tolist() == [[15, 20]]
-    assert scale == (2, 2)
 
 
 @pytest.mark.parametrize("side", [1, 64, 65, 100, 640, 4000, 4097])
@@ -285,9 +280,11 @@ def test_evaluation_and_prediction_find_the_same_to_the_bit(tiny_recipe, tmp_pat
     """Photographs of many sizes, larger and smaller than the network sees, some turned by EXIF."""
     config, image = tiny_recipe.model, tiny_recipe.image
     params, buffers = init(config, torch.Generator().manual_seed(0))
-    detector = new_detector(params, buffers, config, image, Compute(compile=False), CPU)
+    categories = (Category(1, "red"), Category(2, "green"))
+    compute = Compute(compile=False)
+    detector = Detector(params, buffers, config, image, compute, CPU, categories)
     rng = np.random.default_rng(0)
-    sizes = [(40, 30), (64, 64), (300, 200), (200, 333), (1000, 700), (90, 500)]
+    sizes = [(40, 30), (64, 64), (300, 200), (200, 333), (1700, 1000), (90, 500)]
     folder, images, boxes = tmp_path / "coco" / "val", [], []
     (tmp_path / "coco" / "annotations").mkdir(parents=True)
     folder.mkdir()
@@ -301,8 +298,8 @@ def test_evaluation_and_prediction_find_the_same_to_the_bit(tiny_recipe, tmp_pat
         images.append({"id": number, "file_name": f"{number}.png"})
         images[-1] |= dict(zip(("width", "height"), upright, strict=True))
         boxes.append({"id": number, "image_id": number, "category_id": 1, "bbox": [1, 1, 9, 9]})
-    categories = [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}]
-    data = {"images": images, "annotations": boxes, "categories": categories}
+    data = {"images": images, "annotations": boxes}
+    data["categories"] = [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}]
     (tmp_path / "coco" / "annotations" / "instances_val.json").write_text(json.dumps(data))
     plan = Settings((1 / 1.52, 1 / 1.36, 1.0, 1.36, 1.52), None, 64, 256.0, 0.0)
     shards = tmp_path / "made"
@@ -311,13 +308,11 @@ def test_evaluation_and_prediction_find_the_same_to_the_bit(tiny_recipe, tmp_pat
     stream = evaluation_batches(shards, split, batch=1, loading=EvalLoaderConfig(workers=0))
     canvases = [canvas(bucket, image.short, image.long) for bucket in split.buckets]
     found = collect_results(detect_stream(detector, stream, canvases), [1, 2]).detections
-    canvas_for = canvas_chooser(image.short, image.long)
     done = predict(
-        lambda batch: detector(batch, canvas_for(*map(int, batch.size[0].tolist()))),
+        replace(detector, categories=index.categories),
         [folder],
         tmp_path / "out",
-        index.categories,
-        score_threshold=0,
+        threshold=config.inference.score_threshold,
         log=lambda line: None,
     )
     ours = [{k: v for k, v in r.items() if k != "file_name"} for r in done.results]

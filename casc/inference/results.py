@@ -1,0 +1,187 @@
+"""What was found in an image.
+
+Legend: D detections, best first; h x w the image, upright.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from casc.data.index import Category
+from casc.draw import draw_instances
+from casc.errors import UserError
+from casc.evaluate.coco_results import ImageDetections, Result, image_results
+from casc.evaluate.mask_rle import encode_masks, paste_masks
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One object."""
+
+    box: tuple[float, float, float, float]
+    """x0, y0, x1, y1 in pixels of the image."""
+    score: float
+    label: int
+    """From 0, a position in the model's classes."""
+    name: str
+    """The class's."""
+    _of: "Results" = field(repr=False, compare=False)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """`[h, w]` bool."""
+        return self._of.masks[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """The detections of an image; iterating gives each, an index or slice a part of them."""
+
+    found: ImageDetections = field(repr=False)
+    """Boxes, scores, labels and masks as the heads gave them."""
+    categories: tuple[Category, ...] = field(repr=False)
+    """The model's classes, in the order of labels."""
+    image: np.ndarray = field(repr=False)
+    """`[h, w, 3]` uint8 RGB, upright."""
+
+    def __post_init__(self) -> None:
+        for name, values in (("box", self.boxes), ("score", self.scores)):
+            finite = np.isfinite(values)
+            if not finite.all():
+                raise UserError(
+                    f"detection {int(np.argwhere(~finite)[0, 0])}: its {name} is not finite; the"
+                    " parameters have probably diverged"
+                )
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """`[D, 4]` float32: x0, y0, x1, y1 in pixels of the image."""
+        return self.found.boxes
+
+    @property
+    def scores(self) -> np.ndarray:
+        """`[D]` float32, falling."""
+        return self.found.scores
+
+    @property
+    def labels(self) -> np.ndarray:
+        """`[D]` int64, positions in `categories`."""
+        return self.found.labels
+
+    @property
+    def names(self) -> list[str]:
+        """Each detection's class."""
+        return [self.categories[label].name for label in self.labels]
+
+    @property
+    def masks(self) -> np.ndarray:
+        """`[D, h, w]` bool, made each time it is asked for: D times as large as the image."""
+        masks, boxes = torch.from_numpy(self.found.masks), torch.from_numpy(self.boxes)
+        return paste_masks(masks, boxes, self.found.height, self.found.width).numpy()
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[Detection]:
+        for i, name in enumerate(self.names):
+            x0, y0, x1, y1 = self.boxes[i].tolist()
+            one = self[i]
+            yield Detection((x0, y0, x1, y1), float(self.scores[i]), int(self.labels[i]), name, one)
+
+    def __getitem__(self, which: int | slice | np.ndarray) -> "Results":
+        """Keep the detections at an index, in a slice, or where an array `[D]` bool or int says."""
+        if isinstance(which, int):
+            if not -len(self) <= which < len(self):
+                raise IndexError(f"detection {which} of {len(self)}")
+            which = slice(which, which + 1 or None)
+        columns = {key: getattr(self.found, key)[which] for key in _COLUMNS}
+        return replace(self, found=self.found._replace(**columns))
+
+    def filter(
+        self, *, threshold: float = 0.0, classes: Collection[str | int] | None = None
+    ) -> "Results":
+        """Keep detections of a score and of some classes.
+
+        Args:
+            threshold: lower scores go.
+            classes: names or labels; None keeps all.
+
+        Raises:
+            UserError: there is no such class.
+        """
+        keep = ~(self.scores < threshold)
+        if classes is not None:
+            keep &= np.isin(self.labels, labels_of(classes, self.categories))
+        return self[keep]
+
+    def draw(self) -> Image.Image:
+        """Give the image with boxes, masks, names and scores; small images are enlarged."""
+        masks = [result["segmentation"] for result in self.to_coco()]
+        drawn = draw_instances(
+            self.image, self.boxes, self.names, labels=self.labels, masks=masks, scores=self.scores
+        )
+        return Image.fromarray(drawn)
+
+    def to_coco(self, image_id: int = 0) -> list[Result]:
+        """Give COCO's results: `image_id`, `category_id`, `bbox`, `score`, `segmentation` RLE."""
+        ids = [category.id for category in self.categories]
+        return image_results(self.found._replace(image_id=image_id), ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give what JSON can hold: the image's size, and of each detection all there is.
+
+        `box` is x0, y0, x1, y1, `mask` COCO's compressed run lengths.
+        """
+        height, width = self.found.height, self.found.width
+        masks = encode_masks(
+            torch.from_numpy(self.found.masks), torch.from_numpy(self.boxes), height, width
+        )
+        detections = [
+            {"box": list(d.box), "score": d.score, "label": d.label, "name": d.name, "mask": mask}
+            for d, mask in zip(self, masks, strict=True)
+        ]
+        return {"height": height, "width": width, "detections": detections}
+
+    def to_supervision(self) -> Any:
+        """Give `supervision.Detections` with masks, and names as `class_name`.
+
+        Raises:
+            UserError: supervision isn't installed.
+        """
+        try:
+            import supervision
+        except ImportError:
+            raise UserError("to_supervision: needs `pip install supervision`") from None
+        return supervision.Detections(
+            xyxy=self.boxes,
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.labels,
+            data={"class_name": np.array(self.names, dtype=object).astype(str)},
+        )
+
+
+_COLUMNS = ("boxes", "scores", "labels", "masks")
+
+
+def labels_of(classes: Collection[str | int], categories: tuple[Category, ...]) -> list[int]:
+    """Give the labels of classes named by name or label, ascending.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    names = [category.name for category in categories]
+    labels = set()
+    for given in classes:
+        if isinstance(given, str) and given in names:
+            labels.update(i for i, name in enumerate(names) if name == given)
+        elif isinstance(given, int) and 0 <= given < len(names):
+            labels.add(given)
+        else:
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise UserError(f"no class {given!r}; the model knows {shown}")
+    return sorted(labels)
