@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from casc.device.devices import traits
+from casc.device.devices import is_accelerator, traits
 from casc.errors import TransientError, UserError
 
 # Ranks wait for one of their machine to compile every canvas, which may take long on a CPU.
@@ -115,7 +115,10 @@ class Exchange:
             ddp_bucket_mb: how much is sent at a time, in MiB.
         """
         self.parallel = None
-        if ranks.world > 1:
+        params = list(params)
+        # On accelerators gradients are exchanged all together, as `mean_` does: a compiled step
+        # gives them all at once, and hooks can't be replayed.
+        if ranks.world > 1 and not is_accelerator(params[0].device):
             self.parallel = DistributedDataParallel(
                 _Holder(params),
                 # Gradients then lie in the buckets that are sent: no copy, no second memory.
@@ -159,6 +162,13 @@ def mean(values: Tensor, ranks: Ranks) -> Tensor:
     values = values.detach().clone()
     dist.all_reduce(values)
     return values / ranks.world
+
+
+def mean_(values: Tensor, ranks: Ranks) -> None:
+    """Put the mean over the ranks in a tensor's place."""
+    if ranks.world > 1:
+        dist.all_reduce(values)
+        values /= ranks.world
 
 
 def from_main(value: Any, ranks: Ranks) -> Any:

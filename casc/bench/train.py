@@ -18,8 +18,8 @@ from casc.model.choose_compute import choose_compute
 from casc.model.detector import DetectorConfig, init, trainable
 from casc.model.losses import mean_losses
 from casc.model.preprocess import ImageConfig
-from casc.model.steps import make_loss_step, to_format
-from casc.train.optim import Optim, make_optimizer, update
+from casc.model.steps import make_loss_step, resolve_auto, to_format
+from casc.train.optim import Optim, Optimizer, update
 from casc.train.state import new_state
 
 
@@ -52,15 +52,16 @@ class Training:
 
     def facts(self) -> dict[str, Any]:
         """The update's time, budgets, operations, and the machine's peak."""
-        stages = range(len(self.config.stages))
+        config = resolve_auto(self.config, self.compute)
+        stages = range(len(config.stages))
         positives = [self.measures[f"s{i}.positives"].item() for i in stages]
         counts = [round(p * self.job.load.batch) for p in positives]
         return {
             "update_s": self._update(),
             "positives": positives,
-            **budgets.audit_training(self.config)._asdict(),
-            "flops": flops.reference_step(self.config, self.job.load, counts),
-            "flops_run": flops.own_step(self.config, self.job.load, counts),
+            **budgets.audit_training(config)._asdict(),
+            "flops": flops.reference_step(config, self.job.load, counts),
+            "flops_run": flops.own_step(config, self.job.load, counts),
             "peak_flops": convolution_rate(self.compute, self.device),
         }
 
@@ -80,14 +81,14 @@ class Training:
         state = new_state(
             self.config, self.params, self.buffers, self.device, self.compute.memory_format
         )
-        optimizer = make_optimizer(Optim(), state)
-        times = []
+        optimizer = Optimizer(Optim(), state, compile=self.compute.compile)
+        rate, times = torch.zeros((), device=self.device), []
         for _ in range(3):
             for value in trainable(self.config, state.params).values():
                 value.grad = torch.zeros_like(value)
             synchronize(self.device)
             start = time.perf_counter()
-            update(optimizer, 0.0, None)
+            update(optimizer, rate, state.guard)
             synchronize(self.device)
             times.append(time.perf_counter() - start)
         return statistics.median(times)

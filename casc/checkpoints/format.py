@@ -4,9 +4,9 @@
         weights.safetensors   parameters and buffers under the reference's names, as they are
                               evaluated; metadata says what they are (recipe, classes, step,
                               versions)
-        state.safetensors     momentum, the guards' scalars, and of raw weights and their moving
-                              average what isn't in the other file; metadata has the counters
-                              and the data position
+        state.safetensors     momentum (and AdamW's second moment), the guards' scalars, and of
+                              raw weights and their moving average what isn't in the other
+                              file; metadata has the counters and the data position
         checkpoint.json       size and SHA-256 of both
         metrics.json          figures, once the checkpoint has been evaluated
     RUN/checkpoints/best      link to the best checkpoint so far
@@ -42,7 +42,7 @@ FORMAT, WEIGHTS_FORMAT, VERSION = "casc-checkpoint", "casc-weights", 1
 """What the manifest and the metadata of the weights call themselves."""
 _RENAMED = {"bucket_mb": "ddp_bucket_mb"}
 """Fields of recipes that were saved under another name."""
-_PREFIX, _GUARD, _RAW, _EMA = "step-", "guard.", "raw.", "ema."
+_PREFIX, _GUARD, _RAW, _EMA, _SECOND = "step-", "guard.", "raw.", "ema.", "second."
 
 
 class CorruptCheckpointError(UserError):
@@ -56,6 +56,7 @@ class Loaded(NamedTuple):
     momentum: dict[str, Tensor]
     guard: dict[str, Tensor]
     ema: dict[str, Tensor]
+    second: dict[str, Tensor]
     position: dict[str, Any]
     """Counters and data position, as given to `save`."""
 
@@ -86,7 +87,11 @@ def save(
     final = path_of(folder, state.step)
     temporary = folder / f".{final.name}.{os.getpid()}"
     weights = {**state.params, **state.buffers}
-    rest = {**state.momentum, **_prefixed(_GUARD, state.guard)}
+    rest = {
+        **state.momentum,
+        **_prefixed(_SECOND, state.second),
+        **_prefixed(_GUARD, state.guard),
+    }
     if averaged and state.ema:
         weights |= state.ema
         rest |= _prefixed(_RAW, {name: state.params[name] for name in state.ema})
@@ -127,10 +132,10 @@ def load(checkpoint: Path) -> Loaded:
     verify(checkpoint)
     position = _json_of(checkpoint / STATE, "position")
     weights, rest = load_file(checkpoint / WEIGHTS), load_file(checkpoint / STATE)
-    guard, raw, ema = (_taken(rest, prefix) for prefix in (_GUARD, _RAW, _EMA))
+    guard, raw, ema, second = (_taken(rest, name) for name in (_GUARD, _RAW, _EMA, _SECOND))
     if raw:
         ema = {name: weights[name] for name in raw}
-    return Loaded(weights | raw, rest, guard, ema, position)
+    return Loaded(weights | raw, rest, guard, ema, second, position)
 
 
 def recipe_of(checkpoint: Path) -> Any:
@@ -160,11 +165,15 @@ def restore(state: State, loaded: Loaded, source: Path) -> State:
     Raises:
         UserError: a tensor is missing, left over or of another shape.
     """
+    guard = loaded.guard
+    if "updates" not in guard and "skipped" in guard:  # earlier versions counted only these
+        guard = {**guard, "updates": loaded.position["step"] - guard["skipped"]}
     for target, found in (
         ({**state.params, **state.buffers}, loaded.weights),
         (state.momentum, loaded.momentum),
-        (state.guard, loaded.guard),
+        (state.guard, guard),
         (state.ema, loaded.ema),
+        (state.second, loaded.second),
     ):
         for name in [*target, *(name for name in found if name not in target)]:
             if name not in found or name not in target or found[name].shape != target[name].shape:
@@ -362,10 +371,16 @@ def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    plain = {k: v.detach().to("cpu", copy=False).contiguous() for k, v in tensors.items()}
+    plain = {k: _own(v.detach().to("cpu", copy=False)) for k, v in tensors.items()}
     save_file(plain, path, metadata=dict(metadata))
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Contiguous and in memory of its own, as safetensors wants it."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _write_text(path: Path, text: str) -> None:

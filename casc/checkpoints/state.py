@@ -15,8 +15,10 @@ class State(NamedTuple):
     buffers: Params
     """Batch norm statistics by name, which training doesn't change."""
     momentum: Params
-    """The optimizer's, for the parameters that train, under their names."""
+    """The optimizer's first moment, for the parameters that train, under their names."""
     guard: Params
     """Scalars of the numerical guards by name, from `casc.train.guard`."""
     ema: Params = {}  # noqa: RUF012  # where it is empty, nothing is ever put in
     """Moving averages of the parameters that train, under their names; empty without."""
+    second: Params = {}  # noqa: RUF012
+    """The optimizer's second moment, likewise; empty where it has none."""

@@ -7,12 +7,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from casc.checkpoints.state import State
 from casc.device.compile_cache import use_cache
 from casc.device.compilers import tried
 from casc.device.devices import choose_dtype, traits
 from casc.model.choose_compute import TOLERANCE, roi_difference
 from casc.ops.nms import batched_nms
 from casc.ops.row_sums import weighted_row_sums
+from casc.train.flat import flatten
+from casc.train.guard import new_guard
+from casc.train.optim import Optim, Optimizer, update
 
 
 class Check(NamedTuple):
@@ -103,15 +107,22 @@ def _roi_align(device: torch.device) -> Check:
 
 
 def _optimizer(device: torch.device) -> Check:
-    fused = traits(device).fused_optimizer
-    params = [_wave(6, 5), _wave(6, 5).to(device)]
-    for param, fast in zip(params, (False, fused), strict=True):
-        param.requires_grad_().grad = torch.ones_like(param)
-        optimizer = torch.optim.SGD([param], lr=0.1, momentum=0.9, fused=fast or None)
+    values = {"weight": _wave(6, 5), "bias": _wave(7)}
+    theirs = [value.clone().requires_grad_() for value in values.values()]
+    optimizer = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    ours = flatten({name: value.to(device) for name, value in values.items()})
+    momentum = flatten({name: torch.zeros_like(value) for name, value in ours.items()})
+    state = State(0, ours, {}, momentum, new_guard(device, scaled=False))
+    update_ours, rate = Optimizer(Optim(), state), torch.full((), 0.1, device=device)
+    for _ in range(2):
+        for value in (*theirs, *ours.values()):
+            value.requires_grad_().grad = torch.ones_like(value)
         optimizer.step()
-        optimizer.step()
-    worst = _relative(params[1].detach(), params[0].detach())
-    return Check("optimizer", worst < 1e-5, f"SGD, {'fused' if fused else 'not fused'}")
+        update(update_ours, rate, state.guard)
+    worst = max(
+        _relative(a.detach(), b.detach()) for a, b in zip(ours.values(), theirs, strict=True)
+    )
+    return Check("optimizer", worst < 1e-5, f"SGD: relative error {worst:.1g}")
 
 
 def _compiler(device: torch.device) -> Check:

@@ -25,5 +25,7 @@ class Compute(NamedTuple):
     """torch.compile's, from `casc.device.compilers.choose_compiler`."""
     roi_kernel: Literal["aten", "native", "triton"] = "aten"
     """What the config's "auto" stands for, from `casc.model.choose_compute`."""
+    mask_capacity: Literal["counted", "full"] = "counted"
+    """Likewise, from the device."""
     nms_kernel: Literal["auto", "triton"] = "auto"
     """Likewise; "auto" is what `batched_nms` makes of it."""

@@ -66,8 +66,6 @@ class Traits:
     copy_stream: bool = False
     """Whether they are copied in a stream of their own, beside the step that is running. Not
     yet tried on any accelerator, so off: the copy then lies between two steps."""
-    fused_optimizer: bool
-    """Whether torch.optim.SGD has a fused kernel (`_fused_sgd_`) here."""
     dynamic_shapes: bool
     """Whether one compiled graph may serve any number of RoIs; otherwise one per capacity."""
     roi_align: str
@@ -78,6 +76,8 @@ class Traits:
     """Whether a level's RoIs are picked out for such a kernel, which reads their number."""
     bag_backward: bool
     """Whether `_embedding_bag_dense_backward` has a kernel here."""
+    replay_missing: Callable[[], str | None] = lambda: None
+    """Why steps can't be replayed here as things are, in a few words; None if they can."""
     ready: Callable[[], None] = lambda: None
     """What to switch on once per process."""
     toolkits: tuple[str, ...] = ()
@@ -89,6 +89,16 @@ class Traits:
 
 
 _AOT_EAGER = Compiler("aot_eager", "aot_eager", "train with --no-compile")
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether the host launches what the device does, which wants few and large launches."""
+    return device.type != "cpu"
+
+
+def _replay_missing_npu() -> str | None:
+    mode = os.environ.get("TASK_QUEUE_ENABLE", "1")
+    return None if mode in ("0", "1") else f"TASK_QUEUE_ENABLE={mode} forbids it; set it to 1"
 
 
 def _ready_npu() -> None:
@@ -107,7 +117,6 @@ TRAITS = {
         ),
         backend="gloo",
         pin_memory=False,
-        fused_optimizer=True,
         dynamic_shapes=True,
         roi_align="torchvision",
         select_rois=True,
@@ -124,7 +133,6 @@ TRAITS = {
         triton_kernels=("nvidia", "amd"),
         backend="cpu:gloo,cuda:nccl",
         pin_memory=True,
-        fused_optimizer=True,
         dynamic_shapes=True,
         roi_align="torchvision",
         select_rois=True,
@@ -151,13 +159,12 @@ TRAITS = {
         ),
         backend="cpu:gloo,npu:hccl",
         pin_memory=True,
-        # torch's own optimizer: NpuFusedSGD diverged when gradients were None.
-        fused_optimizer=True,
         dynamic_shapes=False,
         roi_align="torch_npu",
         native_roi_align=True,
         select_rois=False,
         bag_backward=False,
+        replay_missing=_replay_missing_npu,
         ready=_ready_npu,
         toolkits=("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"),
         environment=(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from casc.device.compilers import choose_compiler
 from casc.device.compute import Compute
-from casc.device.devices import CompileBackend, choose_dtype, traits, triton_missing
+from casc.device.devices import CompileBackend, choose_dtype, is_accelerator, traits, triton_missing
 from casc.errors import UserError
 from casc.model.detector import DetectorConfig
 from casc.ops.nms import batched_nms
@@ -65,6 +65,7 @@ def choose_compute(
         programs if chosen and chosen.kept else None,
         chosen.backend if chosen else "inductor",
         kernel,
+        "full" if is_accelerator(device) else "counted",
         nms_kernel,
     ), notes
 

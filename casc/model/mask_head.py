@@ -52,10 +52,10 @@ class MaskHeadConfig:
     target: Literal["polygon", "bitmap"] = "polygon"
     """polygon: rasterised on the device from polygon edges.
     bitmap: the reference's way, from full-size bitmaps made by the loader."""
-    capacity: Literal["counted", "full"] = "counted"
+    capacity: Literal["auto", "counted", "full"] = "auto"
     """How many RoIs the mask heads run on. counted: the positives that the step really has,
     rounded up, for one device-to-host read per step. full: the most that there can be, no
-    read."""
+    read. auto: full on accelerators, which needn't wait then, counted on a CPU."""
 
 
 class MaskRois(NamedTuple):

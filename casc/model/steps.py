@@ -190,6 +190,14 @@ def anchor_count(anchors: AnchorConfig, canvas: tuple[int, int]) -> int:
     return cells * len(anchors.ratios)
 
 
+def reads_back(config: DetectorConfig, compute: Compute) -> str | None:
+    """What of a training step the host must wait for, in a few words; None if nothing."""
+    config = resolve_auto(config, compute)
+    if config.mask_head.capacity == "counted":
+        return "mask heads run on a counted number of RoIs; --model.mask-head.capacity full doesn't"
+    return None
+
+
 def to_format(params: Params, memory_format: torch.memory_format) -> Params:
     """Copies of the parameters with 4-d weights in `memory_format`, other ones as they are."""
     return {
@@ -202,6 +210,10 @@ def resolve_auto(config: DetectorConfig, compute: Compute) -> DetectorConfig:
     """The config with what "auto" stands for on this device in its place."""
     if config.roi_kernel == "auto":
         config = replace(config, roi_kernel=compute.roi_kernel)
+    if config.mask_head.capacity == "auto":
+        config = replace(
+            config, mask_head=replace(config.mask_head, capacity=compute.mask_capacity)
+        )
     if config.rpn.nms_kernel == "auto":
         config = replace(config, rpn=replace(config.rpn, nms_kernel=compute.nms_kernel))
     if config.inference.nms_kernel == "auto":

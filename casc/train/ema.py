@@ -6,9 +6,11 @@ the same on all ranks and resumes exactly. Nothing is read back, and it costs no
 
 from dataclasses import dataclass
 
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+import torch
+from torch import Tensor
 
 from casc.model.layers import Params
+from casc.train.flat import buffer_of
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,13 @@ def decay_at(decay: float, step: int) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-def average(ema: Params, params: Params, decay: float) -> None:
-    """Move the averages, in place: ema = decay * ema + (1 - decay) * params.
+@torch.no_grad()
+def average(ema: Params, params: Params, share: Tensor) -> None:
+    """Move the averages, in place, towards the parameters: ema += share * (params - ema).
 
     Args:
-        ema: averages by name.
-        params: with the same names, among others.
-        decay: in [0, 1).
+        ema: averages by name, views of one buffer.
+        params: that train, under the same names, likewise.
+        share: float32 scalar on the device, 1 - decay.
     """
-    # All tensors in a few launches.
-    move = get_ema_multi_avg_fn(decay)
-    move(list(ema.values()), [params[name] for name in ema], 0)
+    buffer_of(ema).lerp_(buffer_of(params), share)

@@ -18,6 +18,8 @@ GOOD_STEPS = "good_steps"
 """int32, updates since the scale last changed; only with float16."""
 SKIPPED = "skipped"
 """int64, updates that were skipped since the run began."""
+UPDATES = "updates"
+"""int64, updates that were made since the run began."""
 IN_A_ROW = "skipped_in_a_row"
 """int64, of these, the ones since the last that wasn't."""
 
@@ -25,7 +27,8 @@ IN_A_ROW = "skipped_in_a_row"
 def new_guard(device: torch.device, *, scaled: bool) -> Params:
     """The guards' scalars at the beginning of a run."""
     guard = {
-        name: torch.zeros((), dtype=torch.int64, device=device) for name in (SKIPPED, IN_A_ROW)
+        name: torch.zeros((), dtype=torch.int64, device=device)
+        for name in (UPDATES, SKIPPED, IN_A_ROW)
     }
     if scaled:
         guard[SCALE] = torch.full((), FIRST_SCALE, device=device)
@@ -51,6 +54,7 @@ def follow(guard: Params, finite: Tensor, interval: int = GROWTH_INTERVAL) -> No
     The scale moves as torch.amp.GradScaler's does: halved by each skipped update, doubled
     after `interval` that weren't, but not to infinity.
     """
+    guard[UPDATES] += finite
     guard[SKIPPED] += ~finite
     guard[IN_A_ROW].copy_(torch.where(finite, 0, guard[IN_A_ROW] + 1))
     if SCALE not in guard:

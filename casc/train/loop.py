@@ -10,7 +10,6 @@ from casc.data.batch import Batch
 from casc.device.devices import peak_memory
 from casc.evaluate.metrics import Evaluation
 from casc.train.evaluation import Evaluator
-from casc.train.guard import IN_A_ROW
 from casc.train.meter import Meter, watch_positives
 from casc.train.opening import open_batches, open_run
 from casc.train.picture import draw_batch
@@ -66,8 +65,8 @@ def train(recipe: Recipe, *, sinks: Sequence[Sink] = ()) -> Summary:
 
 def _loop(run: Run, state: State, activity: Activity, stopping: Stopping, saver: Saver) -> Summary:
     recipe, log = run.recipe, run.log
-    train_step = TrainStep(run, state)
     meter = Meter(run.device, run.ranks, max_skips=recipe.optim.max_skips, warn=log.warn)
+    train_step = TrainStep(run, state, meter)
     watch = watch_positives(log.warn)
     evaluator = Evaluator(run, state, activity, stopping, saver, meter)
     batches = open_batches(run, state.step)
@@ -89,8 +88,8 @@ def _loop(run: Run, state: State, activity: Activity, stopping: Stopping, saver:
                 stopping.start_poll()
                 _announce_new(run, state.step, train_step, meter, bucket, batch)
 
-                figures = train_step(state, bucket, on_device)
-                meter.add(state.step, batch.image_id, figures, state.guard[IN_A_ROW])
+                train_step(state.step, bucket, on_device)
+                meter.add_images(state.step, batch.image_id)
                 state = state._replace(step=state.step + 1)
                 log.advance(state.step)
                 traced()

@@ -30,20 +30,19 @@ class Meter:
     ):
         self.ranks, self.max_skips, self.warn = ranks, max_skips, warn
         self.names: list[str] = []
-        self.sums = torch.zeros((), device=device)
+        self.sums = torch.zeros((0,), device=device)
+        # First step that was skipped, how many were, the most in a row.
+        self.flags = torch.zeros(3, dtype=torch.int64, device=device)
         self.speeds: list[float] = []
         self.cold_speeds: list[float] = []
         self.restart()
 
     def restart(self) -> None:
         """Forget the steps so far and begin an interval."""
-        device = self.sums.device
-        self.sums = torch.zeros((), device=device)
-        # First step that was skipped, how many were, the most in a row.
-        self.first_bad = torch.full((), _NEVER, dtype=torch.int64, device=device)
-        self.skipped, self.worst = (
-            torch.zeros((), dtype=torch.int64, device=device) for _ in range(2)
-        )
+        # In place: a step that is replayed adds to these very tensors.
+        self.sums.zero_()
+        self.flags.zero_()
+        self.flags[0].fill_(_NEVER)
         self.count = self.images = 0
         self.first = _NEVER
         self.waited = 0.0
@@ -73,25 +72,33 @@ class Meter:
         self.waited += time.perf_counter() - before
         return item
 
-    def add(
-        self, step: int, image_id: Tensor, measures: dict[str, Tensor], in_a_row: Tensor
-    ) -> None:
-        """Add a step's figures.
+    def add(self, measures: dict[str, Tensor], in_a_row: Tensor, number: Tensor) -> None:
+        """Add a step's figures on the device, in place.
+
+        Args:
+            measures: scalars on the device, the same names at every step.
+            in_a_row: int64 scalar on the device, the updates skipped up to and with this
+                one; 0 if it was made. The same on all ranks.
+            number: int64 scalar on the device, the step's number, from 0.
+        """
+        if not self.names:
+            self.names = list(measures)
+            self.sums = self.sums.new_zeros(len(measures))
+        values = torch.stack([value.detach().float() for value in measures.values()])
+        bad = in_a_row > 0
+        self.sums += torch.where(bad, 0.0, values)
+        first, skipped, worst = self.flags.unbind()
+        first.copy_(torch.where(bad, torch.minimum(first, number), first))
+        skipped += bad
+        worst.copy_(torch.maximum(worst, in_a_row))
+
+    def add_images(self, step: int, image_id: Tensor) -> None:
+        """Count a step's images.
 
         Args:
             step: the step's number, from 0.
             image_id: [B] int64 on the CPU.
-            measures: scalars on the device.
-            in_a_row: int64 scalar on the device, the updates skipped up to and with this
-                one; 0 if it was made. The same on all ranks.
         """
-        self.names = list(measures)
-        values = torch.stack([value.detach().float() for value in measures.values()])
-        bad = in_a_row > 0
-        self.sums = self.sums + torch.where(bad, 0.0, values)
-        self.first_bad = torch.where(bad, self.first_bad.clamp(max=step), self.first_bad)
-        self.skipped = self.skipped + bad
-        self.worst = torch.maximum(self.worst, in_a_row)
         self.ids[step] = image_id
         self.count += 1
         self.images += len(image_id) * self.ranks.world
@@ -105,8 +112,7 @@ class Meter:
         Raises:
             UserError: too many in a row; the first one's images are named.
         """
-        flags = torch.stack([self.first_bad, self.skipped, self.worst])
-        self.first, skipped, worst = flags.tolist()
+        self.first, skipped, worst = self.flags.tolist()
         if worst >= self.max_skips:
             raise UserError(
                 f"step {self.first}: the loss or its gradient is not finite, and {worst} updates"

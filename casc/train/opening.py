@@ -9,8 +9,10 @@ from casc.data.stream import training_batches
 from casc.data.workers import BatchStream
 from casc.device.compile_cache import use_cache
 from casc.device.devices import choose_device, make_deterministic, traits
+from casc.device.replay import choose_replay
 from casc.distributed import process_group, ranks_from_environment
 from casc.model.choose_compute import choose_compute
+from casc.model.steps import reads_back
 from casc.train.derived import facts
 from casc.train.profile import check_profile
 from casc.train.recipe import Recipe, resolved
@@ -53,10 +55,11 @@ def open_run(recipe: Recipe, sinks: Sequence[Sink]) -> Iterator[tuple[Run, State
         if state is None:
             state, more = fresh_state(recipe, index, device, compute.memory_format)
             notes += more
+        replay = choose_replay(recipe.replay, device, reads_back(recipe.model, compute))
         check_profile(recipe.profile, derived.steps - state.step)
         with open_log(recipe, derived, state, ranks, sinks) as log:
-            run = Run(recipe, index, derived, compute, device, ranks, log, past)
-            yield run, state, [*notes, *compute_notes]
+            run = Run(recipe, index, derived, compute, device, ranks, log, past, replay.replay)
+            yield run, state, [*notes, *compute_notes, replay.note]
 
 
 def open_batches(run: Run, step: int) -> BatchStream:

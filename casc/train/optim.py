@@ -1,23 +1,36 @@
-"""The update: torch's SGD over the parameters that train, its momentum held in the state."""
+"""The update: a pure function of parameters, gradients and moments, which never branches.
 
+What the host would decide (the rate, whether anything is finite) are tensors on the device, so an
+update reads nothing back and can be recorded once and replayed. On accelerators all that trains
+is one buffer, updated in as many stretches as there are different rates and decays; a CPU takes
+one tensor after the other, in parts that fit its cache.
+"""
+
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from casc.checkpoints.state import State
-from casc.device.devices import traits
+from casc.device.devices import is_accelerator
 from casc.model.layers import Params
-from casc.train.guard import SCALE, follow
+from casc.train.flat import as_vector, buffer_of, spans
+from casc.train.guard import SCALE, UPDATES, follow
 
-_FACTOR = "rate_factor"
-"""Of a group of parameters, beside torch's own settings."""
+_PART = 2**17
+"""Numbers that a CPU takes at a time: parameter, gradient and moments stay in its cache."""
 
 
 @dataclass(frozen=True)
 class Optim:
-    """Stochastic gradient descent."""
+    """Gradient descent."""
 
+    kind: Literal["sgd", "adamw"] = "sgd"
+    """sgd: with momentum. adamw: Loshchilov and Hutter 2019, as torch.optim.AdamW."""
     lr: float = 0.02
     """Peak learning rate at the reference batch."""
     reference_batch: int = 16
@@ -25,9 +38,15 @@ class Optim:
     scale_lr: bool = True
     """Scale `lr` by images per step / reference batch (the linear scaling rule)."""
     momentum: float = 0.9
-    """Momentum."""
+    """Momentum (kind=sgd)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments (kind=adamw)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment (kind=adamw)."""
     weight_decay: float = 1e-4
     """Weight decay, on everything that trains, norms and biases included."""
+    decay_vectors: bool = True
+    """Whether biases and norms decay; newer recipes spare them (--no-decay-vectors)."""
     clip_norm: float | None = None
     """Clip the gradients' total norm to this; None doesn't clip."""
     backbone_lr: float = 1.0
@@ -42,88 +61,250 @@ class Optim:
     finite."""
 
 
+def moments_of(config: Optim) -> int:
+    """How many tensors an optimizer keeps of each parameter."""
+    return 2 if config.kind == "adamw" else 1
+
+
 def rate_factor(config: Optim, name: str) -> float:
     """What multiplies the learning rate of a parameter."""
     part = name.partition(".")[0]
     return {"backbone": config.backbone_lr, "neck": config.neck_lr}.get(part, config.heads_lr)
 
 
-def make_optimizer(config: Optim, state: State) -> torch.optim.SGD:
-    """An optimizer that updates the state's tensors in place, momentum included."""
-    groups: dict[float, list[Tensor]] = {}
-    for name in state.momentum:
-        groups.setdefault(rate_factor(config, name), []).append(state.params[name])
-    fused = traits(next(iter(groups.values()))[0].device).fused_optimizer
-    optimizer = torch.optim.SGD(
-        [{"params": params, _FACTOR: factor} for factor, params in groups.items()],
-        lr=0.0,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True if fused else None,
-    )
-    if config.momentum:
-        for name, momentum in state.momentum.items():
-            optimizer.state[state.params[name]]["momentum_buffer"] = momentum
-    return optimizer
+def decay_of(config: Optim, param: Tensor) -> float:
+    """The weight decay of a parameter."""
+    return config.weight_decay if param.ndim > 1 or config.decay_vectors else 0.0
+
+
+def sgd(
+    param: Tensor, gradient: Tensor, momentum: Tensor, rate: Tensor, *, decay: float, factor: float
+) -> tuple[Tensor, Tensor]:
+    """One step of torch.optim.SGD (no dampening, no Nesterov).
+
+    Args:
+        param: `[n]` float32.
+        gradient: `[n]`.
+        momentum: `[n]`.
+        rate: scalar.
+        decay: weight decay.
+        factor: what is kept of the momentum.
+
+    Returns:
+        The new parameter and momentum.
+    """
+    momentum = torch.add(torch.add(gradient, param, alpha=decay), momentum, alpha=factor)
+    return param - rate * momentum, momentum
+
+
+def adamw(
+    param: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    rate: Tensor,
+    number: Tensor,
+    *,
+    decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of torch.optim.AdamW (no AMSGrad).
+
+    Args:
+        param: `[n]` float32.
+        gradient: `[n]`.
+        mean: `[n]`, the first moment.
+        square: `[n]`, the second.
+        rate: scalar.
+        number: scalar, the number of this update, from 1.
+        decay: weight decay.
+        betas: what is kept of the moments.
+        eps: added to the root of the second.
+
+    Returns:
+        The new parameter and moments.
+    """
+    # 1 - beta ** number, without rounding near 1.
+    first, second = (-torch.expm1(number * math.log(beta)) for beta in betas)
+    mean = torch.lerp(mean, gradient, 1 - betas[0])
+    square = betas[1] * square + (1 - betas[1]) * gradient * gradient
+    root = square.sqrt() / second.sqrt() + eps
+    return param * (1 - rate * decay) - (rate / first) * (mean / root), mean, square
+
+
+class Stretch(NamedTuple):
+    """Numbers that are updated alike."""
+
+    param: Tensor
+    """`[n]`, as the moments are; all are views of the state."""
+    moments: tuple[Tensor, ...]
+    factor: float
+    """Of the learning rate."""
+    decay: float
+
+
+class Optimizer:
+    """Updates a state's tensors in place."""
+
+    def __init__(self, config: Optim, state: State, *, compile: bool = False):
+        """Prepare.
+
+        Args:
+            config: the recipe's.
+            state: from `casc.train.state.new_state`.
+            compile: whether to compile the update; on a CPU it makes no difference.
+        """
+        self.config = config
+        self.params = [state.params[name] for name in state.momentum]
+        moments = (state.momentum, state.second)[: moments_of(config)]
+        self.flat = is_accelerator(self.params[0].device)
+        self.stretches = _stretches(config, state, moments, self.flat)
+        trained = {name: state.params[name] for name in state.momentum}
+        self.places = spans(trained) if self.flat else []
+        self.names = list(trained)
+        # Gradients come one by one; side by side they are exchanged and measured at once.
+        self.gradient = torch.zeros_like(buffer_of(trained)) if self.flat else None
+        self._apply = torch.compile(_apply, fullgraph=True) if compile and self.flat else _apply
+
+    def gradients(self) -> list[Tensor]:
+        """The parameters' gradients, `[n]` for each stretch, as they lie in memory."""
+        if self.gradient is None:
+            return [_gradient_of(param) for param in self.params]
+        by_name = dict(zip(self.names, self.params, strict=True))
+        parts, end = [], 0
+        for name, start, stop in self.places:
+            if start > end:
+                parts.append(self.gradient.new_zeros(start - end))
+            parts.append(_gradient_of(by_name[name]))
+            end = stop
+        if len(self.gradient) > end:
+            parts.append(self.gradient.new_zeros(len(self.gradient) - end))
+        torch.cat(parts, out=self.gradient)
+        return list(self.gradient.split([len(s.param) for s in self.stretches]))
+
+    @torch.no_grad()
+    def step(
+        self,
+        gradients: Sequence[Tensor],
+        rate: Tensor,
+        scale: Tensor | None,
+        finite: Tensor,
+        number: Tensor,
+    ) -> None:
+        """Update every stretch where `finite` holds, and nothing where it doesn't.
+
+        Args:
+            gradients: from `gradients`.
+            rate: scalar float32.
+            scale: scalar that multiplies the gradients, or None.
+            finite: scalar bool.
+            number: scalar, the number of this update, from 1.
+        """
+        for gradient, stretch in zip(gradients, self.stretches, strict=True):
+            size = len(gradient) if self.flat else _PART
+            columns = (gradient, stretch.param, *stretch.moments)
+            for parts in zip(*(column.split(size) for column in columns), strict=True):
+                own_rate = rate if stretch.factor == 1 else rate * stretch.factor
+                self._apply(self.config, stretch.decay, own_rate, scale, finite, number, *parts)
 
 
 def update(
-    optimizer: torch.optim.SGD,
-    rate: float,
-    clip_norm: float | None,
-    guard: Params | None = None,
+    optimizer: Optimizer,
+    rate: Tensor,
+    guard: Params,
     loss: Tensor | None = None,
+    *,
+    gradients: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Apply the gradients and clear them, without reading anything back.
 
-    Where the gradients' norm or the loss isn't finite, parameters and momentum stay as they
+    Where the gradients' norm or the loss isn't finite, parameters and moments stay as they
     are; the device decides that.
 
     Args:
-        optimizer: from `make_optimizer`.
-        rate: learning rate, which the groups' factors multiply.
-        clip_norm: limit of the total norm, or None.
-        guard: counts what is skipped; its loss scale, if any, is taken out of the gradients.
+        optimizer: of the state.
+        rate: learning rate, a float32 scalar on the device.
+        guard: counts what is made and skipped; its loss scale, if any, is taken out of the
+            gradients.
         loss: of the step, a mean over all ranks.
+        gradients: from `Optimizer.gradients`, where they have been gathered already.
 
     Returns:
         The gradients' total norm before clipping, a float32 scalar.
     """
-    groups = optimizer.param_groups
-    params = [p for group in groups for p in group["params"]]
-    gradients = [p.grad for p in params]
-    scale = None if guard is None else guard.get(SCALE)
+    if gradients is None:
+        gradients = optimizer.gradients()
     norm = torch.nn.utils.get_total_norm(gradients)
-    if scale is not None:
-        norm = norm / scale
+    scale = None
+    if SCALE in guard:
+        scale = 1 / guard[SCALE]
+        norm = norm * scale
     finite = norm.isfinite() if loss is None else (norm.isfinite() & loss.isfinite())
-    if clip_norm is not None:
-        # By a factor, so it doesn't matter that the gradients are still scaled.
-        torch.nn.utils.clip_grads_with_norm_(params, clip_norm, norm)
-    for group in groups:
-        group["lr"] = rate * group.get(_FACTOR, 1.0)
-    if groups[0]["fused"]:
-        # What GradScaler sets, and the fused kernels honour.
-        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        optimizer.grad_scale = scale  # type: ignore[attr-defined]
-        optimizer.step()
-    else:
-        _step_where(finite, optimizer, scale)
-    optimizer.zero_grad(set_to_none=True)
-    if guard is not None:
-        follow(guard, finite)
+    if (limit := optimizer.config.clip_norm) is not None:
+        # As torch.nn.utils.clip_grads_with_norm_.
+        clip = (limit / (norm + 1e-6)).clamp(max=1.0)
+        scale = clip if scale is None else clip * scale
+    optimizer.step(gradients, rate, scale, finite, guard[UPDATES] + 1)
+    for param in optimizer.params:
+        param.grad = None
+    follow(guard, finite)
     return norm
 
 
-@torch.no_grad()
-def _step_where(finite: Tensor, optimizer: torch.optim.SGD, scale: Tensor | None) -> None:
-    """SGD for devices whose kernels can't skip: GradScaler would read the flag back."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            step = param.grad if scale is None else param.grad / scale
-            step = step + group["weight_decay"] * param
-            momentum = optimizer.state[param].get("momentum_buffer")
-            if momentum is not None:
-                step = group["momentum"] * momentum + step
-                momentum.copy_(torch.where(finite, step, momentum))
-            param.sub_(torch.where(finite, group["lr"] * step, 0.0))
+def _apply(
+    config: Optim,
+    decay: float,
+    rate: Tensor,
+    scale: Tensor | None,
+    finite: Tensor,
+    number: Tensor,
+    gradient: Tensor,
+    param: Tensor,
+    *moments: Tensor,
+) -> None:
+    if scale is not None:
+        gradient = gradient * scale
+    if config.kind == "adamw":
+        mean, square = moments
+        made = adamw(
+            param, gradient, mean, square, rate, number,
+            decay=decay, betas=config.betas, eps=config.eps,
+        )  # fmt: skip
+    else:
+        made = sgd(param, gradient, moments[0], rate, decay=decay, factor=config.momentum)
+    for old, new in zip((param, *moments), made, strict=True):
+        old.copy_(torch.where(finite, new, old))
+
+
+def _stretches(config: Optim, state: State, moments: Sequence[Params], flat: bool) -> list[Stretch]:
+    trained = {name: state.params[name] for name in state.momentum}
+
+    def alike(name: str) -> tuple[float, float]:
+        return rate_factor(config, name), decay_of(config, trained[name])
+
+    if not flat:
+        return [
+            Stretch(
+                as_vector(value.detach()),
+                tuple(as_vector(moment[name]) for moment in moments),
+                *alike(name),
+            )
+            for name, value in trained.items()
+        ]
+    buffers = [buffer_of(trained), *(buffer_of(moment) for moment in moments)]
+    runs = [(key, next(run).start) for key, run in groupby(spans(trained), lambda s: alike(s.name))]
+    stops = [start for _, start in runs[1:]] + [len(buffers[0])]
+    return [
+        Stretch(buffers[0][start:stop], tuple(b[start:stop] for b in buffers[1:]), *key)
+        for (key, start), stop in zip(runs, stops, strict=True)
+    ]
+
+
+def _gradient_of(param: Tensor) -> Tensor:
+    """A parameter's gradient in the order of the parameter's memory, `[n]`."""
+    gradient = param.grad
+    assert gradient is not None
+    if gradient.stride() != param.stride():
+        gradient = torch.empty_like(param).copy_(gradient)
+    return as_vector(gradient)

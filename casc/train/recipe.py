@@ -81,6 +81,9 @@ class Recipe:
     compile_cache: Path | None = None
     """Folder to keep compiled code in, for later runs and shared by all processes; by default
     $CASC_CACHE/compile, or casc/compile in ~/.cache. It may be deleted at any time."""
+    replay: Literal["auto", "on", "off"] = "auto"
+    """Record each canvas's whole step on the device, update included, and replay it: the host then
+    launches once a step. auto: where it can be done, and the log says whether; on: or else stop."""
     deterministic: bool = False
     """The same bits every time on the same device; an operator that can't do so raises."""
     warm_up: bool = True
@@ -135,8 +138,9 @@ class Recipe:
 RESUMABLE_CHANGES = frozenset(
     (
         "name", "data", "out", "init", "resume", "max_steps", "val_split", "device", "compile",
-        "compile_cache", "compile_backend", "deterministic", "model.roi_kernel",
-        "model.rpn.nms_kernel", "model.inference.nms_kernel", "warm_up", "ddp_bucket_mb",
+        "compile_cache", "compile_backend", "replay", "deterministic", "model.roi_kernel",
+        "model.rpn.nms_kernel", "model.inference.nms_kernel", "model.mask_head.capacity", "warm_up",
+        "ddp_bucket_mb",
         "evaluate_every", "save_every", "save_steps", "keep_last", "keep_best",
         "log_every", "watchdog_minutes", "tensorboard", "profile", "optim.max_skips",
     )

@@ -47,6 +47,8 @@ class Run:
     log: RunLog
     past: EpochHistory = NO_HISTORY
     """How the epoch in which the run goes on began, where that was planned differently."""
+    replay: bool = False
+    """Whether steps are recorded and replayed."""
 
     @property
     def checkpoints(self) -> Path:

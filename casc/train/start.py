@@ -20,6 +20,7 @@ from casc.errors import UserError
 from casc.model import detector
 from casc.model.resnet import PREFIX
 from casc.train.derived import Facts
+from casc.train.optim import moments_of
 from casc.train.recipe import IMAGENET, RANDOM, RESUMABLE_CHANGES, Recipe
 from casc.train.state import new_state
 from casc.train.transfer import transfer
@@ -53,8 +54,9 @@ def fresh_state(
     scaled = choose_dtype(recipe.dtype, device) == torch.float16
     averaged = recipe.ema.decay is not None
     state = new_state(
-        recipe.model, params, buffers, device, memory_format, scaled=scaled, averaged=averaged
-    )
+        recipe.model, params, buffers, device, memory_format,
+        moments=moments_of(recipe.optim), scaled=scaled, averaged=averaged,
+    )  # fmt: skip
     return state, notes
 
 
@@ -96,8 +98,9 @@ def resumed_state(
     scaled = choose_dtype(recipe.dtype, device) == torch.float16
     averaged = recipe.ema.decay is not None
     state = new_state(
-        recipe.model, params, buffers, device, memory_format, scaled=scaled, averaged=averaged
-    )
+        recipe.model, params, buffers, device, memory_format,
+        moments=moments_of(recipe.optim), scaled=scaled, averaged=averaged,
+    )  # fmt: skip
     state = checkpoint.restore(state, loaded, found)
     notes += [f"continuing from {found} at step {state.step:,}", *more]
     return state, past, notes

@@ -10,6 +10,7 @@ from casc.checkpoints.model import load_trained
 from casc.errors import UserError
 from casc.model.detector import init, trainable
 from casc.train.ema import Ema, average, decay_at
+from casc.train.flat import flatten
 from casc.train.loop import train
 
 
@@ -21,10 +22,12 @@ def test_the_average_is_the_sum_of_its_definition():
     """Against the closed form: each update's weights times what later ones have left of it."""
     rng = np.random.default_rng(0)
     course = rng.normal(size=(30, 5)).astype(np.float32)
-    ema = {"a": torch.from_numpy(course[0].copy())}
+    ema = flatten({"a": torch.from_numpy(course[0].copy())})
     decays = [decay_at(0.9, step) for step in range(29)]
     for values, decay in zip(course[1:], decays, strict=True):
-        average(ema, {"a": torch.from_numpy(values).requires_grad_(), "b": torch.ones(1)}, decay)
+        params = flatten({"a": torch.from_numpy(values)})
+        params["a"].requires_grad_()
+        average(ema, params, torch.tensor(1 - decay))
     weights = [(1 - decay) * np.prod(decays[i + 1 :]) for i, decay in enumerate(decays)]
     expected = course[0] * np.prod(decays) + np.array(weights) @ course[1:]
     np.testing.assert_allclose(ema["a"].numpy(), expected, rtol=1e-4, atol=1e-6)
@@ -41,7 +44,8 @@ def test_the_decay_warms_up():
 
 def test_nothing_is_read_back():
     """On meta tensors there would be nothing to read."""
-    average({"a": torch.empty(3, device="meta")}, {"a": torch.empty(3, device="meta")}, 0.5)
+    ema, params = (flatten({"a": torch.empty(3, device="meta")}) for _ in range(2))
+    average(ema, params, torch.empty((), device="meta"))
 
 
 def test_a_run_averages_what_trains(tiny_recipe, tmp_path):

@@ -12,22 +12,30 @@ from casc.train.meter import Meter, watch_positives
 FINE = torch.tensor(0)
 
 
+def add(meter, step, ids, measures, in_a_row):
+    """What the loop does: figures on the device, images on the host."""
+    number = torch.full((), step, dtype=torch.int64, device=meter.sums.device)
+    meter.add(measures, in_a_row, number)
+    meter.add_images(step, ids)
+
+
 def test_means_speed_and_waiting():
     meter = Meter(torch.device("cpu"), ALONE)
     stream = iter([1, 2, 3])
     for step, loss in enumerate((1.0, 2.0, 6.0)):
         assert meter.waiting(stream) == step + 1
         measures = {"loss": torch.tensor(loss), "grad_norm": torch.tensor(0.5)}
-        meter.add(step, torch.tensor([7, 8]), measures, FINE)
+        add(meter, step, torch.tensor([7, 8]), measures, FINE)
     values = meter.read()
     assert values["loss"] == 3
     assert values["grad_norm"] == 0.5
     assert values["images_per_second"] > 0
     assert 0 <= values["data_wait"] <= 1
     meter.warming_up()
-    meter.add(
-        3, torch.tensor([7]), {"loss": torch.tensor(4.0), "grad_norm": torch.tensor(1.0)}, FINE
-    )
+    add(
+        meter, 3, torch.tensor([7]), {"loss": torch.tensor(4.0), "grad_norm": torch.tensor(1.0)},
+        FINE,
+    )  # fmt: skip
     assert meter.read()["loss"] == 4
     # The interval in which something was compiled doesn't count.
     assert meter.typical_speed() == values["images_per_second"]
@@ -37,7 +45,8 @@ def skip(meter, rows, first=0):
     """Steps of which `rows` says how many updates in a row were skipped; figures then are nan."""
     for step, row in enumerate(rows, first):
         loss = torch.tensor(float("nan") if row else step + 1.0)
-        meter.add(step, torch.tensor([10 * step, 10 * step + 1]), {"loss": loss}, torch.tensor(row))
+        ids = torch.tensor([10 * step, 10 * step + 1])
+        add(meter, step, ids, {"loss": loss}, torch.tensor(row))
 
 
 def test_skipped_updates_are_named_and_left_out():
@@ -73,7 +82,7 @@ def test_steps_are_not_read_one_by_one():
     measure = torch.empty((), device="meta")
     for step in range(3):
         row = torch.empty((), device="meta", dtype=torch.int64)
-        meter.add(step, torch.tensor([1]), {"loss": measure, "x": measure}, row)
+        add(meter, step, torch.tensor([1]), {"loss": measure, "x": measure}, row)
 
 
 def test_pauses_do_not_count(monkeypatch):
@@ -83,7 +92,7 @@ def test_pauses_do_not_count(monkeypatch):
     with meter.paused():
         pass
     one = torch.tensor(1.0)
-    meter.add(0, torch.zeros(12), {"loss": one, "grad_norm": one}, FINE)
+    add(meter, 0, torch.zeros(12), {"loss": one, "grad_norm": one}, FINE)
     assert meter.read()["images_per_second"] == 12 / 6
 
 

@@ -36,7 +36,7 @@ from casc.model.steps import make_detect_step, make_loss_step
 from casc.train.accumulate import backward
 from casc.train.guard import IN_A_ROW
 from casc.train.meter import Meter
-from casc.train.optim import Optim, make_optimizer, update
+from casc.train.optim import Optim, Optimizer, update
 from casc.train.state import new_state
 
 # Operators that torch_npu has no kernel for: why casc uses them all the same, and what happens.
@@ -78,7 +78,11 @@ def casc_step(capacity: str) -> Callable[[int], Tensor]:
     params, buffers = detector.init(model, torch.Generator().manual_seed(0))
     state = new_state(model, params, buffers, device, compute.memory_format)
     loss_step = make_loss_step(model, IMAGE, CANVAS, compute)
-    optimizer = make_optimizer(Optim(), state)
+    optimizer = Optimizer(Optim(), state)
+    rate, done = (
+        torch.full((), 1e-4, device=device),
+        torch.zeros((), dtype=torch.int64, device=device),
+    )
     exchange = Exchange([state.params[name] for name in state.momentum], ALONE)
     meter = Meter(device, ALONE)
     given = [pinned(batch) for batch in batches()]
@@ -86,9 +90,9 @@ def casc_step(capacity: str) -> Callable[[int], Tensor]:
     def step(number: int) -> Tensor:
         batch = to_device(given[number], device)
         loss, measures = backward(loss_step, state, batch, exchange, ALONE, 1)
-        norm = update(optimizer, 1e-4, None, state.guard, loss)
+        norm = update(optimizer, rate, state.guard, loss)
         measures = {"loss": loss, "grad_norm": norm, **measures}
-        meter.add(number, given[number].image_id, measures, state.guard[IN_A_ROW])
+        meter.add(measures, state.guard[IN_A_ROW], done)
         return loss
 
     return step

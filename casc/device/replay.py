@@ -1,0 +1,131 @@
+"""Steps that a device repeats by itself: recorded once as a graph, then replayed whole.
+
+What is recorded is what was launched, with the addresses it was launched on. So whatever a step
+reads must lie where it lay, and whatever it changes is changed in place; numbers of the host
+(a rate, a step's number) are tensors.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from casc.device.devices import is_accelerator, traits
+from casc.errors import UserError
+
+_WARM_UP = 2
+"""Runs before the recording: compilers, libraries and allocators are then ready."""
+
+
+def replay_missing(device: torch.device) -> str | None:
+    """Why steps can't be replayed on a device, in a few words; None if they can."""
+    if not is_accelerator(device):
+        return "a CPU launches nothing"
+    if _graph_class() is None:
+        return f"torch {torch.__version__} records no graphs of {device.type}"
+    return traits(device).replay_missing()
+
+
+class Replay:
+    """A function of tensors that is recorded at its first call and replayed from then on."""
+
+    def __init__(
+        self,
+        function: Callable[..., object],
+        changed: Callable[[], Sequence[Tensor]],
+        pool: "Pool",
+    ):
+        """Prepare.
+
+        Args:
+            function: of tensors, which changes other tensors in place and returns nothing.
+            changed: gives the tensors that it changes, once it has run: they are put back after
+                the runs before the recording.
+            pool: memory that recordings which never run at the same time share.
+        """
+        self.function, self.changed, self.pool = function, changed, pool
+        self.inputs: list[Tensor] = []
+        self.graph: torch.accelerator.Graph | None = None
+
+    def __call__(self, *inputs: Tensor) -> None:
+        """Run on these values; their shapes are those of the first call.
+
+        Raises:
+            UserError: the function can't be recorded: it reads something back, for instance.
+        """
+        if self.graph is None:
+            self._record(inputs)
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given, non_blocking=True)
+        assert self.graph is not None
+        self.graph.replay()
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        device = inputs[0].device
+        self.inputs = [value.clone() for value in inputs]
+        current = torch.accelerator.current_stream(device)
+        aside = torch.Stream(device)
+        aside.wait_stream(current)
+        with aside:
+            before = [value.clone() for value in self.changed()]
+            for _ in range(_WARM_UP):
+                self.function(*self.inputs)
+            for value, old in zip(self.changed(), before, strict=True):
+                value.detach().copy_(old)
+        current.wait_stream(aside)
+        torch.accelerator.synchronize(device)
+        kind = _graph_class()
+        assert kind is not None
+        graph = kind(pool=self.pool.token)
+        try:
+            with aside, graph:
+                self.function(*self.inputs)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--replay: the step can't be recorded ({reason}); train with --replay off"
+            ) from error
+        current.wait_stream(aside)
+        self.graph = graph
+        self.pool.token = graph.pool()
+
+
+class Pool:
+    """Memory that several recordings share; there is none before the first."""
+
+    def __init__(self) -> None:
+        self.token: tuple[int, int] | None = None
+
+
+class Choice(NamedTuple):
+    """Whether steps are replayed, and what there is to say of it."""
+
+    replay: bool
+    note: str
+
+
+def choose_replay(setting: str, device: torch.device, reads: str | None) -> Choice:
+    """What --replay stands for.
+
+    Args:
+        setting: auto, on or off.
+        device: of the run.
+        reads: why the step itself can't be replayed, in a few words; None if it can.
+
+    Raises:
+        UserError: it was asked for and can't be.
+    """
+    if setting == "off":
+        return Choice(False, "steps are launched one by one (--replay off)")
+    missing = replay_missing(device) or reads
+    if missing is None:
+        return Choice(True, "steps are recorded once per canvas and replayed")
+    if setting == "on":
+        raise UserError(f"--replay on: {missing}; use --replay auto or off")
+    return Choice(False, f"steps are launched one by one: {missing}")
+
+
+def _graph_class() -> type | None:
+    # torch 2.12 brought one class for all accelerators.
+    return getattr(torch.accelerator, "Graph", None)
