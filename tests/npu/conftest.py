@@ -22,7 +22,7 @@ def emulator() -> dict[str, str]:
         pytest.skip("no C++ compiler (g++), and the emulated NPU is compiled from source")
     if shutil.which("ninja") is None:
         pytest.skip("no ninja, with which torch compiles extensions: pip install ninja")
-    environment = {"PYTHONPATH": str(EMULATOR)}
+    environment = {"PYTHONPATH": os.pathsep.join([str(EMULATOR), str(HERE.parents[1])])}
     run_python(["-c", "import torch; assert torch.npu.device_count() == 2"], environment)
     return environment
 

@@ -20,6 +20,8 @@ def found(emulator, run_ranks, tmp_path_factory) -> dict:
         ("channels_last", "Only contiguous_format or preserve_format is supported"),
         ("an operator without kernel", "falling back to the CPU is disabled"),
         ("RoIAlign in bfloat16", "float32 or float16"),
+        ("cross entropy, compiled", "npu_binary_cross_entropy_with_logits_backward"),
+        ("SGD without momentum", "momentum must be positive"),
     ],
 )
 def test_it_refuses(found, what, message):
@@ -32,6 +34,13 @@ def test_it_counts_each_read_once(found):
 
 def test_it_tells_copies_apart(found):
     assert found["copies"] == ["copy from pinned memory", "copy that waits"]
+
+
+def test_it_does_on_the_host_what_torch_npu_does(found):
+    """Measured with the real package over stub libraries; `by_operator.py` compares the two."""
+    assert found["fused SGD"] == ["found_inf of aten::_fused_sgd_"]
+    assert found["shifts"] == ["scalar argument of aten::__rshift__.Scalar"]
+    assert found["cross entropy"] < 1e-6
 
 
 def test_it_knows_launches_from_views(found):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch_npu.recording import recording, without_fallbacks
 
@@ -40,6 +41,35 @@ def copies() -> list[str]:
         pinned.to("npu", non_blocking=True)
         ordinary.to("npu", non_blocking=True)
     return [copy.name for copy in found.copies]
+
+
+def shifts() -> list[str]:
+    numbers = torch.arange(4, device="npu")
+    with recording() as found:
+        _ = numbers >> 3, numbers // 8
+    return [copy.name for copy in found.copies]
+
+
+def fused_sgd(momentum: float) -> list[str]:
+    leaf = torch.ones(3, device="npu", requires_grad=True)
+    optimizer = torch.optim.SGD([leaf], lr=0.1, momentum=momentum, fused=True)
+    optimizer.found_inf = torch.zeros((), device="npu")  # type: ignore[attr-defined]
+    leaf.grad = torch.ones_like(leaf)
+    with recording() as found:
+        optimizer.step()
+    return [read.name for read in found.reads]
+
+
+def cross_entropy(compile: bool) -> float:
+    """How far its gradient is from the formula's."""
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(x, torch.ones_like(x))
+
+    leaf = torch.arange(4.0, device="npu").requires_grad_()
+    (torch.compile(loss, backend="aot_eager", fullgraph=True) if compile else loss)(leaf).backward()
+    assert leaf.grad is not None
+    return difference(leaf.grad, (leaf.detach().cpu().sigmoid() - 1) / 4)
 
 
 def launches() -> dict[str, int]:
@@ -85,6 +115,8 @@ if __name__ == "__main__":
             "RoIAlign in bfloat16": refusal(
                 lambda: torch.ops.npu.npu_roi_align(bfloat16, rois.to("npu"), *aligned)
             ),
+            "cross entropy, compiled": refusal(lambda: cross_entropy(True)),
+            "SGD without momentum": refusal(lambda: fused_sgd(0.0)),
         },
         "reads": {
             "item": reads(lambda: a.sum().item()),
@@ -94,6 +126,9 @@ if __name__ == "__main__":
             "mask": reads(lambda: a[a > 0]),
             "sum": reads(a.sum),
         },
+        "fused SGD": fused_sgd(0.9),
+        "shifts": shifts(),
+        "cross entropy": cross_entropy(False),
         "copies": copies(),
         "launches": launches(),
         "random": seeded(),

@@ -23,6 +23,11 @@ _BACKWARD = (
     "npu_roi_alignbk(Tensor input, Tensor rois, int[] xdiff_shape, int pooled_width,"
     " int pooled_height, float spatial_scale, int sample_num, int? roi_end_mode=None) -> Tensor"
 )
+_BCE = "binary_cross_entropy_with_logits"
+_BCE_BACKWARD = (
+    "npu_binary_cross_entropy_with_logits_backward(Tensor grad_output, Tensor input,"
+    " Tensor target, Tensor? weight_opt, Tensor? pos_weight_opt, int reduction) -> Tensor"
+)
 _IMPLEMENTED = Path(__file__).parents[2] / "implemented_operators.txt"
 # The device defines these itself, or leaves them to torch, which ends in those that it defines.
 _NOT_ALIASED = frozenset(
@@ -35,15 +40,18 @@ _NOT_ALIASED = frozenset(
 )  # fmt: skip
 # Lives as long as the process: its end would take the operators away.
 _library = Library("npu", "DEF")
+_aten = Library("aten", "IMPL")
 
 
 def register() -> None:
     """Give the device its kernels."""
     _C.implement(aliased(_IMPLEMENTED.read_text().split()))
     _C.deny_fallbacks(os.environ.get("TORCH_NPU_FALLBACK_CPU_DISABLE") == "1", [])
-    for schema, function in ((_ALIGN, _roi_align), (_BACKWARD, _roi_align_backward)):
+    kernels = {_ALIGN: _roi_align, _BACKWARD: _roi_align_backward, _BCE_BACKWARD: _bce_backward}
+    for schema, function in kernels.items():
         _library.define(schema)
         _library.impl(schema.partition("(")[0], function, "PrivateUse1")
+    _aten.impl(_BCE, _cross_entropy, "AutogradPrivateUse1")
 
 
 def aliased(names: list[str]) -> list[str]:
@@ -104,6 +112,44 @@ def _roi_align_backward(
         )
 
     return _launch("npu::npu_roi_alignbk", kernel, grad, rois)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """torch_npu's own gradient of this loss, by an operator that can't be traced."""
+
+    @staticmethod
+    def forward(ctx, x, target, weight, pos_weight, reduction):
+        ctx.save_for_backward(x, target, weight, pos_weight)
+        ctx.reduction = reduction
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.aten, _BCE)(x, target, weight, pos_weight, reduction)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        operator = getattr(torch.ops.npu, _BCE_BACKWARD.partition("(")[0])
+        return operator(*grads, *ctx.saved_tensors, ctx.reduction), None, None, None, None
+
+
+def _cross_entropy(x, target, weight=None, pos_weight=None, reduction=1) -> Tensor:
+    return _CrossEntropy.apply(x, target, weight, pos_weight, reduction)  # type: ignore[return-value]
+
+
+def _bce_backward(
+    grad: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: int,
+) -> Tensor:
+    if weight is not None or pos_weight is not None:
+        raise RuntimeError("npu emulator: weights are not known")
+
+    def kernel(grad: Tensor, x: Tensor, target: Tensor) -> Tensor:
+        made = grad * (x.sigmoid() - target)
+        return made / x.numel() if reduction == 1 else made
+
+    return _launch("npu::" + _BCE_BACKWARD.partition("(")[0], kernel, grad, x, target)
 
 
 def _aligned(mode: int) -> bool:

@@ -82,6 +82,25 @@ bool reads_back(const c10::OperatorHandle& op, const torch::jit::Stack& stack, s
   return masked;
 }
 
+// What torch_npu's fused optimizer does on the host before it launches.
+void fused_sgd(const c10::OperatorHandle& op, const torch::jit::Stack& stack, size_t first) {
+  const auto& arguments = op.schema().arguments();
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const auto& name = arguments[i].name();
+    const auto& value = stack[first + i];
+    if (name == "momentum")
+      TORCH_CHECK(value.toDouble() > 0, "momentum must be positive, but got ", value.toDouble());
+    if ((name == "lr" || name == "found_inf") && value.isTensor() && value.toTensor().defined())
+      tell("read", name + " of " + op.schema().name(), 4);
+  }
+}
+
+// Shifts by a number take it as a tensor, which is copied to the device each time.
+bool shifts_by_number(const c10::OperatorHandle& op) {
+  return op.schema().name().find("shift") != std::string::npos &&
+         op.schema().overload_name().find("Scalar") != std::string::npos;
+}
+
 // A view, or another change of nothing but a tensor's description, starts no work.
 bool computes(const c10::FunctionSchema& schema) {
   if (schema.name() == "aten::resize_" || schema.name() == "aten::record_stream") return false;
@@ -118,6 +137,8 @@ void any_operator(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       call.device = with_index(value.toDevice());
   }
   if (reads_back(op, *stack, first)) tell("read", full, 0);
+  if (starts(name, "aten::_fused_sgd_")) fused_sgd(op, *stack, first);
+  if (shifts_by_number(op)) tell("copy", "scalar argument of " + full, 8);
   c10::OptionalDeviceGuard guard(call.device);
   const auto generator = c10::OptionalType::create(c10::GeneratorType::get());
   for (size_t i = 0; i < count; ++i) {
