@@ -69,6 +69,16 @@ lint: setup
 mutants *args: setup
     PYTHONPATH=. {{ bin }}/python tests/mutants.py {{ args }}
 
+# The tests with an older torch, in an environment of its own: just compat 2.11
+compat torch *args:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    home=.venv-{{ torch }}
+    [ -d "$home" ] || {{ python }} -m venv "$home"
+    # torchvision names the torch that it is built for, so pip finds the one that fits.
+    "$home/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]' 'torch=={{ torch }}.*'
+    "$home/bin/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder {{ args }}
+
 # API reference into site/
 docs *args: setup
     {{ bin }}/pdoc --docformat google --output-directory site {{ args }} casc data_tools

@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from casc.device.devices import is_accelerator, traits
+from casc.device.versions import set_timeout
 from casc.errors import TransientError, UserError
 
 # Ranks wait for one of their machine to compile every canvas, which may take long on a CPU.
@@ -96,7 +97,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[torch.device]:
             " that torchrun has started all of them, and that they can reach each other"
         ) from error
     if joining != _TIMEOUT:
-        dist.set_timeout(_TIMEOUT)
+        set_timeout(_TIMEOUT)
     try:
         yield device
     finally:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 import casc
+from casc.device.versions import compile_apart
 from casc.errors import UserError
 
 _INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
@@ -115,12 +116,8 @@ def aot_cached(
         The function, compiled when it is called.
     """
     with torch._dynamo.config.patch(enable_aot_compile=True):
-        compiled = torch.compile(  # type: ignore[call-overload]  # its stubs lack the last two
-            function,
-            fullgraph=True,
-            dynamic=None if rows else False,
-            isolate_recompiles=True,
-            recompile_limit=recompile_limit,
+        compiled = compile_apart(
+            function, dynamic=None if rows else False, recompile_limit=recompile_limit
         )
     programs: list[Any] = []
     refused = False

@@ -15,6 +15,7 @@ from torch import Tensor
 from casc.data.batch import Batch
 from casc.device.compile_cache import aot_cached
 from casc.device.compute import Compute
+from casc.device.versions import compile_apart
 from casc.model import detector
 from casc.model.anchors import AnchorConfig
 from casc.model.detector import Detections, DetectorConfig, Inputs, Noise
@@ -228,13 +229,7 @@ def _maybe_compile(function: Callable, compute: Compute, *closed_over: Any) -> C
     if compute.programs:
         return aot_cached(function, compute.programs, *closed_over, compute._replace(programs=None))
     # torch counts the graphs of all canvases together and gives up after 8, unless told.
-    return torch.compile(  # type: ignore[call-overload]  # its stubs lack the last one
-        function,
-        backend=compute.backend,
-        fullgraph=True,
-        dynamic=False,
-        isolate_recompiles=True,
-    )
+    return compile_apart(function, backend=compute.backend)
 
 
 def _compile_for_any_count(function: Callable, compute: Compute, *closed_over: Any) -> Callable:
@@ -246,14 +241,8 @@ def _compile_for_any_count(function: Callable, compute: Compute, *closed_over: A
         settings = *closed_over, compute._replace(programs=None)
         rows = (lambda head, pyramid, rois, targets: rois) if compute.dynamic_rois else None
         return aot_cached(function, compute.programs, *settings, rows=rows, recompile_limit=graphs)
-    return torch.compile(  # type: ignore[call-overload]
-        function,
-        backend=compute.backend,
-        fullgraph=True,
-        dynamic=None if compute.dynamic_rois else False,
-        isolate_recompiles=True,
-        recompile_limit=graphs,
-    )
+    dynamic = None if compute.dynamic_rois else False
+    return compile_apart(function, backend=compute.backend, dynamic=dynamic, recompile_limit=graphs)
 
 
 def _marks(compute: Compute) -> bool:

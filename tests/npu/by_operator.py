@@ -77,7 +77,7 @@ def real(libraries: str) -> Any:
 
 def count(path: Path, *, full: bool) -> None:
     """Count one step of the loop: batch, losses, gradients, update, figures."""
-    import counts as small
+    import counts as small  # type: ignore[import-not-found]  # found by the path above
     from torch.utils._python_dispatch import TorchDispatchMode
 
     libraries = os.environ.get("CASC_NPU_COUNTER")

@@ -131,7 +131,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _cross_entropy(x, target, weight=None, pos_weight=None, reduction=1) -> Tensor:
-    return _CrossEntropy.apply(x, target, weight, pos_weight, reduction)  # type: ignore[return-value]
+    return _CrossEntropy.apply(x, target, weight, pos_weight, reduction)
 
 
 def _bce_backward(
