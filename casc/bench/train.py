@@ -19,7 +19,7 @@ from casc.model.detector import DetectorConfig, init, trainable
 from casc.model.losses import mean_losses
 from casc.model.preprocess import ImageConfig
 from casc.model.steps import make_loss_step, resolve_auto, to_format
-from casc.train.optim import Optim, Optimizer, update
+from casc.train.optim import Optim, make_optimizer, update
 from casc.train.state import new_state
 
 
@@ -81,7 +81,7 @@ class Training:
         state = new_state(
             self.config, self.params, self.buffers, self.device, self.compute.memory_format
         )
-        optimizer = Optimizer(Optim(), state, compile=self.compute.compile)
+        optimizer = make_optimizer(Optim(), state, compile=self.compute.compile)
         rate, times = torch.zeros((), device=self.device), []
         for _ in range(3):
             for value in trainable(self.config, state.params).values():

@@ -16,7 +16,7 @@ from casc.ops.nms import batched_nms
 from casc.ops.row_sums import weighted_row_sums
 from casc.train.flat import flatten
 from casc.train.guard import new_guard
-from casc.train.optim import Optim, Optimizer, update
+from casc.train.optim import Optim, make_optimizer, update
 
 
 class Check(NamedTuple):
@@ -113,7 +113,7 @@ def _optimizer(device: torch.device) -> Check:
     ours = flatten({name: value.to(device) for name, value in values.items()})
     momentum = flatten({name: torch.zeros_like(value) for name, value in ours.items()})
     state = State(0, ours, {}, momentum, new_guard(device, scaled=False))
-    update_ours, rate = Optimizer(Optim(), state), torch.full((), 0.1, device=device)
+    update_ours, rate = make_optimizer(Optim(), state), torch.full((), 0.1, device=device)
     for _ in range(2):
         for value in (*theirs, *ours.values()):
             value.requires_grad_().grad = torch.ones_like(value)

@@ -15,6 +15,8 @@ from casc.errors import UserError
 T = TypeVar("T")
 
 _NEVER = 2**62
+_MOST_FIGURES = 256
+"""Of a step. The sums are there before the first one, which may be recorded to be replayed."""
 
 
 class Meter:
@@ -30,7 +32,7 @@ class Meter:
     ):
         self.ranks, self.max_skips, self.warn = ranks, max_skips, warn
         self.names: list[str] = []
-        self.sums = torch.zeros((0,), device=device)
+        self.sums = torch.zeros(_MOST_FIGURES, device=device)
         # First step that was skipped, how many were, the most in a row.
         self.flags = torch.zeros(3, dtype=torch.int64, device=device)
         self.speeds: list[float] = []
@@ -81,12 +83,10 @@ class Meter:
                 one; 0 if it was made. The same on all ranks.
             number: int64 scalar on the device, the step's number, from 0.
         """
-        if not self.names:
-            self.names = list(measures)
-            self.sums = self.sums.new_zeros(len(measures))
+        self.names = list(measures)
         values = torch.stack([value.detach().float() for value in measures.values()])
         bad = in_a_row > 0
-        self.sums += torch.where(bad, 0.0, values)
+        self.sums[: len(values)] += torch.where(bad, 0.0, values)
         first, skipped, worst = self.flags.unbind()
         first.copy_(torch.where(bad, torch.minimum(first, number), first))
         skipped += bad
@@ -144,7 +144,7 @@ class Meter:
             )
         # Nothing but nan is known where all of them were.
         made = self.count - skipped or float("nan")
-        means = mean(self.sums / made, self.ranks).tolist()
+        means = mean(self.sums[: len(self.names)] / made, self.ranks).tolist()
         elapsed = time.perf_counter() - self.began
         result = dict(zip(self.names, means, strict=True))
         result["images_per_second"] = self.images / elapsed

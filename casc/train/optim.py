@@ -1,16 +1,16 @@
 """The update: a pure function of parameters, gradients and moments, which never branches.
 
 What the host would decide (the rate, whether anything is finite) are tensors on the device, so an
-update reads nothing back and can be recorded once and replayed. On accelerators all that trains
-is one buffer, updated in as many stretches as there are different rates and decays; a CPU takes
-one tensor after the other, in parts that fit its cache.
+update reads nothing back and can be recorded once and replayed. All that trains is one buffer,
+updated in as many stretches as there are different rates and decays. A CPU, which waits for nobody,
+has torch.optim's fused kernels instead: they read and write each number once without a compiler.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from casc.device.devices import is_accelerator
 from casc.model.layers import Params
 from casc.train.flat import as_vector, buffer_of, spans
 from casc.train.guard import SCALE, UPDATES, follow
-
-_PART = 2**17
-"""Numbers that a CPU takes at a time: parameter, gradient and moments stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ class Stretch(NamedTuple):
 
 
 class Optimizer:
-    """Updates a state's tensors in place."""
+    """Updates a state's tensors in place: from one buffer of gradients, as accelerators want it."""
 
     def __init__(self, config: Optim, state: State, *, compile: bool = False):
         """Prepare.
@@ -153,60 +150,112 @@ class Optimizer:
         Args:
             config: the recipe's.
             state: from `casc.train.state.new_state`.
-            compile: whether to compile the update; on a CPU it makes no difference.
+            compile: whether to compile the update.
         """
         self.config = config
-        self.params = [state.params[name] for name in state.momentum]
-        moments = (state.momentum, state.second)[: moments_of(config)]
-        self.flat = is_accelerator(self.params[0].device)
-        self.stretches = _stretches(config, state, moments, self.flat)
-        trained = {name: state.params[name] for name in state.momentum}
-        self.places = spans(trained) if self.flat else []
-        self.names = list(trained)
+        self.trained = {name: state.params[name] for name in state.momentum}
+        self.spans = spans(self.trained)
         # Gradients come one by one; side by side they are exchanged and measured at once.
-        self.gradient = torch.zeros_like(buffer_of(trained)) if self.flat else None
-        self._apply = torch.compile(_apply, fullgraph=True) if compile and self.flat else _apply
+        self.gradient: Tensor | None = torch.zeros_like(buffer_of(self.trained))
+        self.stretches = _stretches(config, self.trained, _moments(config, state))
+        self._apply = torch.compile(_apply, fullgraph=True) if compile else _apply
 
     def gradients(self) -> list[Tensor]:
-        """The parameters' gradients, `[n]` for each stretch, as they lie in memory."""
-        if self.gradient is None:
-            return [_gradient_of(param) for param in self.params]
-        by_name = dict(zip(self.names, self.params, strict=True))
+        """The parameters' gradients, in one tensor of all."""
+        assert self.gradient is not None
         parts, end = [], 0
-        for name, start, stop in self.places:
-            if start > end:
-                parts.append(self.gradient.new_zeros(start - end))
-            parts.append(_gradient_of(by_name[name]))
+        for name, start, stop in self.spans:
+            parts += [self.gradient.new_zeros(start - end)] if start > end else []
+            parts.append(_gradient_of(self.trained[name]))
             end = stop
-        if len(self.gradient) > end:
-            parts.append(self.gradient.new_zeros(len(self.gradient) - end))
+        parts += [self.gradient.new_zeros(len(self.gradient) - end)] * (len(self.gradient) > end)
         torch.cat(parts, out=self.gradient)
-        return list(self.gradient.split([len(s.param) for s in self.stretches]))
+        return [self.gradient]
 
     @torch.no_grad()
     def step(
-        self,
-        gradients: Sequence[Tensor],
-        rate: Tensor,
-        scale: Tensor | None,
-        finite: Tensor,
+        self, rate: Tensor, loss_scale: Tensor | None, clip: Tensor | None, finite: Tensor,
         number: Tensor,
-    ) -> None:
-        """Update every stretch where `finite` holds, and nothing where it doesn't.
+    ) -> None:  # fmt: skip
+        """Update everything where `finite` holds, and nothing where it doesn't.
 
         Args:
-            gradients: from `gradients`.
             rate: scalar float32.
-            scale: scalar that multiplies the gradients, or None.
+            loss_scale: scalar that the gradients were multiplied by, or None.
+            clip: scalar in (0, 1] that multiplies them, or None.
             finite: scalar bool.
             number: scalar, the number of this update, from 1.
         """
+        scale = clip
+        if loss_scale is not None:
+            scale = 1 / loss_scale if clip is None else clip / loss_scale
+        assert self.gradient is not None
+        gradients = self.gradient.split([len(stretch.param) for stretch in self.stretches])
         for gradient, stretch in zip(gradients, self.stretches, strict=True):
-            size = len(gradient) if self.flat else _PART
+            own_rate = rate if stretch.factor == 1 else rate * stretch.factor
             columns = (gradient, stretch.param, *stretch.moments)
-            for parts in zip(*(column.split(size) for column in columns), strict=True):
-                own_rate = rate if stretch.factor == 1 else rate * stretch.factor
-                self._apply(self.config, stretch.decay, own_rate, scale, finite, number, *parts)
+            self._apply(self.config, stretch.decay, own_rate, scale, finite, number, *columns)
+
+
+class FusedOptimizer(Optimizer):
+    """The same on a CPU, one parameter after the other, by torch.optim."""
+
+    def __init__(self, config: Optim, state: State):
+        """Prepare."""
+        self.config, self.gradient = config, None
+        self.trained = {name: state.params[name] for name in state.momentum}
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, param in self.trained.items():
+            key = rate_factor(config, name), decay_of(config, param)
+            groups.setdefault(key, []).append(param)
+        columns: list[dict[str, Any]] = [
+            {"params": params, "factor": factor, "weight_decay": decay}
+            for (factor, decay), params in groups.items()
+        ]
+        self.steps = torch.zeros(())
+        if config.kind == "adamw":
+            self.torch: torch.optim.Optimizer = torch.optim.AdamW(
+                columns, lr=0.0, betas=config.betas, eps=config.eps, fused=True
+            )
+            keys = ("exp_avg", "exp_avg_sq")
+        else:
+            self.torch = torch.optim.SGD(columns, lr=0.0, momentum=config.momentum, fused=True)
+            keys = ("momentum_buffer",) if config.momentum else ()
+        for name, param in self.trained.items():
+            for key, moment in zip(keys, _moments(config, state), strict=False):
+                self.torch.state[param][key] = moment[name]
+
+    def gradients(self) -> list[Tensor]:
+        """The parameters' gradients."""
+        return [param.grad for param in self.trained.values() if param.grad is not None]
+
+    @torch.no_grad()
+    def step(
+        self, rate: Tensor, loss_scale: Tensor | None, clip: Tensor | None, finite: Tensor,
+        number: Tensor,
+    ) -> None:  # fmt: skip
+        """As `Optimizer.step`."""
+        if clip is not None:
+            # By a factor, so it doesn't matter that the gradients are still scaled.
+            for gradient in self.gradients():
+                gradient *= clip
+        for group in self.torch.param_groups:
+            group["lr"] = rate.item() * group["factor"]
+        if self.config.kind == "adamw":
+            for param in self.trained.values():
+                self.torch.state[param]["step"] = (number - 1).float()
+        # What GradScaler sets, and the fused kernels honour.
+        self.torch.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.torch.grad_scale = loss_scale  # type: ignore[attr-defined]
+        self.torch.step()
+
+
+def make_optimizer(config: Optim, state: State, *, compile: bool = False) -> Optimizer:
+    """The optimizer of a state, as its device wants it. Arguments are `Optimizer`'s."""
+    device = next(iter(state.momentum.values())).device
+    if is_accelerator(device):
+        return Optimizer(config, state, compile=compile)
+    return FusedOptimizer(config, state)
 
 
 def update(
@@ -236,17 +285,14 @@ def update(
     if gradients is None:
         gradients = optimizer.gradients()
     norm = torch.nn.utils.get_total_norm(gradients)
-    scale = None
-    if SCALE in guard:
-        scale = 1 / guard[SCALE]
-        norm = norm * scale
+    loss_scale, limit = guard.get(SCALE), optimizer.config.clip_norm
+    if loss_scale is not None:
+        norm = norm / loss_scale
     finite = norm.isfinite() if loss is None else (norm.isfinite() & loss.isfinite())
-    if (limit := optimizer.config.clip_norm) is not None:
-        # As torch.nn.utils.clip_grads_with_norm_.
-        clip = (limit / (norm + 1e-6)).clamp(max=1.0)
-        scale = clip if scale is None else clip * scale
-    optimizer.step(gradients, rate, scale, finite, guard[UPDATES] + 1)
-    for param in optimizer.params:
+    # As torch.nn.utils.clip_grads_with_norm_.
+    clip = None if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+    optimizer.step(rate, loss_scale, clip, finite, guard[UPDATES] + 1)
+    for param in optimizer.trained.values():
         param.grad = None
     follow(guard, finite)
     return norm
@@ -277,21 +323,14 @@ def _apply(
         old.copy_(torch.where(finite, new, old))
 
 
-def _stretches(config: Optim, state: State, moments: Sequence[Params], flat: bool) -> list[Stretch]:
-    trained = {name: state.params[name] for name in state.momentum}
+def _moments(config: Optim, state: State) -> tuple[Params, ...]:
+    return (state.momentum, state.second)[: moments_of(config)]
 
+
+def _stretches(config: Optim, trained: Params, moments: Sequence[Params]) -> list[Stretch]:
     def alike(name: str) -> tuple[float, float]:
         return rate_factor(config, name), decay_of(config, trained[name])
 
-    if not flat:
-        return [
-            Stretch(
-                as_vector(value.detach()),
-                tuple(as_vector(moment[name]) for moment in moments),
-                *alike(name),
-            )
-            for name, value in trained.items()
-        ]
     buffers = [buffer_of(trained), *(buffer_of(moment) for moment in moments)]
     runs = [(key, next(run).start) for key, run in groupby(spans(trained), lambda s: alike(s.name))]
     stops = [start for _, start in runs[1:]] + [len(buffers[0])]

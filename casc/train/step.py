@@ -12,7 +12,7 @@ from casc.train.accumulate import backward
 from casc.train.ema import average, decay_at
 from casc.train.guard import IN_A_ROW, scale_of
 from casc.train.meter import Meter
-from casc.train.optim import Optimizer, update
+from casc.train.optim import make_optimizer, update
 from casc.train.run import Run
 
 
@@ -25,7 +25,7 @@ class TrainStep:
 
     def __init__(self, run: Run, state: State, meter: Meter):
         self.run, self.state, self.meter = run, state, meter
-        self.optimizer = Optimizer(run.recipe.optim, state, compile=run.compute.compile)
+        self.optimizer = make_optimizer(run.recipe.optim, state, compile=run.compute.compile)
         self.trained = {name: state.params[name] for name in state.momentum}
         self.exchange = Exchange(self.trained.values(), run.ranks, run.recipe.ddp_bucket_mb)
         self.loss_steps: dict[int, LossStep] = {}

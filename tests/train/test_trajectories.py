@@ -17,7 +17,7 @@ from casc.model.losses import LossSums, loss_counts, mean_losses
 from casc.model.resnet import ResNetConfig
 from casc.model.steps import make_loss_step
 from casc.train.accumulate import Normalise, backward, mean_counts, split_batch
-from casc.train.optim import Optim, Optimizer, update
+from casc.train.optim import Optim, make_optimizer, update
 from casc.train.state import new_state
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def course(model, batches, ranks, *, normalise: Normalise = "rank", parts=1, rat
     params, buffers = detector.init(config, torch.Generator().manual_seed(1))
     params["rpn_head.rpn_cls.weight"] *= 30  # fresh weights score all anchors nearly alike
     state = new_state(config, params, buffers, CPU, torch.contiguous_format)
-    optimizer = Optimizer(Optim(), state)
+    optimizer = make_optimizer(Optim(), state)
     exchange = Exchange([state.params[name] for name in state.momentum], ranks)
     step = make_loss_step(config, image, canvas, EAGER)
     losses, course = [], []

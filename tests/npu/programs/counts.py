@@ -34,7 +34,7 @@ from casc.model.steps import make_detect_step, make_loss_step
 from casc.train.accumulate import backward
 from casc.train.guard import IN_A_ROW
 from casc.train.meter import Meter
-from casc.train.optim import Optim, Optimizer, update
+from casc.train.optim import Optim, make_optimizer, update
 from casc.train.state import new_state
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def casc_step(capacity: str) -> Callable[[int], Tensor]:
     params, buffers = detector.init(model, torch.Generator().manual_seed(0))
     state = new_state(model, params, buffers, device, compute.memory_format)
     loss_step = make_loss_step(model, IMAGE, CANVAS, compute)
-    optimizer = Optimizer(Optim(), state)
+    optimizer = make_optimizer(Optim(), state)
     rate, done = (
         torch.full((), 1e-4, device=device),
         torch.zeros((), dtype=torch.int64, device=device),

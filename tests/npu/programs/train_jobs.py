@@ -34,5 +34,5 @@ if __name__ == "__main__":
         if "PORTS" in os.environ:
             os.environ["MASTER_PORT"] = os.environ["PORTS"].split(",")[number]
         state = train(from_json(Recipe, settings, f"job {number}")).state
-        params = {k: v.detach().cpu().contiguous() for k, v in state.params.items()}
+        params = {k: v.detach().cpu().contiguous().clone() for k, v in state.params.items()}
         save_file(params, path.format(rank=os.environ.get("RANK", "0")))

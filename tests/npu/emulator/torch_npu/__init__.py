@@ -112,10 +112,11 @@ backend_registration.generate_methods_for_privateuse1_backend(
 )
 
 # These need the device.
-from torch_npu import compiling, hccl, operators  # noqa: E402
+from torch_npu import compiling, graphs, hccl, operators  # noqa: E402
 from torch_npu.operators import npu_roi_align  # noqa: E402,F401
 
 operators.register()
 compiling.register()
+graphs.register()
 if torch.distributed.is_available():
     hccl.register()

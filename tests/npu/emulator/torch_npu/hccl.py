@@ -67,7 +67,16 @@ class ProcessGroupHCCL(dist.ProcessGroup):
         return _done([])
 
     def _run(self, name: str, outputs: list, *args: Any):
-        getattr(self.gloo, name)(*[_host(arg) for arg in args]).wait()
+        given = [_host(arg) for arg in args]
+
+        def launch() -> None:
+            getattr(self.gloo, name)(*given).wait()
+
+        if _C.capturing():
+            for tensor in outputs:
+                _C.will_write(tensor)
+            _C.capture(launch)
+        launch()
         return _done([t for x in outputs for t in (x if isinstance(x, (list, tuple)) else [x])])
 
 

@@ -166,6 +166,10 @@ def _launch(name: str, kernel: Callable[..., Tensor], *args: Tensor) -> Tensor:
             raise RuntimeError(f"npu emulator: {name} takes float32 or float16, got {arg.dtype}")
         if arg.device != args[0].device:
             raise RuntimeError(f"npu emulator: {name}: operands on two devices")
-    made = _C.npu_alias(kernel(*[_C.cpu_alias(arg) for arg in args]), args[0].device.index)
+    given = [_C.cpu_alias(arg) for arg in args]
+    result = kernel(*given)
+    if _C.capturing():
+        _C.capture(lambda: result.copy_(kernel(*given)))
+    made = _C.npu_alias(result, args[0].device.index)
     _C.record(name, [*args, made])
     return made

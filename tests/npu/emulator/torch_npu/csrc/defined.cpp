@@ -1,5 +1,6 @@
 // The operators that a device has to define itself: memory, copies, convolution; and autocast.
 #include "aliases.h"
+#include "graph.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
@@ -40,13 +41,19 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
     tell("read", "copy to the host", bytes);
   } else if (from.is_cpu() && to.is_privateuseone()) {
     const bool waits = !(non_blocking && from.is_pinned());
+    if (waits) refuse_in_capture("a copy from memory that isn't pinned");
     tell("copy", waits ? "copy that waits" : "copy from pinned memory", bytes);
   } else {
     TORCH_CHECK(from.device() == to.device(), "npu emulator: copy between two devices");
     record("aten::copy_", {from, to}, true);
   }
   Call call;
-  call.to_cpu(to).copy_(call.to_cpu(from));
+  const auto target = call.to_cpu(to), source = call.to_cpu(from);
+  if (capturing) {
+    will_write(target);
+    capture([target, source] { target.copy_(source); });
+  }
+  target.copy_(source);
   return to;
 }
 
@@ -101,12 +108,18 @@ at::Tensor convolution(
   require_same_device(x, weight);
   Call call;
   call.device = x.device();
-  const auto cpu = [&](const at::Tensor& t) { return call.to_cpu(t).contiguous(); };
   std::optional<at::Tensor> cpu_bias;
   if (bias && bias->defined()) cpu_bias = call.to_cpu(*bias);
-  auto made = call.to_npu(at::convolution(
-      cpu(x), cpu(weight), cpu_bias, stride, padding, dilation, transposed, output_padding,
-      groups));
+  const auto run = [=, x = call.to_cpu(x), weight = call.to_cpu(weight), stride = stride.vec(),
+                    padding = padding.vec(), dilation = dilation.vec(),
+                    output_padding = output_padding.vec()] {
+    return at::convolution(
+        x.contiguous(), weight.contiguous(), cpu_bias, stride, padding, dilation, transposed,
+        output_padding, groups);
+  };
+  const auto result = run();
+  if (capturing) capture([run, result] { result.copy_(run()); });
+  auto made = call.to_npu(result);
   record("aten::convolution_overrideable", {x, weight, made}, true);
   return made;
 }
@@ -120,10 +133,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
   Call call;
   call.device = x.device();
   const auto bias_size = weight.size(transposed ? 1 : 0) * (transposed ? groups : 1);
-  const auto cpu = [&](const at::Tensor& t) { return call.to_cpu(t).contiguous(); };
-  auto [grad_x, grad_weight, grad_bias] = at::convolution_backward(
-      cpu(grad), cpu(x), cpu(weight), at::OptionalIntArrayRef(bias_size), stride, padding, dilation, transposed, output_padding,
-      groups, mask);
+  const auto run = [=, grad = call.to_cpu(grad), x = call.to_cpu(x), weight = call.to_cpu(weight),
+                    stride = stride.vec(), padding = padding.vec(), dilation = dilation.vec(),
+                    output_padding = output_padding.vec()] {
+    return at::convolution_backward(
+        grad.contiguous(), x.contiguous(), weight.contiguous(),
+        at::OptionalIntArrayRef(bias_size), stride, padding, dilation, transposed,
+        output_padding, groups, mask);
+  };
+  const auto [grad_x, grad_weight, grad_bias] = run();
+  if (capturing) {
+    const std::vector<at::Tensor> results{grad_x, grad_weight, grad_bias};
+    capture([run, results] {
+      const auto [a, b, c] = run();
+      const std::vector<at::Tensor> again{a, b, c};
+      for (size_t i = 0; i < again.size(); ++i)
+        if (results[i].defined()) results[i].copy_(again[i]);
+    });
+  }
   auto made = std::make_tuple(
       call.to_npu(grad_x), call.to_npu(grad_weight), call.to_npu(grad_bias));
   record(

@@ -1,8 +1,11 @@
 // Any operator of the device: the CPU's kernel on the same memory, recorded and checked.
 #include "aliases.h"
+#include "graph.h"
 
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
+
+#include <pybind11/functional.h>
 
 #include <atomic>
 #include <map>
@@ -55,6 +58,7 @@ void record(const std::string& full, const std::vector<at::Tensor>& tensors, boo
 }
 
 void tell(const char* kind, const std::string& name, int64_t bytes) {
+  if (std::string(kind) == "read" || std::string(kind) == "fallback") refuse_in_capture(name);
   if (!on) return;
   py::gil_scoped_acquire lock;
   if (listener) (*listener)(kind, name, bytes);
@@ -109,6 +113,29 @@ bool computes(const c10::FunctionSchema& schema) {
   return true;
 }
 
+// A launch's memory stays: when it is run again, results go where the first ones went.
+void keep(
+    const c10::OperatorHandle& op, torch::jit::Stack inputs, const torch::jit::Stack& stack) {
+  std::unordered_set<const c10::TensorImpl*> given;
+  for (const auto& value : inputs)
+    visit(value, [&](const at::Tensor& t) { given.insert(t.unsafeGetTensorImpl()); });
+  std::vector<at::Tensor> results;  // undefined where the operator wrote to an argument
+  for (size_t i = stack.size() - op.schema().returns().size(); i < stack.size(); ++i)
+    visit(stack[i], [&](const at::Tensor& t) {
+      results.push_back(given.count(t.unsafeGetTensorImpl()) ? at::Tensor() : t);
+    });
+  capture([op, inputs = std::move(inputs), results = std::move(results)] {
+    auto again = inputs;
+    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &again);
+    size_t at = 0;
+    for (const auto& value : again)
+      visit(value, [&](const at::Tensor& t) {
+        const auto& result = results.at(at++);
+        if (result.defined() && t.defined()) result.copy_(t);
+      });
+  });
+}
+
 void any_operator(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const auto& name = schema.name();
@@ -154,7 +181,17 @@ void any_operator(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       value = map_tensors(value, [&](const at::Tensor& t) { return call.to_cpu(t); });
     }
   }
+  const bool captured = capturing && computes(schema);
+  torch::jit::Stack inputs;
+  if (captured) {
+    inputs.assign(stack->begin() + static_cast<int64_t>(first), stack->end());
+    for (size_t i = 0; i < count; ++i) {
+      const auto* info = schema.arguments()[i].alias_info();
+      if (info && info->isWrite()) visit(inputs[i], [](const at::Tensor& t) { will_write(t); });
+    }
+  }
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  if (captured) keep(op, std::move(inputs), *stack);
   call.write_back();
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); ++i) {
     auto& value = (*stack)[i];
@@ -184,6 +221,17 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace emulator;
   register_hooks();
+  m.def("capturing", [] { return capturing.load(); });
+  m.def("capture_begin", &capture_begin);
+  m.def("capture_end", &capture_end, "Gives a function that does again what was captured.");
+  m.def("will_write", [](const at::Tensor& t) { will_write(Call().to_cpu(t.detach())); });
+  m.def("capture", [](py::function launch) {
+    auto kept = std::make_shared<py::function>(std::move(launch));
+    capture([kept] {
+      py::gil_scoped_acquire lock;
+      (*kept)();
+    });
+  }, "For kernels that are written in Python.");
   m.def("device_count", [] { return static_cast<int>(device_count()); });
   m.def("current_device", [] { return static_cast<int>(current_device()); });
   m.def("set_device", [](int device) { exchange_device(static_cast<c10::DeviceIndex>(device)); });
