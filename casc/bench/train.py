@@ -81,7 +81,7 @@ class Training:
         state = new_state(
             self.config, self.params, self.buffers, self.device, self.compute.memory_format
         )
-        optimizer = make_optimizer(Optim(), state, compile=self.compute.compile)
+        optimizer = make_optimizer(Optim(), state, compute=self.compute)
         rate, times = torch.zeros((), device=self.device), []
         for _ in range(3):
             for value in trainable(self.config, state.params).values():

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from casc.checkpoints.state import State
+from casc.device.compute import Compute
 from casc.device.devices import is_accelerator
+from casc.device.versions import compile_apart
 from casc.model.layers import Params
 from casc.train.flat import as_vector, buffer_of, spans
 from casc.train.guard import SCALE, UPDATES, follow
@@ -144,13 +146,13 @@ class Stretch(NamedTuple):
 class Optimizer:
     """Updates a state's tensors in place: from one buffer of gradients, as accelerators want it."""
 
-    def __init__(self, config: Optim, state: State, *, compile: bool = False):
+    def __init__(self, config: Optim, state: State, *, compute: Compute | None = None):
         """Prepare.
 
         Args:
             config: the recipe's.
             state: from `casc.train.state.new_state`.
-            compile: whether to compile the update.
+            compute: says whether to compile the update, and with what; eager if None.
         """
         self.config = config
         self.trained = {name: state.params[name] for name in state.momentum}
@@ -158,7 +160,11 @@ class Optimizer:
         # Gradients come one by one; side by side they are exchanged and measured at once.
         self.gradient: Tensor | None = torch.zeros_like(buffer_of(self.trained))
         self.stretches = _stretches(config, self.trained, _moments(config, state))
-        self._apply = torch.compile(_apply, fullgraph=True) if compile else _apply
+        self._apply = _apply
+        if compute is not None and compute.compile:
+            # Each stretch is of another length.
+            stretches = max(len(self.stretches), 1)
+            self._apply = compile_apart(_apply, backend=compute.backend, recompile_limit=stretches)
 
     def gradients(self) -> list[Tensor]:
         """The parameters' gradients, in one tensor of all."""
@@ -250,11 +256,11 @@ class FusedOptimizer(Optimizer):
         self.torch.step()
 
 
-def make_optimizer(config: Optim, state: State, *, compile: bool = False) -> Optimizer:
+def make_optimizer(config: Optim, state: State, *, compute: Compute | None = None) -> Optimizer:
     """The optimizer of a state, as its device wants it. Arguments are `Optimizer`'s."""
     device = next(iter(state.momentum.values())).device
     if is_accelerator(device):
-        return Optimizer(config, state, compile=compile)
+        return Optimizer(config, state, compute=compute)
     return FusedOptimizer(config, state)
 
 

@@ -25,7 +25,7 @@ class TrainStep:
 
     def __init__(self, run: Run, state: State, meter: Meter):
         self.run, self.state, self.meter = run, state, meter
-        self.optimizer = make_optimizer(run.recipe.optim, state, compile=run.compute.compile)
+        self.optimizer = make_optimizer(run.recipe.optim, state, compute=run.compute)
         self.trained = {name: state.params[name] for name in state.momentum}
         self.exchange = Exchange(self.trained.values(), run.ranks, run.recipe.ddp_bucket_mb)
         self.loss_steps: dict[int, LossStep] = {}

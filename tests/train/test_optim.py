@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from casc.checkpoints.state import State
+from casc.device.compute import Compute
 from casc.train.flat import buffer_of, flatten, spans
 from casc.train.guard import follow, new_guard, scaled_loss
 from casc.train.optim import Optim, Optimizer, adamw, make_optimizer, sgd, update
@@ -46,6 +47,24 @@ def optimizer_of(state, flat, monkeypatch, **settings) -> Optimizer:
     optimizer = make_optimizer(Optim(**settings), state)
     assert (optimizer.gradient is not None) == flat
     return optimizer
+
+
+def test_the_update_is_compiled_by_what_compiles_the_step(monkeypatch):
+    """Inductor isn't everywhere."""
+    state, seen = make_state(3), []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    monkeypatch.setattr("casc.train.optim.is_accelerator", lambda device: True)
+    compute = Compute(compile=True, backend=backend)  # type: ignore[arg-type]
+    optimizer = make_optimizer(Optim(), state, compute=compute)
+    backward(state)
+    before = {name: value.detach().clone() for name, value in state.params.items()}
+    update(optimizer, rate_of(0.1), state.guard, torch.ones(()))
+    assert len(seen) == len(optimizer.stretches)
+    assert not any(torch.equal(before[name], value) for name, value in state.params.items())
 
 
 def rate_of(value: float) -> Tensor:
