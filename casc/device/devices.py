@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,9 +101,46 @@ def _replay_missing_npu() -> str | None:
     return None if mode in ("0", "1") else f"TASK_QUEUE_ENABLE={mode} forbids it; set it to 1"
 
 
+def _ready_cuda() -> None:
+    # Shapes are fixed, so trying cuDNN's algorithms once pays; and float32 means float32: torch
+    # would let convolutions alone round to TF32. bfloat16 is what is for speed.
+    torch.backends.cudnn.benchmark = True
+    # RNNs too: where the two differ, torch refuses to say whether it rounds.
+    cudnn: Any = torch.backends.cudnn
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 def _ready_npu() -> None:
     # Else operators are compiled for each new shape, while the step waits.
     torch.get_device_module("npu").set_compile_mode(jit_compile=False)
+
+
+class _CudaGraph:
+    """`torch.accelerator.Graph`, as far as it is used here, for a torch without it."""
+
+    def __init__(self, *, pool: tuple[int, int] | None = None):
+        self.graph, self.given = torch.cuda.CUDAGraph(), pool
+
+    def __enter__(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self.graph.capture_begin(pool=self.given)  # type: ignore[arg-type]
+
+    def __exit__(self, *_: object) -> None:
+        self.graph.capture_end()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+    def pool(self) -> tuple[int, int]:
+        return self.graph.pool()
+
+
+def graph_class(device: torch.device) -> Any:
+    """What records a device's launches: `with GRAPH(pool=...)`, then `replay()`; None without."""
+    found = getattr(torch.accelerator, "Graph", None)
+    return _CudaGraph if found is None and device.type == "cuda" else found
 
 
 TRAITS = {
@@ -137,6 +174,7 @@ TRAITS = {
         roi_align="torchvision",
         select_rois=True,
         bag_backward=True,
+        ready=_ready_cuda,
         environment=(Setting("CUBLAS_WORKSPACE_CONFIG", ":4096:8", "for --deterministic", True),),
     ),
     "npu": Traits(
@@ -289,6 +327,7 @@ def make_deterministic(device: torch.device) -> None:
                 f"--deterministic: set {setting.name}={setting.value} in the environment first"
             )
     torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # the fastest algorithm may be another every time
 
 
 class RoiKernels(NamedTuple):

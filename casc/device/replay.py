@@ -6,12 +6,12 @@ reads must lie where it lay, and whatever it changes is changed in place; number
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from casc.device.devices import is_accelerator, traits
+from casc.device.devices import graph_class, is_accelerator, traits
 from casc.errors import UserError
 
 _WARM_UP = 2
@@ -22,7 +22,7 @@ def replay_missing(device: torch.device) -> str | None:
     """Why steps can't be replayed on a device, in a few words; None if they can."""
     if not is_accelerator(device):
         return "a CPU launches nothing"
-    if _graph_class() is None:
+    if graph_class(device) is None:
         return f"torch {torch.__version__} records no graphs of {device.type}"
     return traits(device).replay_missing()
 
@@ -46,7 +46,7 @@ class Replay:
         """
         self.function, self.changed, self.pool = function, changed, pool
         self.inputs: list[Tensor] = []
-        self.graph: torch.accelerator.Graph | None = None
+        self.graph: Any = None
 
     def __call__(self, *inputs: Tensor) -> None:
         """Run on these values; their shapes are those of the first call.
@@ -55,13 +55,12 @@ class Replay:
             UserError: the function can't be recorded: it reads something back, for instance.
         """
         if self.graph is None:
-            self._record(inputs)
+            self.graph = self._record(inputs)
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given, non_blocking=True)
-        assert self.graph is not None
         self.graph.replay()
 
-    def _record(self, inputs: Sequence[Tensor]) -> None:
+    def _record(self, inputs: Sequence[Tensor]) -> Any:
         device = inputs[0].device
         self.inputs = [value.clone() for value in inputs]
         current = torch.accelerator.current_stream(device)
@@ -75,9 +74,7 @@ class Replay:
                 value.detach().copy_(old)
         current.wait_stream(aside)
         torch.accelerator.synchronize(device)
-        kind = _graph_class()
-        assert kind is not None
-        graph = kind(pool=self.pool.token)
+        graph = graph_class(device)(pool=self.pool.token)
         try:
             with aside, graph:
                 self.function(*self.inputs)
@@ -87,8 +84,8 @@ class Replay:
                 f"--replay: the step can't be recorded ({reason}); train with --replay off"
             ) from error
         current.wait_stream(aside)
-        self.graph = graph
         self.pool.token = graph.pool()
+        return graph
 
 
 class Pool:
@@ -124,8 +121,3 @@ def choose_replay(setting: str, device: torch.device, reads: str | None) -> Choi
     if setting == "on":
         raise UserError(f"--replay on: {missing}; use --replay auto or off")
     return Choice(False, f"steps are launched one by one: {missing}")
-
-
-def _graph_class() -> type | None:
-    # torch 2.12 brought one class for all accelerators.
-    return getattr(torch.accelerator, "Graph", None)

@@ -4,6 +4,8 @@
   a copy of the function for each call, as Dynamo counts per code object.
 - How many graphs such a function may have. From 2.14: `recompile_limit=`. Before: Dynamo's setting
   of this name, while the function is called.
+- Graphs of what a device launches. From 2.12: `torch.accelerator.Graph`, for any of them. Before:
+  the device module's own (`graph_class` of casc/device/devices.py).
 - The time-out of a process group that exists. From 2.14: `dist.set_timeout`. Before:
   `distributed_c10d._set_pg_timeout`.
 """

@@ -68,8 +68,8 @@ class Recipe:
     device: str = "auto"
     """auto: the accelerator if there is one, else the CPU. Or cpu, cuda, npu, cuda:1, ..."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of convolutions and matrix products; auto takes what suits the device. float16 scales the
-    loss, as little gradients would vanish otherwise."""
+    """Of convolutions and matrix products; auto takes what suits the device. float32 is computed
+    in full, without TF32. float16 scales the loss, as little gradients would vanish otherwise."""
     exactness: Literal["default", "reference"] = "default"
     """default: faster equivalents of some of the reference's operations. reference: its own way
     in all of them (adaptive RoIAlign, mask targets from bitmaps)."""

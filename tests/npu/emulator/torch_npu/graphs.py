@@ -48,4 +48,4 @@ class Graph:
 
 def register() -> None:
     """Put it where torch has it."""
-    torch.accelerator.Graph = Graph  # type: ignore[misc,assignment]
+    torch.accelerator.Graph = Graph

@@ -1,0 +1,74 @@
+"""What decides whether steps are replayed. That replayed ones are right is shown in tests/npu."""
+
+import pytest
+import torch
+
+from casc.device import devices, replay
+from casc.device.compute import Compute
+from casc.device.devices import graph_class, make_deterministic
+from casc.device.replay import choose_replay
+from casc.errors import UserError
+from casc.model.detector import DetectorConfig
+from casc.model.steps import reads_back
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_a_cpu_replays_nothing_and_says_so():
+    assert choose_replay("auto", CPU, None) == (
+        False,
+        "steps are launched one by one: a CPU launches nothing",
+    )
+    assert not choose_replay("off", CPU, None).replay
+    with pytest.raises(UserError, match=r"^--replay on: a CPU launches nothing; use --replay auto"):
+        choose_replay("on", CPU, None)
+
+
+def test_an_accelerator_does_unless_something_reads():
+    assert choose_replay("auto", CUDA, None).replay
+    assert choose_replay("on", CUDA, None).replay
+    assert not choose_replay("off", CUDA, None).replay
+    reads = reads_back(DetectorConfig(), Compute(mask_capacity="counted"))
+    assert reads is not None
+    found = choose_replay("auto", CUDA, reads)
+    assert not found.replay
+    assert "--model.mask-head.capacity full" in found.note
+    with pytest.raises(UserError, match="--replay on: mask heads run on a counted number"):
+        choose_replay("on", CUDA, reads)
+    assert reads_back(DetectorConfig(), Compute(mask_capacity="full")) is None
+
+
+def test_the_queue_mode_that_forbids_it_is_named(monkeypatch):
+    row = devices.TRAITS["npu"]
+    for mode, allowed in (("0", True), ("1", True), ("2", False)):
+        monkeypatch.setenv("TASK_QUEUE_ENABLE", mode)
+        missing = row.replay_missing()
+        assert (missing is None) == allowed
+        assert allowed or "set it to 1" in str(missing)
+    monkeypatch.delenv("TASK_QUEUE_ENABLE")
+    assert row.replay_missing() is None
+
+
+def test_a_torch_without_graphs_says_so(monkeypatch):
+    monkeypatch.setattr(replay, "graph_class", lambda device: None)
+    assert "records no graphs of cuda" in choose_replay("auto", CUDA, None).note
+
+
+def test_an_older_torch_has_cudas_own(monkeypatch):
+    monkeypatch.delattr(torch.accelerator, "Graph", raising=False)
+    assert graph_class(CUDA) is not None
+    assert graph_class(CPU) is None
+
+
+def test_float32_is_float32_and_shapes_are_tuned(monkeypatch):
+    backends = torch.backends
+    monkeypatch.setattr(backends.cudnn, "benchmark", False)
+    devices.TRAITS["cuda"].ready()
+    assert backends.cudnn.benchmark
+    assert not backends.cudnn.allow_tf32
+    assert not backends.cuda.matmul.allow_tf32
+    try:
+        make_deterministic(CPU)
+        assert not backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
