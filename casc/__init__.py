@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from casc.evaluate.run import evaluate
-    from casc.inference.load import load
-    from casc.train.loop import train
-    from data_tools.shard import shard
-
-__all__ = ["evaluate", "load", "shard", "train"]
+    from casc.evaluate.run import evaluate as evaluate
+    from casc.inference.load import load as load
+    from casc.train.loop import train as train
+    from data_tools.shard import shard as shard
 
 
 def __getattr__(name: str) -> Any:
@@ -35,4 +33,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return ["evaluate", "load", "shard", "train", "__version__"]

@@ -4,9 +4,11 @@ import contextlib
 import difflib
 import io
 import itertools
+import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import tyro
@@ -48,16 +50,31 @@ def parse_arguments(
         if not stop.code or not (unknown := _unknown_flags(kind, arguments, options)):
             sys.stderr.write(said.getvalue())
             raise
-        _refuse(prog, _unknown(unknown, _known_flags(kind, arguments, options)))
+        refuse(prog, _unknown(unknown, _known_flags(kind, arguments, options)))
     flags = [text for text in unknown if _FLAG.match(text)]
     if flags:
-        _refuse(prog, _unknown(flags, _known_flags(kind, arguments, options)))
+        refuse(prog, _unknown(flags, _known_flags(kind, arguments, options)))
     if unknown:
-        _refuse(prog, f"unexpected argument {unknown[0]!r}")
+        refuse(prog, f"unexpected argument {unknown[0]!r}")
     return command
 
 
-def _refuse(prog: str | None, text: str) -> NoReturn:
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """End the program in silence when whoever reads its output has had enough, as `head` has."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more as it ends, and would tell of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def refuse(prog: str | None, text: str) -> NoReturn:
+    """End the program for wrong usage: one line, exit status 2."""
     print(f"{prog or 'error'}: {text}; --help lists what there is", file=sys.stderr)
     sys.exit(2)
 

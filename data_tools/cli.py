@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NoReturn
 
 import tyro
 
-from casc.arguments import parse_arguments
+from casc.arguments import parse_arguments, reader_may_leave
 from casc.data.index import ASPECTS, Index
 from casc.data.loader_config import RemoteConfig, check_loading
 from casc.data.status import warn_on_stderr
@@ -24,9 +24,12 @@ class ShardCommand:
 
     Image bytes go in untouched. Interrupt it at any time and run it again: what is finished
     is kept. The same input gives the same bytes, whatever the number of workers.
+
+    Examples: `data_tools shard COCO --out shards`; `data_tools shard COCO --splits val2017
+    --max-size 1600`.
     """
 
-    coco: tyro.conf.Positional[Path | None] = None
+    coco: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[FOLDER]")]] = None
     """The data set: annotations/instances_<split>.json and a folder <split>/ of images each; or as
     Roboflow, CVAT, Label Studio or FiftyOne lay out COCO's format."""
     out: Path = Path("shards")
@@ -100,9 +103,11 @@ class CheckCommand:
     """Check shards against their index: sizes, hashes, counts, order, fields, decodability.
 
     Prints a line for each fault, and exits with 1 if there is any.
+
+    Examples: `data_tools check shards`; `data_tools check shards --workers 8`.
     """
 
-    shards: tyro.conf.Positional[Path]
+    shards: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SHARDS")]]
     """Folder with index.json, or its URL."""
     workers: int = field(default_factory=default_workers)
     """Processes."""
@@ -140,9 +145,12 @@ class SynthCommand:
     """Generate a data set in COCO's layout: overlapping textured shapes.
 
     The same seed gives the same images. For demonstrations and tests.
+
+    Examples: `data_tools synth shapes`; `data_tools synth shapes --train 1200 --val 100 --size
+    224`.
     """
 
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """Folder to make, with annotations/, train2017/ and val2017/."""
     train: int = 240
     """Images in train2017."""
@@ -176,9 +184,13 @@ class SynthCommand:
 
 @dataclass(frozen=True)
 class ShowCommand:
-    """Draw samples with boxes, masks and names: a contact sheet, or a page. Crowds are striped."""
+    """Draw samples with boxes, masks and names: a contact sheet, or a page. Crowds are striped.
 
-    shards: tyro.conf.Positional[Path]
+    Examples: `data_tools show shards`; `data_tools show shards --split val2017 --out
+    show.html`.
+    """
+
+    shards: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SHARDS")]]
     """Folder with index.json, or its URL."""
     out: Path = Path("contact.png")
     """The PNG to write; or, ending in .html, one self-contained page, with annotations listed."""
@@ -227,18 +239,24 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 if all is well, 1 if not, 2 on wrong usage."""
+    with reader_may_leave():
+        _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> NoReturn:
     command = parse_arguments(
         Command,
         sys.argv[1:] if arguments is None else arguments,
         prog="data_tools",
         description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
     )
     # Batch systems end jobs with SIGTERM: stop in order then too.
     before = signal.signal(signal.SIGINT, interrupt_once)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         code = command.run()
+    except BrokenPipeError:
+        raise
     except (UserError, OSError) as error:
         print(f"data_tools: {error}", file=sys.stderr)
         code = 1

@@ -106,7 +106,9 @@ def check(command: Sequence[str]) -> None:
         AssertionError: when there is no such program.
     """
     program, arguments = Path(command[0]).name, list(command[1:])
-    if program == "casc":
+    if program == "casc" and arguments[:1] == ["train"] and arguments[1:]:
+        _module(f"casc.recipes.{arguments[1]}", arguments[2:])
+    elif program == "casc":
         _parsed(cli.Command, with_default(arguments), program)
     elif program == "data_tools":
         _parsed(data_tools.Command, arguments, program)
@@ -128,7 +130,7 @@ def check(command: Sequence[str]) -> None:
 
 def _parsed(union: Any, arguments: list[str], program: str) -> None:
     try:
-        parse_arguments(union, arguments, prog=program, config=(tyro.conf.FlagCreatePairsOff,))
+        parse_arguments(union, arguments, prog=program)
     except SystemExit as stop:
         if stop.code:
             raise

@@ -2,11 +2,13 @@
 
 All three use the same names: the reference's `state_dict`'s. torchvision's ResNets lack the
 prefix `backbone.` and have a classifier that nobody needs here. What is in other programs'
-checkpoints is turned to casc's conventions as far as their files tell; `casc convert` knows more
-programs, and is strict.
+checkpoints is turned to casc's conventions as far as their files tell; `casc convert` reports what
+it did, and takes what they don't tell.
 """
 
+import fcntl
 import hashlib
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,23 +22,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from casc.checkpoints import format as checkpoint
-from casc.checkpoints.foreign import STEM, to_rgb
+from casc.checkpoints.detectron2 import read_detectron2
+from casc.checkpoints.foreign import STEM, Stated, to_rgb
 from casc.checkpoints.mmdetection import categories_of, settings_of, state_dict_of
-from casc.checkpoints.pickles import first_line, load_torch
+from casc.checkpoints.pickles import first_line, load_pickle, load_torch
+from casc.checkpoints.published import COCO_CLASSES, PUBLISHED
 from casc.checkpoints.shapes import model_of
 from casc.checkpoints.torchvision_resnet import CLASSIFIER, is_torchvision
 from casc.config import to_json
 from casc.data.index import Category
+from casc.data.loader_config import RemoteConfig
+from casc.data.remote import FetchError, open_remote
 from casc.errors import UserError
 from casc.json_files import parse_json
 from casc.model.detector import DetectorConfig
 from casc.model.layers import Params
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import PREFIX
-
-_CONVERT_FIRST = (
-    "weights of Detectron2 have to be converted first: casc convert FILE OUT.safetensors"
-)
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,19 @@ def read_weights(source: str) -> Weights:
 
     Args:
         source: a run's folder (its newest whole checkpoint is taken), a checkpoint's folder,
-            a `.safetensors` file, a `.pth` file of the reference or of torchvision, or the
-            http(s) URL of one, which is downloaded once (see `download_weights`).
+            a `.safetensors` file, a file of the reference, Detectron2 or torchvision, the http(s)
+            URL of one, which is downloaded once (see `download_weights`), or a name of
+            `casc.checkpoints.published`.
 
     Raises:
         UserError: it can't be read, or holds none of these.
     """
+    if source in PUBLISHED:
+        return replace(_from_file(download_weights(PUBLISHED[source].url)), source=source)
+    if source.startswith(("mmdet:", "detectron2:")):
+        raise UserError(f"{source}: isn't known; `casc weights` lists the names")
     if "://" in source:
-        return _from_torch(source, load_torch(download_weights(source)))
+        return replace(_from_file(download_weights(source)), source=source)
     path = Path(source).expanduser()
     if path.is_dir():
         path = _in_folder(path)
@@ -102,9 +109,11 @@ def read_weights(source: str) -> Weights:
         raise UserError(f"{source}: no such file or folder")
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
-    if path.suffix == ".pkl":
-        raise UserError(f"{path}: {_CONVERT_FIRST}")
-    return _from_torch(str(path), load_torch(path))
+    return _from_file(path)
+
+
+def _from_file(path: Path) -> Weights:
+    return _from_torch(str(path), load_pickle(path) if path.suffix == ".pkl" else load_torch(path))
 
 
 def imagenet_weights(depth: int) -> Weights:
@@ -191,7 +200,7 @@ def _from_torch(source: str, data: Any) -> Weights:
     if not isinstance(data, Mapping):
         raise UserError(f"{source}: holds no state_dict")
     if isinstance(data.get("model"), Mapping):
-        raise UserError(f"{source}: {_CONVERT_FIRST}")
+        return _from_detectron2(source, data)
     tensors = state_dict_of(data) if isinstance(data.get("state_dict", data), Mapping) else {}
     if not tensors:
         raise UserError(f"{source}: holds no state_dict")
@@ -212,13 +221,24 @@ def _from_torch(source: str, data: Any) -> Weights:
     return Weights(source, "reference", tensors, categories_of(data), recipe, problem=problem)
 
 
+def _from_detectron2(source: str, data: Mapping[str, Any]) -> Weights:
+    """A Detectron2 model with what is usual there where its file doesn't say."""
+    found = read_detectron2(data, source, Stated()).checkpoint
+    recipe = {"model": to_json(found.model), "image": to_json(found.image)}
+    categories = found.categories
+    if categories is None and found.model.classes == len(COCO_CLASSES):
+        categories = tuple(Category(-1, name) for name in COCO_CLASSES)
+    return Weights(source, "reference", found.tensors, categories, recipe)
+
+
 def download_weights(url: str) -> Path:
     """A URL's file in torch.hub's cache (`$TORCH_HOME/hub/checkpoints`), downloaded if needed.
 
     Where the name ends in the file's own hash (`resnet50-0676ba61.pth`), the file has that name
     there. Any other name may be that of many files: it gets a hash of the whole URL in front, and
     the content's SHA-256 is kept beside it, and compared each time. The hash in a name is compared
-    when the file has been downloaded.
+    when the file has been downloaded. What an interrupted download left is gone on with, and
+    processes that want the same file wait for the first.
 
     Raises:
         UserError: it isn't http(s), can't be downloaded, or has another hash.
@@ -234,25 +254,47 @@ def download_weights(url: str) -> Path:
     kept = folder / f"{name}.sha256"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        new = not file.exists()
-        if new:
-            torch.hub.download_url_to_file(
-                url, str(file), hash_prefix=named[1] if named else None, progress=False
-            )
+        new = not file.exists() and _download(url, file, named[1] if named else "")
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         expected = kept.read_text().strip() if kept.exists() and not named else digest
         if new and not named:
             expected = digest
             kept.write_text(f"{digest}\n")
-    except Exception as error:  # of the network, or the disk
+    except OSError as error:  # of the disk
         raise UserError(
             f"{url}: could not be had ({first_line(error)}); download it elsewhere to {file},"
             " or give the path of a file with --init"
         ) from None
+    except FetchError as error:
+        raise UserError(
+            f"{error}; or download it elsewhere to {file}, or give the path of a file"
+        ) from None
     if not digest.startswith(expected):
         raise UserError(f"{file}: its SHA-256 isn't {expected}; delete it to download {url} again")
     return file
+
+
+def _download(url: str, file: Path, digest: str) -> bool:
+    """Whether this process downloaded the file, or the last part of it."""
+    part = file.with_name(f"{file.name}.part")
+    with part.open("ab") as target:
+        fcntl.flock(target, fcntl.LOCK_EX)
+        if file.exists():  # another process had it first
+            part.unlink(missing_ok=True)
+            return False
+        start = target.seek(0, io.SEEK_END)
+        with open_remote(url, None, RemoteConfig(), start=start) as stream:
+            while some := stream.read1(2**20):  # so that what has come is kept if the rest doesn't
+                target.write(some)
+        target.flush()
+        with part.open("rb") as made:
+            found = hashlib.file_digest(made, "sha256").hexdigest()
+        if not found.startswith(digest):
+            part.unlink()
+            raise UserError(f"{url}: its SHA-256 begins {found[:8]}, not {digest}; try again")
+        part.rename(file)
+    return True
 
 
 def _groups(names: Sequence[str], most: int = 6) -> list[str]:

@@ -133,7 +133,7 @@ class LoaderCommand:
     Measured by the clock, so keep the machine idle.
     """
 
-    shards: tyro.conf.Positional[Path | None] = None
+    shards: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[SHARDS]")]] = None
     """Folder made by `data_tools shard`; without it, generated images of 640 pixels."""
     split: str | None = None
     """Which split; by default the first with images to train on."""
@@ -181,7 +181,10 @@ Bench = (
 
 @dataclass(frozen=True)
 class BenchCommand:
-    """Time a part on this machine; `casc bench --json` means `casc bench train --json`."""
+    """Time a part on this machine; `casc bench --json` means `casc bench train --json`.
+
+    Examples: `casc bench --canvas 512 512`; `casc bench inference --device cpu`.
+    """
 
     part: tyro.conf.OmitArgPrefixes[Bench]
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -14,12 +14,15 @@ class ConvertCommand:
 
     Says what was done with each tensor, and how each convention in which the programs differ
     was brought over; what can't be is refused.
+
+    Examples: `casc convert epoch_12.pth r50.safetensors`; `casc convert runs/coco_1x r50.pth
+    --to mmdetection`.
     """
 
-    source: tyro.conf.Positional[str]
+    source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
     """What to convert: a run's folder, casc's .safetensors, MMDetection's .pth (2.x, 3.x),
     Detectron2's .pkl or .pth, torchvision's .pth. Whose it is follows from its tensors' names."""
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """File to write: .safetensors for casc, .pth for the others, or .pkl for Detectron2."""
     to: Literal["casc", "mmdetection", "detectron2", "torchvision"] = "casc"
     """For which program."""

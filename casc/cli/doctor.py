@@ -40,6 +40,8 @@ class DoctorCommand:
     """Say what this machine has, what works on it, and how to mend what doesn't.
 
     Exits with 0 if casc can train on some device here, else with 1.
+
+    Examples: `casc doctor`; `casc doctor --help`.
     """
 
     json: bool = False

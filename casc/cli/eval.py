@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from casc.data.loader_config import EvalLoaderConfig
 from casc.errors import UserError
+from casc.inference.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -15,24 +16,37 @@ class EvalCommand:
     """Measure a checkpoint's box and mask AP on shards, as COCO does.
 
     Prints pycocotools' twelve figures of each.
+
+    Examples: `casc eval runs/coco_1x shards --per-class`; `casc eval model.pth shards --results
+    found.json`.
     """
 
-    checkpoint: tyro.conf.Positional[str]
-    """A run's folder, a checkpoint's folder, a .safetensors file, or the reference's .pth."""
-    shards: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]]
+    """A run's folder, a checkpoint's folder, a .safetensors file, a checkpoint of MMDetection or
+    Detectron2, its URL, or a published one's name (`casc weights`)."""
+    shards: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SHARDS")]]
     """Folder made by `data_tools shard`, or its URL."""
     split: str | None = None
     """Which split; by default the one that the run evaluated on, or val2017."""
     batch: int = 2
     """Images per step."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    max_dets: int = 100
+    """Detections that count per image and class, pycocotools' maxDets. Other than 100, figures are
+    named by it, and --detections has to be as many at least."""
     per_class: bool = False
-    """Also print each class's AP."""
+    """Also print each class's AP, also by size."""
+    errors: bool = False
+    """Also print what kinds of errors there are (TIDE, Bolya et al., 2020) and which classes are
+    taken for each other. Needs casc[errors]."""
+    results: Path | None = None
+    """Save all detections in COCO's results format, as pycocotools reads it."""
     out: Path | None = None
     """Save all figures, also each class's, as JSON."""
     device: str = "auto"
     """auto: the accelerator if there is one, else the CPU. Or cpu, cuda, npu, ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of convolutions and matrix products; auto takes what suits the device."""
+    """Of convolutions and matrix products; auto: as it was trained, if the device can."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile with torch.compile, once per canvas; auto does so on accelerators."""
     loading: EvalLoaderConfig = field(default_factory=EvalLoaderConfig)
@@ -55,7 +69,15 @@ class EvalCommand:
         _say(f"{detector.source} on {split} of {where}, {detector.device}, {dtype}")
         with tqdm(unit="image", disable=None, leave=False) as bar:
             evaluation = evaluate(
-                detector, where, split, batch=self.batch, loading=self.loading, watch=bar.update
+                detector,
+                where,
+                split,
+                batch=self.batch,
+                max_dets=self.max_dets,
+                results=self.results,
+                errors=self.errors,
+                loading=self.loading,
+                watch=bar.update,
             )
         _say(format_table(evaluation, per_class=self.per_class))
         if self.out:

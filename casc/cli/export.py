@@ -3,13 +3,14 @@
 import json
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from casc.errors import UserError
+from casc.inference.settings import Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
     from casc.checkpoints.model import Trained
@@ -25,11 +26,15 @@ class ExportCommand:
 
     Decoded pixels in, detections out: resize and normalisation are inside. What was written
     is run on the CPU and compared with casc's own inference; it is kept only if they agree.
+
+    Examples: `casc export runs/coco_1x detector.onnx`; `casc export runs/coco_1x detector.pt2
+    --format pt2 --canvas 800 1344`.
     """
 
-    checkpoint: tyro.conf.Positional[str]
-    """A run's folder, a checkpoint's folder, a .safetensors file, or the reference's .pth."""
-    out: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]]
+    """A run's folder, a checkpoint's folder, a .safetensors file, a checkpoint of MMDetection or
+    Detectron2, its URL, or a published one's name (`casc weights`)."""
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """The file: .onnx, or .pt2 for the other two forms. OUT.json is written beside it."""
     format: Literal["onnx", "pt2", "aoti"] = "onnx"
     """onnx: standard operators only. pt2: a torch.export program of plain ATen. aoti: the same,
@@ -49,6 +54,7 @@ class ExportCommand:
     """Limit of the longer side; by default as the recipe has it."""
     roi_align: Literal["trained", "fixed"] = "trained"
     """trained: as the recipe has it. fixed: 2x2 samples per cell, whatever that says."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
     images: tuple[str, ...] = ()
     """Compare on these files, folders or patterns; by default on generated pictures."""
     check: bool = True
@@ -106,7 +112,7 @@ class ExportCommand:
 
     def _trained(self) -> "tuple[Trained, Shape]":
         """The checkpoint with the settings that the program will have, and the sizes."""
-        from casc.checkpoints.model import load_trained
+        from casc.checkpoints.model import class_names, load_trained
         from casc.export.program import Shape
 
         trained = load_trained(self.checkpoint)
@@ -117,6 +123,10 @@ class ExportCommand:
         model = trained.model
         if self.roi_align != "trained":
             model = replace(model, roi_align=self.roi_align)
+        inference = self.settings.applied(model.inference, class_names(trained))
+        if inference.soft_nms != "off":
+            raise UserError("--soft-nms: exported programs suppress boxes; leave it out")
+        model = replace(model, inference=inference)
         side = -(-image.long // _DIVISOR) * _DIVISOR
         canvas = self.canvas or (side, side)
         shape = Shape(self.batch, self.pixels or canvas, canvas)

@@ -1,6 +1,6 @@
-"""The command line: every command of `casc`, each a file of this room.
+"""Train, evaluate and use Cascade Mask R-CNN.
 
-Training is `python -m casc.recipes.NAME`.
+`casc COMMAND --help` explains a command, `casc train NAME --help` a recipe.
 """
 
 import sys
@@ -9,24 +9,30 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from casc.arguments import parse_arguments
+from casc import __version__
+from casc.arguments import parse_arguments, reader_may_leave
 from casc.cli.bench import BenchCommand, with_default
 from casc.cli.convert import ConvertCommand
 from casc.cli.doctor import DoctorCommand
 from casc.cli.eval import EvalCommand
 from casc.cli.export import ExportCommand
 from casc.cli.predict import PredictCommand
+from casc.cli.recipes import RecipesCommand, TrainCommand, train
 from casc.cli.report import ReportCommand
 from casc.cli.verify import VerifyCommand
+from casc.cli.weights import WeightsCommand
 from casc.errors import UserError
 
 Command = (
-    Annotated[EvalCommand, tyro.conf.subcommand("eval")]
+    Annotated[TrainCommand, tyro.conf.subcommand("train")]
+    | Annotated[RecipesCommand, tyro.conf.subcommand("recipes")]
+    | Annotated[EvalCommand, tyro.conf.subcommand("eval")]
     | Annotated[PredictCommand, tyro.conf.subcommand("predict")]
     | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     | Annotated[VerifyCommand, tyro.conf.subcommand("verify")]
     | Annotated[BenchCommand, tyro.conf.subcommand("bench")]
     | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
+    | Annotated[WeightsCommand, tyro.conf.subcommand("weights")]
     | Annotated[ConvertCommand, tyro.conf.subcommand("convert")]
     | Annotated[ExportCommand, tyro.conf.subcommand("export")]
 )
@@ -34,18 +40,30 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 if all is well, 1 if not, 2 on wrong usage."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with reader_may_leave():
+        sys.exit(_run(given))
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        print(f"casc {__version__}")
+        return 0
+    if arguments[:1] == ["train"] and arguments[1:] and not arguments[1].startswith("-"):
+        train(arguments[1], arguments[2:])
+        return 0
     command = parse_arguments(
         Command,
-        with_default(sys.argv[1:] if arguments is None else arguments),
+        with_default(arguments),
         prog="casc",
         description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
-        code = command.run()
+        return command.run()
+    except BrokenPipeError:
+        raise
     except (UserError, OSError) as error:
         print(f"casc: {error}", file=sys.stderr)
-        code = 1
+        return 1
     except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+        return 130

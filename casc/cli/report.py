@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -23,9 +23,12 @@ class ReportCommand:
     It has the log's curves, the evaluations, the recipe and the environment. The newest
     checkpoint is run over the validation split once more, for precision by recall and for the
     images on which it did worst and best.
+
+    Examples: `casc report runs/coco_1x`; `casc report runs/coco_1x --limit 500 --out
+    page.html`.
     """
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run's folder."""
     out: Path | None = None
     """The page to write; by default report.html in the run's folder."""
@@ -46,7 +49,7 @@ class ReportCommand:
     device: str = "auto"
     """auto: the accelerator if there is one, else the CPU. Or cpu, cuda, npu, ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of convolutions and matrix products; auto takes what suits the device."""
+    """Of convolutions and matrix products; auto: as it was trained, if the device can."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile with torch.compile, once per canvas; auto does so on accelerators."""
     loading: EvalLoaderConfig = field(default_factory=EvalLoaderConfig)

@@ -12,6 +12,8 @@ class VerifyCommand:
 
     Runs the steps that train and predict on recorded inputs and compares every recorded
     tensor; exits with 1 if one is out of tolerance. For a new device, driver or compiler.
+
+    Examples: `casc verify tests/goldens`; `casc verify tests/goldens --device cuda`.
     """
 
     goldens: tyro.conf.Positional[Path]

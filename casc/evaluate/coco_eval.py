@@ -22,6 +22,8 @@ from casc.errors import UserError
 from casc.evaluate.ground_truth import with_masks
 
 IouType = Literal["bbox", "segm"]
+MAX_DETS = 100
+"""Detections that COCO counts per image and category."""
 TWICE = "is it in the shards more than once?"
 
 
@@ -61,6 +63,10 @@ class EvalShard(NamedTuple):
     instances: Counter[int]
     """Objects by category id, crowds not counted."""
     matches: dict[IouType, Matches]
+    max_dets: int = MAX_DETS
+    """Detections that count per image and category."""
+    results: Sequence[Mapping[str, Any]] = ()
+    """The detections themselves, where they are asked for."""
 
 
 def match(
@@ -70,6 +76,7 @@ def match(
     results: Sequence[Mapping[str, Any]],
     iou_types: Sequence[IouType],
     skipped: int = 0,
+    max_dets: int = MAX_DETS,
 ) -> EvalShard:
     """Match the detections of some images with the objects in them.
 
@@ -80,6 +87,7 @@ def match(
         results: detections that were checked.
         iou_types: by which overlap.
         skipped: how many annotations `usable_objects` left out.
+        max_dets: how many detections count per image and category, best first.
     """
     matches: dict[IouType, Matches] = {}
     unmasked = 0
@@ -87,9 +95,9 @@ def match(
         measured = objects
         if iou_type == "segm":
             measured, unmasked = with_masks(objects, images)
-        matches[iou_type] = _match(images, categories, measured, results, iou_type)
+        matches[iou_type] = _match(images, categories, measured, results, iou_type, max_dets)
     instances = Counter(o["category_id"] for o in objects if not o["iscrowd"])
-    return EvalShard(list(images), len(results), skipped, unmasked, instances, matches)
+    return EvalShard(list(images), len(results), skipped, unmasked, instances, matches, max_dets)
 
 
 def join(tallies: Sequence[EvalShard]) -> EvalShard:
@@ -115,14 +123,19 @@ def join(tallies: Sequence[EvalShard]) -> EvalShard:
         sum(t.unmasked for t in tallies),
         sum((t.instances for t in tallies), Counter()),
         matches,
+        tallies[0].max_dets if tallies else MAX_DETS,
+        [result for tally in tallies for result in tally.results],
     )
 
 
 def average_precision(
-    matches: Matches, category_ids: Sequence[int], iou_type: IouType
-) -> tuple[list[float | None], dict[int, float | None]]:
-    """Give pycocotools' twelve figures in its order, and AP by category; None where nothing is."""
-    evaluator: Any = _evaluator(iou_type, [], category_ids)
+    matches: Matches, category_ids: Sequence[int], iou_type: IouType, max_dets: int = MAX_DETS
+) -> tuple[list[float | None], dict[int, dict[str, float | None]]]:
+    """Give pycocotools' twelve figures in its order, and some by category; None where nothing is.
+
+    Of each category AP, AP50, AP75, APs, APm and APl.
+    """
+    evaluator: Any = _evaluator(iou_type, [], category_ids, max_dets)
     params = evaluator.params
     parts = [_accumulate(matches, category_ids, iou_type, limit) for limit in params.maxDets]
     evaluator.eval = {
@@ -133,13 +146,20 @@ def average_precision(
         evaluator.summarize()
     # [T thresholds, R recalls, K classes, A areas, M detection limits]
     precision: np.ndarray = evaluator.eval["precision"][:, :, :, 0, -1]
-    ap: dict[int, float | None] = {}
+    # Its AP is that of 100 detections, whatever `maxDets` says.
+    evaluator.stats[0] = precision[precision > -1].mean() if (precision > -1).any() else -1
+    every: np.ndarray = evaluator.eval["precision"][..., -1]
+    parts = {"AP": (slice(None), 0), "AP50": (slice(0, 1), 0), "AP75": (slice(5, 6), 0)}
+    parts |= {f"AP{size}": (slice(None), area) for area, size in enumerate("sml", 1)}
+    by_category: dict[int, dict[str, float | None]] = {}
     for k, key in enumerate(params.catIds):
-        values = precision[:, :, k]
-        values = values[values > -1]
-        ap[key] = float(values.mean()) if values.size else None
+        by_category[key] = {}
+        for name, (thresholds, area) in parts.items():
+            values = every[thresholds, :, k, area]
+            values = values[values > -1]
+            by_category[key][name] = float(values.mean()) if values.size else None
     # pycocotools says -1 where there is nothing to measure.
-    return [None if value < 0 else float(value) for value in evaluator.stats], ap
+    return [None if value < 0 else float(value) for value in evaluator.stats], by_category
 
 
 def precision_at_recall(
@@ -160,13 +180,14 @@ def _match(
     objects: Sequence[dict[str, Any]],
     results: Sequence[Mapping[str, Any]],
     iou_type: IouType,
+    max_dets: int,
 ) -> Matches:
     field = "bbox" if iou_type == "bbox" else "segmentation"
     # pycocotools writes into what it is given, and with a box at hand it would take the box's
     # area for the mask's.
     kept = ("image_id", "category_id", "score", field)
     detections = [{key: result[key] for key in kept} for result in results]
-    evaluator = _evaluator(iou_type, list(images), list(categories))
+    evaluator = _evaluator(iou_type, list(images), list(categories), max_dets)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         dataset: Any = {
@@ -191,12 +212,16 @@ def _match(
 
 
 def _evaluator(
-    iou_type: IouType, image_ids: Sequence[int], category_ids: Sequence[int]
+    iou_type: IouType,
+    image_ids: Sequence[int],
+    category_ids: Sequence[int],
+    max_dets: int = MAX_DETS,
 ) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = COCOeval(iouType=iou_type)
     evaluator.params.imgIds = sorted(image_ids)
     evaluator.params.catIds = sorted(category_ids)
+    evaluator.params.maxDets = [1, 10, max_dets]
     return evaluator
 
 

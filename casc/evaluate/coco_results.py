@@ -6,7 +6,7 @@ Legend: B images of a batch, D detections of an image, M x M a mask inside its b
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -182,7 +182,7 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
     return data
 
 
-def write_results(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+def write_results(results: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Save detections as a COCO results file, so that a reader never sees half of it."""
     write_json(list(results), path, indent=None)
 

@@ -5,14 +5,15 @@ detections on the device -> COCO results -> against the ground truth -> 12 figur
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from casc.errors import UserError
-from casc.evaluate.coco_eval import EvalShard, IouType, average_precision, match
+from casc.evaluate.coco_eval import MAX_DETS, EvalShard, IouType, average_precision, match
 from casc.evaluate.coco_results import Result, collect_results
+from casc.evaluate.errors import KINDS, confused
 from casc.evaluate.ground_truth import CocoDict, are_numbers, is_rle, usable_objects
 from casc.json_files import read_json, write_json
 from casc.model.detector import Detections
@@ -36,6 +37,21 @@ FIGURES = {
 """pycocotools' twelve figures in its order, and what a table calls them."""
 
 
+def figure_names(max_dets: int = MAX_DETS) -> dict[str, str]:
+    """Give `FIGURES` as they are called where so many detections count per image and class."""
+    if max_dets == MAX_DETS:
+        return FIGURES
+    named = {}
+    for key, text in FIGURES.items():
+        # All but these two are of that many.
+        name = key if key in ("AR1", "AR10") else f"{key}@{max_dets}"
+        what = text[len(key) :].strip().replace("100", str(max_dets))
+        if key == "AR100":
+            name = f"AR{max_dets}"
+        named[name] = f"{name} {what}"
+    return named
+
+
 @dataclass(frozen=True)
 class ClassFigures:
     """What was measured of one class."""
@@ -46,6 +62,8 @@ class ClassFigures:
     """Objects in the ground truth, crowds not counted."""
     ap: dict[str, float | None]
     """AP over IoU .50:.95 by IoU type; None where the class has no ground truth."""
+    more: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """By IoU type AP50, AP75, APs, APm and APl."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class Evaluation:
     """COCO's figures in [0, 1]; None where there is nothing to measure."""
 
     figures: dict[str, dict[str, float | None]]
-    """By IoU type ("bbox", "segm") and name, the keys of `FIGURES`."""
+    """By IoU type ("bbox", "segm") and name, as `figure_names` has them."""
     classes: tuple[ClassFigures, ...]
     images: int
     instances: int
@@ -63,6 +81,10 @@ class Evaluation:
     """Annotations left out because they have no usable box or an unknown category."""
     unmasked: int = 0
     """Objects without a usable mask, whose boxes mask AP ignores as it does crowds."""
+    max_dets: int = MAX_DETS
+    """Detections that count per image and class; figures are named by it if it isn't 100."""
+    errors: dict[str, Any] | None = None
+    """As `casc.evaluate.errors.find_errors` gives them, where they were asked for."""
 
 
 def evaluate_detections(
@@ -109,6 +131,7 @@ def evaluate(
     iou_types: Sequence[IouType] = IOU_TYPES,
     *,
     image_ids: Collection[int] | None = None,
+    max_dets: int = MAX_DETS,
 ) -> Evaluation:
     """Measure detections with pycocotools.
 
@@ -120,6 +143,7 @@ def evaluate(
         results: detections with `bbox`, `segmentation` or both, as `iou_types` needs.
         iou_types: what to measure.
         image_ids: evaluate on these images only.
+        max_dets: detections that count per image and class, more than 10.
 
     Raises:
         UserError: naming the annotation or detection and the field that can't be used.
@@ -135,7 +159,8 @@ def evaluate(
     _check_results(results, every, categories.keys(), iou_types)
     results = [result for result in results if result["image_id"] in images]
     objects, skipped = usable_objects(ground_truth, images, categories)
-    return accumulate(match(images, categories, objects, results, iou_types, skipped), categories)
+    tally = match(images, categories, objects, results, iou_types, skipped, max_dets)
+    return accumulate(tally, categories)
 
 
 def accumulate(tally: EvalShard, categories: Mapping[int, str]) -> Evaluation:
@@ -146,15 +171,21 @@ def accumulate(tally: EvalShard, categories: Mapping[int, str]) -> Evaluation:
         categories: names by id.
     """
     figures: dict[str, dict[str, float | None]] = {}
-    class_ap: dict[str, dict[int, float | None]] = {}
+    by_class: dict[str, dict[int, dict[str, float | None]]] = {}
     for iou_type, matches in tally.matches.items():
-        values, class_ap[iou_type] = average_precision(matches, list(categories), iou_type)
-        figures[iou_type] = dict(zip(FIGURES, values, strict=True))
+        values, by_class[iou_type] = average_precision(
+            matches, list(categories), iou_type, tally.max_dets
+        )
+        figures[iou_type] = dict(zip(figure_names(tally.max_dets), values, strict=True))
     return Evaluation(
         figures=figures,
         classes=tuple(
             ClassFigures(
-                key, name, tally.instances[key], {t: ap[key] for t, ap in class_ap.items()}
+                key,
+                name,
+                tally.instances[key],
+                {t: ap[key]["AP"] for t, ap in by_class.items()},
+                {t: {k: v for k, v in ap[key].items() if k != "AP"} for t, ap in by_class.items()},
             )
             for key, name in categories.items()
         ),
@@ -163,6 +194,7 @@ def accumulate(tally: EvalShard, categories: Mapping[int, str]) -> Evaluation:
         detections=tally.detections,
         skipped=tally.skipped,
         unmasked=tally.unmasked,
+        max_dets=tally.max_dets,
     )
 
 
@@ -194,7 +226,7 @@ def format_table(evaluation: Evaluation, *, per_class: bool = False) -> str:
     rows = [("in %", *(titles.get(t, t) for t in types))]
     rows += [
         (text, *(_percent(evaluation.figures[t].get(key)) for t in types))
-        for key, text in FIGURES.items()
+        for key, text in figure_names(evaluation.max_dets).items()
     ]
     if evaluation.skipped:
         head += f"\n{evaluation.skipped} annotations left out: no usable box or unknown category"
@@ -202,13 +234,32 @@ def format_table(evaluation: Evaluation, *, per_class: bool = False) -> str:
         head += f"\n{evaluation.unmasked} objects have no usable mask: mask AP ignores them"
     blocks = [head, _columns(rows)]
     if per_class:
-        lines = [("AP in %", "objects", *(titles.get(t, t) for t in types))]
-        lines += [
-            (c.name, str(c.instances), *(_percent(c.ap[t]) for t in types))
-            for c in evaluation.classes
-        ]
+        more = ("AP50", "APs", "APm", "APl")
+        columns = [f"{titles.get(t, t)} {key}" for t in types for key in ("AP", *more)]
+        lines = [("in %", "objects", *columns)]
+        for c in evaluation.classes:
+            values = [(c.ap[t], *(c.more.get(t, {}).get(key) for key in more)) for t in types]
+            lines.append((c.name, str(c.instances), *(_percent(v) for vs in values for v in vs)))
         blocks.append(_columns(lines))
+    if evaluation.errors:
+        blocks += _error_tables(evaluation, titles)
     return "\n\n".join(blocks)
+
+
+def _error_tables(evaluation: Evaluation, titles: Mapping[str, str]) -> list[str]:
+    """What kinds of errors there are, and the classes that are taken for each other."""
+    errors = evaluation.errors or {}
+    heads = [f"{titles.get(t, t)} {what}" for t in errors for what in ("errors", "AP50 lost")]
+    rows = [("at IoU .50", *heads)]
+    for kind, text in KINDS.items():
+        cells = [(str(e["count"][kind]), _percent(e["lost"][kind])) for e in errors.values()]
+        rows.append((text, *(cell for pair in cells for cell in pair)))
+    names = [c.name for c in sorted(evaluation.classes, key=lambda c: c.id)]
+    pairs = confused(next(iter(errors.values())), names)
+    blocks = [_columns(rows)]
+    if pairs:
+        blocks.append(_columns([("most confused", "times"), *((t, str(n)) for t, n in pairs)]))
+    return blocks
 
 
 def _check_results(
@@ -220,9 +271,9 @@ def _check_results(
     needed = {"bbox": "bbox", "segm": "segmentation"}
     for i, result in enumerate(results):
         place = f"detection {i} (image {result.get('image_id')})"
-        for field in ("image_id", "category_id", "score", *(needed[t] for t in iou_types)):
-            if field not in result:
-                raise UserError(f"{place}: {field} is missing")
+        for name in ("image_id", "category_id", "score", *(needed[t] for t in iou_types)):
+            if name not in result:
+                raise UserError(f"{place}: {name} is missing")
         if result["image_id"] not in images:
             raise UserError(
                 f"{place}: the ground truth has no such image; are they of the same split?"

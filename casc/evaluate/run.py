@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -21,17 +22,23 @@ from casc.data.workers import BatchStream
 from casc.device.devices import traits
 from casc.distributed import ALONE, Ranks, gather
 from casc.errors import UserError
-from casc.evaluate.coco_eval import join
-from casc.evaluate.coco_results import found_in
-from casc.evaluate.ground_truth import ground_truth_from_samples
+from casc.evaluate.coco_eval import MAX_DETS, join
+from casc.evaluate.coco_results import found_in, write_results
+from casc.evaluate.errors import find_errors
+from casc.evaluate.ground_truth import ground_truth_from_samples, ground_truth_from_shards
 from casc.evaluate.metrics import Evaluation, accumulate
 from casc.evaluate.workers import Truth, by_image, evaluate_images
-from casc.model.detector import Detections
+from casc.model.detector import Detections, DetectorConfig
 from casc.model.preprocess import ImageConfig
 
 
 class Detector(Protocol):
     """What evaluation needs of a detector; `casc.inference.detector` makes them."""
+
+    @property
+    def model(self) -> DetectorConfig:
+        """What it is."""
+        ...
 
     @property
     def image(self) -> ImageConfig:
@@ -63,6 +70,9 @@ def evaluate(
     split: str | None = None,
     *,
     batch: int = 2,
+    max_dets: int = MAX_DETS,
+    results: str | os.PathLike[str] | None = None,
+    errors: bool = False,
     loading: EvalLoaderConfig | None = None,
     watch: Callable[[int], object] = lambda images: None,
 ) -> Evaluation:
@@ -73,6 +83,9 @@ def evaluate(
         shards: folder or URL of the shards.
         split: which split; by default the one that the detector was evaluated on in training.
         batch: images per step.
+        max_dets: detections that count per image and class, pycocotools' maxDets.
+        results: file to write the detections to, in COCO's results format.
+        errors: also find the kinds of errors, and which classes are taken for each other.
         loading: how shards are read.
         watch: is told how many images each batch had.
 
@@ -81,6 +94,12 @@ def evaluate(
     """
     if batch < 1:
         raise UserError(f"batch must be at least 1, not {batch}")
+    most = detector.model.inference.detections
+    if max_dets <= 10 or max_dets > max(most, MAX_DETS):
+        raise UserError(
+            f"--max-dets {max_dets}: must be more than 10, and at most what the detector gives of"
+            f" an image, {most}; --detections {max_dets} makes it give more"
+        )
     loading = loading or EvalLoaderConfig()
     check_loading(loading)
     root = location(shards)
@@ -89,7 +108,16 @@ def evaluate(
     check_split(index, split, root)
     detector.check_classes(index.categories, root)
     evaluation = evaluate_split(
-        detector, root, index, split, batch=batch, loading=loading, watch=watch
+        detector,
+        root,
+        index,
+        split,
+        batch=batch,
+        loading=loading,
+        watch=watch,
+        max_dets=max_dets,
+        results=results,
+        errors=errors,
     )
     assert evaluation is not None  # there is only this process
     return evaluation
@@ -135,6 +163,9 @@ def evaluate_split(
     opened: Callable[[BatchStream], object] = lambda stream: None,
     warn: Callable[[str], object] = warn_on_stderr,
     processes: int | None = None,
+    max_dets: int = MAX_DETS,
+    results: str | os.PathLike[str] | None = None,
+    errors: bool = False,
 ) -> Evaluation | None:
     """COCO's figures of a split; ranks share the images, rank 0 has the result.
 
@@ -155,6 +186,9 @@ def evaluate_split(
         warn: is told of downloads that had to be taken up again; by default stderr is.
         processes: that paste and match beside this one; 0 does it in this one, and so does
             None for a split so small that starting them would take longer.
+        max_dets: detections that count per image and class.
+        results: file that rank 0 writes the detections to, in COCO's results format.
+        errors: also find the kinds of errors.
 
     Raises:
         UserError: a shard is missing, damaged, or not what the index says; a worker has died;
@@ -184,7 +218,13 @@ def evaluate_split(
         processes = 2 if samples >= 500 * ranks.world else 0
     with stream.explained(), ThreadPoolExecutor(1, thread_name_prefix="truth") as reader:
         truth = reader.submit(_truth, root, index, split, batch, ranks, loading, warn)
-        tally = evaluate_images(found_in(outputs()), truth, processes=processes)
+        tally = evaluate_images(
+            found_in(outputs()),
+            truth,
+            processes=processes,
+            max_dets=max_dets,
+            keep_results=errors or results is not None,
+        )
     tallies = gather(tally, ranks)
     if not ranks.main:
         return None
@@ -194,7 +234,14 @@ def evaluate_split(
             f"{root}: {split} has {samples} images by its index, of which "
             f"{len(tally.image_ids)} were found in the shards"
         )
-    return accumulate(tally, {category.id: category.name for category in index.categories})
+    if results is not None:
+        write_results(list(tally.results), results)
+    evaluation = accumulate(tally, {category.id: category.name for category in index.categories})
+    if errors:
+        every = ground_truth_from_shards(root, index, split, loading)
+        found = find_errors(every, list(tally.results), list(tally.matches))
+        evaluation = replace(evaluation, errors=found)
+    return evaluation
 
 
 def _truth(

@@ -17,7 +17,7 @@ import torch
 
 from casc.device.signals import end_with_parent
 from casc.errors import UserError
-from casc.evaluate.coco_eval import TWICE, EvalShard, IouType, join, match
+from casc.evaluate.coco_eval import MAX_DETS, TWICE, EvalShard, IouType, join, match
 from casc.evaluate.coco_results import ImageDetections, image_results
 from casc.evaluate.ground_truth import CocoDict, usable_objects
 from casc.evaluate.metrics import IOU_TYPES
@@ -56,6 +56,8 @@ def evaluate_images(
     *,
     processes: int,
     iou_types: Sequence[IouType] = IOU_TYPES,
+    max_dets: int = MAX_DETS,
+    keep_results: bool = False,
 ) -> EvalShard:
     """Match what was found in a stream of images with what is there.
 
@@ -66,17 +68,28 @@ def evaluate_images(
         processes: that work beside this one; 0 does all in this one. They are spawned, so
             the program's main module must be safe to import.
         iou_types: what to measure.
+        max_dets: detections that count per image and category.
+        keep_results: give the detections too, in COCO's format.
 
     Raises:
         UserError: when a detection isn't finite, its label has no category, or an image
             occurs twice.
     """
     tasks = (
-        partial(_tally, chunk, _part(truth.result(), [each.image_id for each in chunk]), iou_types)
+        partial(
+            _tally,
+            chunk,
+            _part(truth.result(), [each.image_id for each in chunk]),
+            iou_types,
+            max_dets,
+            keep_results,
+        )
         for chunk in _chunks(found, _CHUNK)
     )
     tallies = _in_processes(tasks, processes) if processes else [task() for task in tasks]
-    return join(tallies or [_tally([], _part(truth.result(), []), iou_types)])
+    return join(
+        tallies or [_tally([], _part(truth.result(), []), iou_types, max_dets, keep_results)]
+    )
 
 
 def _in_processes(tasks: Iterable[Callable[[], EvalShard]], processes: int) -> list[EvalShard]:
@@ -99,12 +112,17 @@ def _in_processes(tasks: Iterable[Callable[[], EvalShard]], processes: int) -> l
 
 
 def _tally(
-    found: Sequence[ImageDetections], truth: Truth, iou_types: Sequence[IouType]
+    found: Sequence[ImageDetections],
+    truth: Truth,
+    iou_types: Sequence[IouType],
+    max_dets: int,
+    keep_results: bool,
 ) -> EvalShard:
     results = [r for each in found for r in image_results(each, list(truth.categories))]
     annotations = [a for each in truth.annotations.values() for a in each]
     objects, skipped = usable_objects({"annotations": annotations}, truth.images, truth.categories)
-    return match(truth.images, truth.categories, objects, results, iou_types, skipped)
+    tally = match(truth.images, truth.categories, objects, results, iou_types, skipped, max_dets)
+    return tally._replace(results=results) if keep_results else tally
 
 
 def _part(truth: Truth, image_ids: Collection[int]) -> Truth:

@@ -23,6 +23,7 @@ from casc.errors import UserError
 from casc.evaluate.coco_results import found_in
 from casc.inference.images import KINDS, Picture, batch_of, canvas_of, holding_canvas, read_image
 from casc.inference.results import Results
+from casc.inference.settings import Settings
 from casc.model.detector import Detections, DetectorConfig, InferenceConfig
 from casc.model.layers import Params
 from casc.model.preprocess import ImageConfig
@@ -133,6 +134,15 @@ class Detector:
                 model = replace(self.model, inference=inference)
                 self._steps[key] = make_detect_step(model, self.image, size, self.compute)
             return self._steps[key](self.params, self.buffers, batch)
+
+    def with_settings(self, settings: Settings) -> "Detector":
+        """Give a detector of the same weights that makes other detections of scores.
+
+        Raises:
+            UserError: a setting is out of range, or there is no such class.
+        """
+        inference = settings.applied(self.model.inference, self.categories)
+        return replace(self, model=replace(self.model, inference=inference))
 
     def check_classes(self, categories: Sequence[Category], where: str) -> None:
         """Refuse a data set of other classes, or of the same in another order.

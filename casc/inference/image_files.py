@@ -1,11 +1,21 @@
 """Images given as files: which they are, and what their results are called."""
 
 import glob
+import json
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
+from casc.data.index import INDEX_NAME, read_index
+from casc.data.loader_config import RemoteConfig
+from casc.data.reader import read_shard
+from casc.data.remote import is_local, location
 from casc.errors import UserError
+from casc.evaluate.ground_truth import read_coco
+
+Source = Path | str
+"""A file, or a URL."""
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 """What a folder is searched for; a file named outright may be called anything."""
@@ -13,23 +23,23 @@ SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 
 def find_images(
     paths: Iterable[str | os.PathLike[str]],
-) -> tuple[list[Path], list[tuple[str, str]]]:
-    """List the images that paths, folders and patterns mean, each once.
+) -> tuple[list[Source], list[tuple[str, str]]]:
+    """List the images that paths, folders, patterns and URLs mean, each once.
 
-    A folder means the images in it, not those in folders below it.
+    A folder means the images in it and in all folders below it; hidden ones are left out.
 
     Returns:
-        The files, and the paths that led to none with the reason.
+        The files and URLs, and the paths that led to none with the reason.
     """
-    files: dict[Path, None] = {}
+    files: dict[Source, None] = {}
     failed: list[tuple[str, str]] = []
     for given in paths:
         text, path = os.fspath(given), Path(given)
-        if path.is_dir():
-            matches = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()
-            )
-            reason = "the folder has no images"
+        matches: Sequence[Source]
+        if not is_local(text):
+            matches, reason = [text], ""
+        elif path.is_dir():
+            matches, reason = _images_below(path), "the folder has no images"
         elif path.exists() or not glob.has_magic(text):
             # A path that leads nowhere fails when it is read, like any other bad image.
             matches, reason = [path], ""
@@ -43,30 +53,81 @@ def find_images(
     return list(files), failed
 
 
-def names_of(files: Sequence[Path]) -> list[str]:
-    """What `file_name` says: the name, or the path where names aren't enough."""
-    distinct = len({file.name for file in files}) == len(files)
-    return [file.name if distinct else file.as_posix() for file in files]
+def _images_below(folder: Path) -> list[Path]:
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(place) / name for name in names if not name.startswith("."))
+        found += [p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
+    return sorted(found)
 
 
-def image_ids(files: Sequence[Path]) -> list[int]:
-    """The numbers that files are named by, or 1, 2, ... where not all are numbers of their own."""
-    if all(file.stem.isdecimal() and file.stem.isascii() for file in files):
-        numbers = [int(file.stem) for file in files]
-        if len(set(numbers)) == len(numbers) and max(numbers, default=0) < 2**63:
-            return numbers
-    return list(range(1, len(files) + 1))
+def base_name(file: Source) -> str:
+    """The last part of a path or URL, without a URL's query."""
+    return file.name if isinstance(file, Path) else PurePosixPath(urlsplit(file).path).name
 
 
-def targets_of(files: Sequence[Path], folder: Path) -> list[Path]:
+def names_of(files: Sequence[Source]) -> list[str]:
+    """What `file_name` says: the name, or the path or URL where names aren't enough."""
+    distinct = len({base_name(file) for file in files}) == len(files)
+    whole = [file.as_posix() if isinstance(file, Path) else file for file in files]
+    return [base_name(file) for file in files] if distinct else whole
+
+
+def image_ids(files: Sequence[Source], listed: Mapping[str, int] | None = None) -> list[int]:
+    """Give each file's id: 1, 2, ..., or what `listed` says of its name or the end of its path.
+
+    Raises:
+        UserError: a file isn't listed.
+    """
+    if listed is None:
+        return list(range(1, len(files) + 1))
+    ids = []
+    for file in files:
+        parts = (file.as_posix() if isinstance(file, Path) else urlsplit(file).path).split("/")
+        # The longest end of the path that is listed: COCO's names may have folders in them.
+        ends = ("/".join(parts[i:]) for i in range(len(parts)))
+        known = next((listed[end] for end in ends if end in listed), None)
+        if known is None:
+            raise UserError(f"--ids: lists no image of the name {parts[-1]}")
+        ids.append(known)
+    return ids
+
+
+def listed_ids(place: str | os.PathLike[str]) -> dict[str, int]:
+    """Give the ids by file name of a COCO annotation file, or of all splits of shards.
+
+    Raises:
+        UserError: it can't be read, or has a name twice.
+    """
+    if Path(place).is_file() and Path(place).name != INDEX_NAME:
+        pairs = [(e.get("file_name"), e["id"]) for e in read_coco(place)["images"]]
+    else:
+        root, index = location(place), read_index(place)
+        shards = (shard for split in index.splits.values() for shard in split.shards)
+        records = (
+            json.loads(record)
+            for shard in shards
+            for _, _, record in read_shard(root, shard, RemoteConfig())
+        )
+        pairs = [(record["file_name"], record["image_id"]) for record in records]
+    ids: dict[str, int] = {}
+    for name, identity in pairs:
+        if ids.setdefault(str(name), identity) != identity:
+            raise UserError(f"--ids {place}: has {name} twice, as {ids[name]} and {identity}")
+    return ids
+
+
+def targets_of(files: Sequence[Source], folder: Path) -> list[Path]:
     """Where the pictures go; names that several images share are numbered."""
-    inputs = {file.resolve() for file in files}
+    inputs = {file.resolve() for file in files if isinstance(file, Path)}
     targets: dict[Path, None] = {}
     for file in files:
-        target, number = folder / f"{file.stem}.jpg", 1
+        stem = PurePosixPath(base_name(file)).stem or "image"
+        target, number = folder / f"{stem}.jpg", 1
         while target in targets:
             number += 1
-            target = folder / f"{file.stem}-{number}.jpg"
+            target = folder / f"{stem}-{number}.jpg"
         if target.resolve() in inputs:
             raise UserError(
                 f"{target}: would overwrite an input image; choose another output folder"

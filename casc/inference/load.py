@@ -4,9 +4,12 @@ import logging
 import os
 from typing import Literal
 
+import torch
+
 from casc.checkpoints.model import Trained, class_names, load_trained
 from casc.device.compile_cache import use_cache
-from casc.device.devices import choose_device
+from casc.device.devices import choose_device, choose_dtype
+from casc.errors import UserError
 from casc.inference.detector import Detector
 from casc.model.choose_compute import choose_compute
 from casc.model.steps import to_format
@@ -27,8 +30,8 @@ def load(
         source: a run's folder (its newest whole checkpoint is taken), a checkpoint's folder, a
             .safetensors file, a .pth file of MMDetection, or the http(s) URL of one.
         device: "auto" takes the accelerator if there is one, else the CPU; or "cpu", "cuda", ...
-        dtype: of convolutions and matrix products: "float32", "bfloat16", or "auto", which takes
-            what suits the device.
+        dtype: of convolutions and matrix products: "float32", "bfloat16", or "auto": as it was
+            trained, or what suits the device where that isn't known or the device can't.
         compile: with torch.compile, which pays for many images only; "auto" does so on
             accelerators.
 
@@ -49,6 +52,8 @@ def ready_detector(
     place = choose_device(device)
     compiled = compile in ("on", True) or (compile == "auto" and place.type != "cpu")
     programs = use_cache() if compiled else None
+    if dtype == "auto":
+        dtype = _own_dtype(trained, place)
     compute, notes = choose_compute(
         trained.model, place, dtype=dtype, compile=compiled, programs=programs
     )
@@ -68,3 +73,13 @@ def ready_detector(
         known="none" if not stated else "classes" if stated[0].id >= 0 else "names",
         split=str((trained.weights.recipe or {}).get("val_split", "val2017")),
     )
+
+
+def _own_dtype(trained: Trained, device: torch.device) -> str:
+    """The dtype that the run computed in, if this device can."""
+    own = str((trained.weights.recipe or {}).get("dtype", "auto"))
+    try:
+        choose_dtype(own, device)
+    except (UserError, KeyError):
+        return "auto"
+    return own

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,28 +44,30 @@ def predict(
     out_dir: str | os.PathLike[str],
     *,
     threshold: float = 0.5,
+    ids: Mapping[str, int] | None = None,
     log: Callable[[str], None] = print,
 ) -> Predicted:
     """Detect objects in images and write what was found.
 
     For each image `out_dir` gets a JPEG of the same name with boxes, masks and names, and
     all detections go to `out_dir/predictions.json` in COCO's results format with
-    `file_name` added. Its image ids are the numbers that the files are named by, as COCO's
-    are, or 1, 2, ... where not every name is a number of its own. Photographs are turned
-    upright as their EXIF data says; boxes and masks are in pixels of the upright image.
+    `file_name` added. Its image ids are those that `ids` lists, or 1, 2, ... in the images'
+    order. Photographs are turned upright as their EXIF data says; boxes and masks are in pixels
+    of the upright image.
 
     An image that can't be read is reported and skipped.
 
     Args:
         detector: what to run.
-        paths: images, folders of images, and patterns such as `photos/*.jpg`.
+        paths: images, folders (with those below them), URLs, and patterns such as `photos/*.jpg`.
         out_dir: made if it isn't there; files of the same names are overwritten.
         threshold: detections with a lower score are neither drawn nor written.
+        ids: of the images by file name, from `listed_ids`.
         log: is given a line for each image.
 
     Raises:
-        UserError: when `threshold` is out of range, a picture would overwrite an image
-            that is read, or the model's output isn't finite.
+        UserError: when `threshold` is out of range, `ids` lacks an image, a picture would
+            overwrite an image that is read, or the model's output isn't finite.
         OSError: when `out_dir` can't be written.
     """
     if not 0 <= threshold <= 1:
@@ -74,6 +76,7 @@ def predict(
     for name, reason in failed:
         log(f"{name}: skipped: {reason}")
     names = names_of(files)
+    identities = image_ids(files, ids)
     folder = Path(out_dir)
     targets = targets_of(files, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,9 +84,7 @@ def predict(
     results: list[Result] = []
     pictures: list[Path] = []
     try:
-        for identity, file, name, target in zip(
-            image_ids(files), files, names, targets, strict=True
-        ):
+        for identity, file, name, target in zip(identities, files, names, targets, strict=True):
             try:
                 image = read_image(file)
             except (UserError, OSError) as error:

@@ -16,6 +16,7 @@ from casc.draw import draw_instances
 from casc.errors import UserError
 from casc.evaluate.coco_results import ImageDetections, Result, image_results
 from casc.evaluate.mask_rle import encode_masks, paste_masks
+from casc.inference.settings import labels_of
 
 
 @dataclass(frozen=True)
@@ -166,22 +167,3 @@ class Results:
 
 
 _COLUMNS = ("boxes", "scores", "labels", "masks")
-
-
-def labels_of(classes: Collection[str | int], categories: tuple[Category, ...]) -> list[int]:
-    """Give the labels of classes named by name or label, ascending.
-
-    Raises:
-        UserError: there is no such class.
-    """
-    names = [category.name for category in categories]
-    labels = set()
-    for given in classes:
-        if isinstance(given, str) and given in names:
-            labels.update(i for i, name in enumerate(names) if name == given)
-        elif isinstance(given, int) and 0 <= given < len(names):
-            labels.add(given)
-        else:
-            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            raise UserError(f"no class {given!r}; the model knows {shown}")
-    return sorted(labels)

@@ -60,6 +60,7 @@ from casc.ops.nms import NmsKernel, batched_nms
 from casc.ops.probe import Probe, unwatched
 from casc.ops.pyramid import Pyramid, flatten_pyramid
 from casc.ops.roi_align import RoiKernel, detach_unread, roi_align
+from casc.ops.soft_nms import SoftNms, soft_nms
 
 STAGES = (
     StageConfig(iou=0.5, stds=(0.1, 0.1, 0.2, 0.2), loss_weight=1.0),
@@ -68,6 +69,8 @@ STAGES = (
 )
 # P6 serves the RPN only.
 ROI_LEVELS = 4
+SIGMA = 0.5
+"""Of Gaussian soft-NMS, as its authors chose it."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,13 @@ class InferenceConfig:
     average: Literal["logits", "probabilities"] = "logits"
     """What of the stages' scores is averaged. logits: turned into probabilities once, as the
     reference does. probabilities: of each stage by itself, as Detectron2 does."""
+    soft_nms: SoftNms = "off"
+    """Overlapped boxes lose score instead of going (Bodla et al., 2017). linear: those above
+    nms_iou are multiplied by 1 - IoU. gaussian: all by exp(-IoU^2 / 0.5)."""
+    class_agnostic: bool = False
+    """Each proposal counts for its best class alone, and classes suppress each other."""
+    classes: tuple[int, ...] = ()
+    """Only detections of these labels; none given: of all."""
 
 
 @dataclass(frozen=True)
@@ -459,25 +469,44 @@ def select(
     classes = scores.shape[-1]
     candidate = (scores > config.score_threshold) & valid[..., None]
     scores, candidate = probe("scores", (scores, candidate))
-    labels = torch.arange(classes, device=scores.device).repeat(scores.shape[1])
-    if boxes.shape[1] == scores.shape[1]:
+    batch, proposals = valid.shape
+    labels = torch.arange(classes, device=scores.device).repeat(proposals).expand(batch, -1)
+    if boxes.shape[1] == proposals:
         boxes = boxes.repeat_interleave(classes, dim=1)
-    index, kept = batched_nms(
-        boxes,
-        scores.flatten(1),
-        labels,
-        candidate.flatten(1),
-        iou=config.nms_iou,
-        count=config.detections,
-        groups=classes,
-        largest=scores.shape[1],
-        kernel=config.nms_kernel,
-    )
-    best = take(boxes, index)
+    if config.classes:
+        wanted = torch.stack([labels == c for c in config.classes]).any(dim=0)
+        candidate = candidate & wanted.view_as(candidate)
+    best = torch.where(candidate, scores, -1.0).argmax(dim=-1) if config.class_agnostic else None
+    scores, candidate, group = scores.flatten(1), candidate.flatten(1), labels
+    if best is not None:
+        place = best + classes * torch.arange(proposals, device=best.device)
+        boxes, scores, labels, candidate = (
+            take(t, place) for t in (boxes, scores, labels, candidate)
+        )
+        group = torch.zeros_like(labels)
+    if config.soft_nms == "off":
+        index, kept = batched_nms(
+            boxes,
+            scores,
+            group,
+            candidate,
+            iou=config.nms_iou,
+            count=config.detections,
+            groups=1 if config.class_agnostic else classes,
+            largest=proposals,
+            kernel=config.nms_kernel,
+        )
+        scores = take(scores, index)
+    else:
+        sigma = SIGMA if config.soft_nms == "gaussian" else 0.0
+        index, scores = soft_nms(
+            boxes, scores, group, candidate, config.nms_iou, sigma, config.detections
+        )
+        kept = scores > config.score_threshold
     return (
-        torch.where(kept[..., None], best, 0.0),
-        torch.where(kept, take(scores.flatten(1), index), 0.0),
-        torch.where(kept, index % classes, 0),
+        torch.where(kept[..., None], take(boxes, index), 0.0),
+        torch.where(kept, scores, 0.0),
+        torch.where(kept, take(labels, index), 0),
         kept,
     )
 

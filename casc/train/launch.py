@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from casc.arguments import reader_may_leave
 from casc.data.index import read_index
 from casc.device.devices import choose_device
 from casc.distributed import ranks_from_environment
@@ -40,11 +41,12 @@ def launch(
     Returns:
         How the run ended; None after `--dry-run`.
     """
-    if fitted is not None:
-        asked, _ = parse(recipe, description, args)
-        with errors_in_one_line():
-            recipe = fitted(asked)
-    recipe, dry_run = parse(recipe, description, args)
+    with reader_may_leave():
+        if fitted is not None:
+            asked, _ = parse(recipe, description, args)
+            with errors_in_one_line():
+                recipe = fitted(asked)
+        recipe, dry_run = parse(recipe, description, args)
     with errors_in_one_line():
         if not dry_run:
             prepare(recipe)

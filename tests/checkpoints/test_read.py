@@ -1,3 +1,5 @@
+import hashlib
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +9,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+from casc.checkpoints import read
 from casc.checkpoints.model import class_names, load_trained
 from casc.checkpoints.read import (
     download_weights,
@@ -174,10 +177,7 @@ def hub(tmp_path, monkeypatch):
     files = {}
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
-    def download(url, target, **_):
-        Path(target).write_bytes(files[url])
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(read, "open_remote", lambda url, *_, **__: io.BytesIO(files[url]))
     return files
 
 
@@ -193,17 +193,13 @@ def test_files_of_one_name_from_two_urls_are_two(hub):
         download_weights(urls[0])
 
 
-def test_the_hash_in_a_name_is_asked_for(tmp_path, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-
-    def download(url, target, **options):
-        asked.update(options)
-        Path(target).write_bytes(b"right")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    assert download_weights("https://host/resnet-0123abcd.pth").name == "resnet-0123abcd.pth"
-    assert asked["hash_prefix"] == "0123abcd"
+def test_the_hash_in_a_name_is_asked_for(hub):
+    digest = hashlib.sha256(b"right").hexdigest()[:8]
+    urls = [f"https://host/resnet-{each}.pth" for each in (digest, "0123abcd")]
+    hub.update(dict.fromkeys(urls, b"right"))
+    assert download_weights(urls[0]).name == f"resnet-{digest}.pth"
+    with pytest.raises(UserError, match=f"begins {digest}, not 0123abcd"):
+        download_weights(urls[1])
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/a.pth"])

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from casc.errors import UserError
 from casc.evaluate.coco_results import read_results
+from casc.evaluate.errors import KINDS, confused, find_errors
 from casc.evaluate.ground_truth import read_coco
 from casc.evaluate.metrics import (
     FIGURES,
@@ -99,7 +101,13 @@ def noisy() -> tuple[dict[str, Any], list[dict]]:
     return truth, results
 
 
-def by_pycocotools(truth: dict, results: list[dict], iou_type: Any, category: int | None = None):
+def by_pycocotools(
+    truth: dict,
+    results: list[dict],
+    iou_type: Any,
+    category: int | None = None,
+    max_dets: int | None = None,
+):
     """The plain way, with pycocotools' own loader of results."""
     field = {"bbox": "bbox", "segm": "segmentation"}[iou_type]
     kept: Any = [
@@ -114,9 +122,14 @@ def by_pycocotools(truth: dict, results: list[dict], iou_type: Any, category: in
         evaluator = COCOeval(coco, coco.loadRes(kept), iou_type)
         if category is not None:
             evaluator.params.catIds = [category]
+        if max_dets is not None:
+            evaluator.params.maxDets = [1, 10, max_dets]
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
+        if max_dets is not None:  # its AP is that of 100 detections, and there is none
+            precision = evaluator.eval["precision"][:, :, :, 0, -1]
+            evaluator.stats[0] = precision[precision > -1].mean()
     return [None if s < 0 else s for s in evaluator.stats]
 
 
@@ -143,12 +156,70 @@ def test_figures_are_those_of_pycocotools(noisy, iou_type: IouType):
     assert list(evaluation.figures[iou_type].values()) == expected
     assert list(evaluation.figures[iou_type]) == list(FIGURES)
     assert 0.05 < (expected[0] or 0) < 0.95
+
     for entry in evaluation.classes:
         assert entry.ap[iou_type] == by_pycocotools(truth, results, iou_type, entry.id)[0]
         crowdless = [
             a for a in truth["annotations"] if a["category_id"] == entry.id and not a["iscrowd"]
         ]
         assert entry.instances == len(crowdless)
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_a_classs_figures_are_those_of_pycocotools_for_it_alone(noisy, iou_type: IouType):
+    truth, results = noisy
+    for entry in evaluate(truth, results, [iou_type]).classes:
+        alone = by_pycocotools(truth, results, iou_type, entry.id)
+        assert [entry.ap[iou_type], *entry.more[iou_type].values()] == alone[:6]
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_errors_are_of_these_detections(noisy, iou_type: IouType):
+    """The other evaluator's AP50 is pycocotools', to the last digit or the one before."""
+    truth, results = noisy
+    errors = find_errors(truth, results, [iou_type])[iou_type]
+    expected = by_pycocotools(truth, results, iou_type)[1]
+    assert errors["ap50"] == pytest.approx(expected, abs=1e-12)
+    assert set(errors["count"]) == set(errors["lost"]) == set(KINDS)
+
+
+def test_each_kind_of_error_is_told():
+    """By hand: one right, doubled, on background, of the other class, badly placed; one missed."""
+    annotations: list = []
+    truth = data_set(annotations, images=1, categories=2)
+    truth["images"][0] |= {"width": 200, "height": 100}
+    for i, (category, x) in enumerate(((1, 0), (1, 50), (2, 100), (2, 150)), 1):
+        annotations.append(annotation(i, 1, category, x, 0, 20))
+    found = [(1, 0, 0, 0.9), (1, 0, 0, 0.8), (2, 50, 0, 0.7), (2, 110, 0, 0.6), (1, 50, 60, 0.95)]
+    results = [result(1, c, x, y, 20, score) for c, x, y, score in found]
+    errors = find_errors(truth, results, ["bbox"])["bbox"]
+    assert errors["count"] == {"Cls": 1, "Loc": 1, "Both": 0, "Dupe": 1, "Bkg": 1, "Miss": 1}
+    # Rows: of class 1 one found as such and one as class 2; both of class 2 not found.
+    assert errors["confusion"] == [[1, 1, 0], [0, 0, 2], [2, 1, 0]]
+    assert confused(errors, ["cat", "dog"]) == [("cat taken for dog", 1)]
+    assert find_errors(truth, results, ["bbox"], threshold=0.85)["bbox"]["confusion"][0][1] == 0
+    evaluation = replace(evaluate(truth, results, ["bbox"]), errors={"bbox": errors})
+    assert "missed" in format_table(evaluation)
+    assert find_errors(truth, [], ["bbox"])["bbox"]["count"]["Miss"] == 4
+
+
+@pytest.mark.parametrize("max_dets", [11, 17, 300])
+def test_other_counts_of_detections_are_pycocotools_and_named_by_them(noisy, max_dets: int):
+    truth, results = noisy
+    # Many to an image and class, so that each count counts.
+    crowded = [
+        {**result, "image_id": 1, "category_id": 1}
+        for result in results
+        if "segmentation" in result
+    ]
+    size = next([i["height"], i["width"]] for i in truth["images"] if i["id"] == 1)
+    crowded = [r for r in crowded if r["segmentation"]["size"] == size] * 9
+    evaluation = evaluate(truth, crowded, ["bbox"], max_dets=max_dets)
+    expected = by_pycocotools(truth, crowded, "bbox", max_dets=max_dets)
+    assert list(evaluation.figures["bbox"].values()) == expected
+    assert list(evaluation.figures["bbox"])[:2] == [f"AP@{max_dets}", f"AP50@{max_dets}"]
+    assert list(evaluation.figures["bbox"])[6:9] == ["AR1", "AR10", f"AR{max_dets}"]
+    assert f"AP@{max_dets} IoU .50:.95" in format_table(evaluation)
 
 
 def test_both_types_at_once_and_masks_by_their_own_area(noisy):

@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from casc.device.compute import Compute
 from casc.errors import UserError
 from casc.evaluate.coco_results import collect_results
 from casc.evaluate.run import detect_stream
+from casc.inference import images
 from casc.inference.detector import Detector
-from casc.inference.image_files import find_images
+from casc.inference.image_files import base_name, find_images, listed_ids
 from casc.inference.images import batch_of, canvas_of, holding_canvas, read_image
 from casc.inference.predict import predict
 from casc.model.detector import Detections, DetectorConfig, init
@@ -74,7 +75,7 @@ def save(path: Path, width: int = 200, height: int = 150, **options) -> None:
     Image.fromarray(image).save(path, **options)
 
 
-def run(paths: list[Path], out: Path, **options):
+def run(paths: Sequence[Path | str], out: Path, **options):
     options = {"log": lambda line: None, **options}
     return predict(detecting(find), paths, out, **options)
 
@@ -158,21 +159,22 @@ def test_bad_images_are_reported_and_the_others_done(tmp_path: Path):
 
 
 def test_folders_patterns_and_repeats(tmp_path: Path):
-    for name in ("b.JPG", "a.png", "notes.txt", "deeper/c.png"):
+    for name in ("b.JPG", "a.png", "notes.txt", "deeper/c.png", ".hidden/d.png", ".e.png"):
         save(tmp_path / name, format="PNG")
     (tmp_path / "empty").mkdir()
     files, failed = find_images([tmp_path, str(tmp_path / "*.png"), tmp_path / "notes.txt"])
-    assert [f.name for f in files] == ["a.png", "b.JPG", "notes.txt"]
+    names = [f.relative_to(tmp_path).as_posix() for f in files if isinstance(f, Path)]
+    assert names == ["a.png", "b.JPG", "deeper/c.png", "notes.txt"]
     assert failed == []
     files, failed = find_images([str(tmp_path / "**" / "*.png"), tmp_path / "empty"])
-    assert sorted(f.name for f in files) == ["a.png", "c.png"]
+    assert sorted(map(base_name, files)) == ["a.png", "c.png"]
     assert failed == [(str(tmp_path / "empty"), "the folder has no images")]
 
 
 def test_names_with_brackets_are_files_first(tmp_path: Path):
     save(tmp_path / "photo [1].png")
     files, _ = find_images([tmp_path / "photo [1].png"])
-    assert [f.name for f in files] == ["photo [1].png"]
+    assert [*map(base_name, files)] == ["photo [1].png"]
 
 
 def test_same_names_dont_overwrite_each_other(tmp_path: Path):
@@ -194,12 +196,35 @@ def test_input_images_are_never_overwritten(tmp_path: Path):
     assert (tmp_path / "a.jpg").read_bytes() == before
 
 
-def test_image_ids_are_the_names_numbers(tmp_path: Path):
-    for name in ("000000000139.png", "000000000285.png"):
-        save(tmp_path / name)
-    assert [r["image_id"] for r in run([tmp_path], tmp_path / "out").results] == [139, 285]
-    save(tmp_path / "x.png")
-    assert [r["image_id"] for r in run([tmp_path], tmp_path / "out").results] == [1, 2, 3]
+def test_ids_are_places_or_as_a_list_says(tmp_path: Path, write_shards):
+    for name in ("000000000139.png", "in/000000000285.png"):
+        save(tmp_path / "photos" / name)
+    folder = tmp_path / "photos"
+    assert [r["image_id"] for r in run([folder], tmp_path / "out").results] == [1, 2]
+    entries = [{"id": 7, "file_name": "000000000139.png", "width": 1, "height": 1}]
+    entries.append({"id": 8, "file_name": "in/000000000285.png", "width": 1, "height": 1})
+    data = {"images": entries, "annotations": [], "categories": []}
+    (tmp_path / "coco.json").write_text(json.dumps(data))
+    ids = listed_ids(tmp_path / "coco.json")
+    assert [r["image_id"] for r in run([folder], tmp_path / "out", ids=ids).results] == [7, 8]
+    save(folder / "x.png")
+    with pytest.raises(UserError, match=r"lists no image of the name x\.png"):
+        run([folder], tmp_path / "out", ids=ids)
+    entries.append({**entries[0], "id": 9})
+    (tmp_path / "coco.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="twice, as 7 and 9"):
+        listed_ids(tmp_path / "coco.json")
+    write_shards(tmp_path / "shards", {"val": [(0, 2, True)]})
+    assert listed_ids(tmp_path / "shards") == {"000000000001.png": 1, "000000000002.png": 2}
+
+
+def test_urls_are_read_and_named_by_their_path(tmp_path: Path, monkeypatch):
+    save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr(images, "read_remote", lambda url, loading: data)
+    done = run(["https://host/photos/b.png?key=1", tmp_path / "a.png"], tmp_path / "out")
+    assert [p.name for p in done.pictures] == ["b.jpg", "a.jpg"]
+    assert [r["file_name"] for r in done.results] == ["b.png", "a.png"]
 
 
 def test_photographs_are_turned_upright(tmp_path: Path):

@@ -18,10 +18,14 @@ import casc
 from casc.checkpoints import format as checkpoint
 from casc.config import to_json
 from casc.errors import UserError
+from casc.evaluate.coco_results import read_results
+from casc.evaluate.ground_truth import read_coco
+from casc.evaluate.metrics import evaluate
 from casc.inference import images
 from casc.inference.detector import Detector
 from casc.inference.images import Picture, read_image
 from casc.inference.results import Results
+from casc.inference.settings import Settings
 from casc.model.detector import init
 from casc.recipes.demo import demo
 from casc.train.state import new_state
@@ -174,6 +178,39 @@ def test_a_threshold_below_the_models_own_takes_effect(detector: Detector):
     assert len(high(image, threshold=0.999)) == 0
     assert same(high(image, threshold=0.05), detector(image, threshold=0.05))
     assert len(high(image, threshold=0.05)) > 0
+
+
+def test_settings_change_what_is_found(detector: Detector):
+    image = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    usual = detector(image, threshold=0.0)
+    for settings in (Settings(), Settings(nms_iou=0.5, detections=10, soft_nms="off")):
+        assert same(usual, detector.with_settings(settings)(image, threshold=0.0))
+    assert len(detector.with_settings(Settings(detections=3))(image)) == 3
+    many = detector.with_settings(Settings(detections=300, nms_iou=1.0))(image)
+    assert len(many) > len(usual)
+    stars = detector.with_settings(Settings(classes=("star",), threshold=0.0))
+    assert set(stars(image, threshold=0.0).names) == {"star"}
+    wrong = Settings(nms_iou=1.5), Settings(threshold=-1.0), Settings(detections=0)
+    for settings in (*wrong, Settings(classes=("dsic",))):
+        with pytest.raises(UserError, match=r"--|no class"):
+            detector.with_settings(settings)
+
+
+def test_evaluation_counts_as_many_detections_as_asked(folder: Path, detector: Detector):
+    casc.shard(folder / "COCO", folder / "made", say=lambda line: None)
+    with pytest.raises(UserError, match="--detections 300 makes it give more"):
+        casc.evaluate(detector, folder / "made", max_dets=300)
+    with pytest.raises(UserError, match="more than 10"):
+        casc.evaluate(detector, folder / "made", max_dets=10)
+    many, file = detector.with_settings(Settings(detections=300)), folder / "results.json"
+    evaluation = casc.evaluate(many, folder / "made", max_dets=300, results=file, errors=True)
+    assert "AR300" in evaluation.figures["segm"]
+    # What was written is what was measured.
+    truth = read_coco(folder / "COCO" / "annotations" / "instances_val2017.json")
+    again = evaluate(truth, read_results(file), max_dets=300)
+    assert again.figures == evaluation.figures
+    assert evaluation.errors is not None
+    assert sum(evaluation.errors["segm"]["count"].values()) > 0
 
 
 def test_results_are_read_like_an_array(folder: Path, detector: Detector):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 
 from casc.data.batch import Batch
@@ -438,6 +439,64 @@ def test_selection_leaves_padded_boxes_out():
     assert labels.tolist() == [[0, 1, 0, 0]]
     assert (found[0, 2:] == 0).all()
     assert scores[0, 0].item() == pytest.approx(math.exp(5) / (math.exp(5) + 2), rel=1e-5)
+
+
+def scored(seed: int = 0, proposals: int = 40, classes: int = 5):
+    """Logits, boxes that overlap, and validity of two images."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, proposals, classes + 1, generator=generator) * 3
+    corner = torch.rand(2, proposals, 2, generator=generator) * 40
+    boxes = torch.cat([corner, corner + 10 + torch.rand(corner.shape, generator=generator) * 30], 2)
+    return logits, boxes, torch.rand(2, proposals, generator=generator) < 0.8
+
+
+def test_classes_can_suppress_each_other(mode):
+    """As torchvision's nms over all boxes of all classes has it."""
+    logits, boxes, valid = scored()
+    config = InferenceConfig(class_agnostic=True, detections=200)
+    made = mode(lambda *a: detector.select(config, *a))(logits, boxes, valid)
+    scores = logits.softmax(-1)[..., :-1]
+    for image in range(2):
+        place = ((scores[image] > 0.05) & valid[image, :, None]).nonzero()
+        score, box = scores[image][tuple(place.T)], boxes[image][place[:, 0]]
+        kept = torchvision.ops.nms(box, score, 0.5)
+        found, found_scores, labels, there = (t[image] for t in made)
+        assert there.sum() == len(kept)
+        torch.testing.assert_close(found[there], box[kept])
+        torch.testing.assert_close(found_scores[there], score[kept])
+        assert torch.equal(labels[there], place[kept, 1])
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_only_some_classes_are_kept(mode, agnostic: bool):
+    """What is left when the others' scores are nothing."""
+    logits, boxes, valid = scored(1)
+    config = InferenceConfig(class_agnostic=agnostic, classes=(1, 3), detections=30)
+    made = mode(lambda *a: detector.select(config, *a))(logits, boxes, valid)
+    scores = logits.softmax(-1)
+    scores[..., [0, 2, 4]] = 0
+    rest = scores[..., :-1].sum(-1)
+    alone = torch.cat([scores[..., :-1], (1 - rest)[..., None]], -1).log()
+    expected = detector.select(replace(config, classes=()), alone, boxes, valid)
+    assert set(made[2][made[3]].tolist()) == {1, 3}
+    for found, wanted in zip(made, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("way", ["linear", "gaussian"])
+def test_soft_suppression_lowers_scores(mode, way):
+    logits, boxes, valid = scored(2)
+    config = InferenceConfig(soft_nms=way, detections=60)
+    soft = mode(lambda *a: detector.select(config, *a))(logits, boxes, valid)
+    hard = detector.select(replace(config, soft_nms="off"), logits, boxes, valid)
+    # The best box of an image is nobody's to lower; what hard suppression dropped may be there.
+    torch.testing.assert_close(soft[1][:, 0], hard[1][:, 0])
+    assert way == "gaussian" or soft[3].sum() > hard[3].sum()
+    assert (soft[1].diff(dim=1) <= 0).all()
+    assert (soft[1][soft[3]] > config.score_threshold).all()
+    assert all((t[~soft[3]] == 0).all() for t in soft[:3])
+    original = logits.softmax(-1)[..., :-1].flatten(1).amax(1)
+    assert (soft[1].amax(1) <= original).all()
 
 
 def test_the_score_threshold_is_exclusive():

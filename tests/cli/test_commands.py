@@ -1,0 +1,114 @@
+"""What the command lines say of themselves, and how they end."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import casc
+from casc.arguments import parse_arguments
+from casc.cli import main as cli
+from casc.cli.bench import with_default
+from casc.cli.main import main
+from casc.cli.recipes import descriptions
+from data_tools import cli as data_tools
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("[!_]*.py"))
+
+
+def said(capsys, *arguments: str) -> tuple[str, str, object]:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    out, err = capsys.readouterr()
+    return out, err, stop.value.code
+
+
+def test_the_version_is_told(capsys):
+    assert said(capsys, "--version") == (f"casc {casc.__version__}\n", "", 0)
+
+
+@pytest.mark.parametrize("command", ["recipes", "train"])
+def test_recipes_are_listed_with_cost_and_figures(capsys, command: str):
+    out, _, code = said(capsys, command)
+    assert code == 0
+    names = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert names == RECIPES
+    assert "It costs: 7,330 steps of 16 images an epoch" in out
+    assert "To expect: box AP 41.2, mask AP 36.0" in out
+    assert all("What" not in text.split("\n\n")[0] for text in descriptions().values())
+
+
+def test_train_runs_the_recipe_of_a_name(capsys):
+    out, err, code = said(capsys, "train", "coco_2x")
+    assert code == 2
+    assert "no recipe 'coco_2x'; there is coco_1x, " in err
+    before = list(sys.argv)
+    try:
+        out, _, code = said(capsys, "train", "coco_mini", "--help")
+        assert code == 0
+        assert "--optim.lr" in out
+        assert "usage: casc train coco_mini" in out
+        _, err, code = said(capsys, "train", "coco_mini", "--data", "nowhere", "--dry-run")
+        assert "nowhere" in str(code)
+    finally:
+        sys.argv[:] = before
+
+
+def test_help_names_every_command(capsys):
+    out, _, code = said(capsys, "--help")
+    assert code == 0
+    names = {f.stem for f in (ROOT / "casc" / "cli").glob("[!_]*.py")} - {
+        "main",
+        "device_checks",
+        "card",
+    }
+    assert names | {"train"} <= set(re.findall(r"• (\w+)", out))
+
+
+def commands() -> list[tuple[str, type]]:
+    unions = {"casc": cli.Command, "data_tools": data_tools.Command}
+    kinds = [(name, kind) for name, union in unions.items() for kind in get_args(union)]
+    return [(f"{name} {get_args(kind)[1].name}", get_args(kind)[0]) for name, kind in kinds]
+
+
+@pytest.mark.parametrize(("name", "kind"), commands(), ids=[name for name, _ in commands()])
+def test_help_shows_two_examples_and_names_what_goes_where(capsys, name: str, kind: type):
+    program, command = name.split()
+    text = inspect.getdoc(kind) or ""
+    examples = re.findall(rf"`({name}\b[^`]*)`", text.partition("Examples:")[2])
+    assert len(examples) >= 2 or command in ("train", "recipes", "doctor")
+    union = cli.Command if program == "casc" else data_tools.Command
+    for example in examples:
+        words = with_default(" ".join(example.split()).split()[1:])
+        if words[:1] != ["train"] and "--help" not in words:
+            parse_arguments(union, words, prog=program)
+    with pytest.raises(SystemExit):
+        parse_arguments(union, [command, "--help"], prog=program)
+    usage = capsys.readouterr().out.splitlines()[0]
+    assert not re.search(r"\b(STR|PATH|None)\b", usage)
+
+
+def test_flags_that_are_on_are_listed_with_their_opposite(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(data_tools.Command, ["shard", "--help"], prog="data_tools")
+    assert "--progress, --no-progress" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "module", ["casc", "casc train coco_mini", "data_tools", "casc.recipes.coco_mini"]
+)
+def test_a_reader_that_leaves_ends_a_command_in_silence(module: str):
+    """As `... --help | head -1` does; here the reader is gone before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", *module.split(), "--help"]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode == 141
