@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from casc import __version__
+import casc
 from casc.arguments import parse_arguments, reader_may_leave
 from casc.cli.bench import BenchCommand, with_default
 from casc.cli.convert import ConvertCommand
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
-        print(f"casc {__version__}")
+        print(f"casc {casc.__version__}")
         return 0
     if arguments[:1] == ["train"] and arguments[1:] and not arguments[1].startswith("-"):
         train(arguments[1], arguments[2:])
