@@ -105,10 +105,8 @@ def _ready_cuda() -> None:
     # Shapes are fixed, so trying cuDNN's algorithms once pays; and float32 means float32: torch
     # would let convolutions alone round to TF32. bfloat16 is what is for speed.
     torch.backends.cudnn.benchmark = True
-    # RNNs too: where the two differ, torch refuses to say whether it rounds.
-    cudnn: Any = torch.backends.cudnn
-    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _ready_npu() -> None:

@@ -62,6 +62,7 @@ def test_an_older_torch_has_cudas_own(monkeypatch):
 
 def test_float32_is_float32_and_shapes_are_tuned(monkeypatch):
     backends = torch.backends
+    monkeypatch.setattr(backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(backends.cudnn, "benchmark", False)
     devices.TRAITS["cuda"].ready()
     assert backends.cudnn.benchmark
