@@ -80,7 +80,7 @@ def test_predict(trained, tmp_path, capsys, write_shards):
     assert run("predict", trained.folder, tmp_path / "7.png", *args) == 0
     assert "1 pictures" in capsys.readouterr().out
     results = json.loads((tmp_path / "found/predictions.json").read_text())
-    assert all(result["image_id"] == 7 for result in results)
+    assert all(result["image_id"] == 1 for result in results)
     assert {result["category_id"] for result in results} <= {1, 2}
     with Image.open(tmp_path / "found/7.jpg") as picture:
         assert picture.format == "JPEG"
