@@ -90,8 +90,8 @@ def read_weights(source: str) -> Weights:
     Args:
         source: a run's folder (its newest whole checkpoint is taken), a checkpoint's folder,
             a `.safetensors` file, a file of the reference, Detectron2 or torchvision, the http(s)
-            URL of one, which is downloaded once (see `download_weights`), or a name of
-            `casc.checkpoints.published`.
+            URL of one, which is downloaded once (see `download_weights`), `hf://owner/name`
+            on the Hugging Face hub, or a name of `casc.checkpoints.published`.
 
     Raises:
         UserError: it can't be read, or holds none of these.
@@ -100,6 +100,10 @@ def read_weights(source: str) -> Weights:
         return replace(_from_file(download_weights(PUBLISHED[source].url)), source=source)
     if source.startswith(("mmdet:", "detectron2:")):
         raise UserError(f"{source}: isn't known; `casc weights` lists the names")
+    if source.startswith("hf://"):
+        from casc.checkpoints.hub import fetch  # it imports this file
+
+        return replace(_from_safetensors(fetch(source)), source=source)
     if "://" in source:
         return replace(_from_file(download_weights(source)), source=source)
     path = Path(source).expanduser()

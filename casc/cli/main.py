@@ -17,6 +17,7 @@ from casc.cli.doctor import DoctorCommand
 from casc.cli.eval import EvalCommand
 from casc.cli.export import ExportCommand
 from casc.cli.predict import PredictCommand
+from casc.cli.push import PushCommand
 from casc.cli.recipes import RecipesCommand, TrainCommand, train
 from casc.cli.report import ReportCommand
 from casc.cli.verify import VerifyCommand
@@ -33,6 +34,7 @@ Command = (
     | Annotated[BenchCommand, tyro.conf.subcommand("bench")]
     | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
     | Annotated[WeightsCommand, tyro.conf.subcommand("weights")]
+    | Annotated[PushCommand, tyro.conf.subcommand("push")]
     | Annotated[ConvertCommand, tyro.conf.subcommand("convert")]
     | Annotated[ExportCommand, tyro.conf.subcommand("export")]
 )
