@@ -27,6 +27,23 @@ def replay_missing(device: torch.device) -> str | None:
     return traits(device).replay_missing()
 
 
+def refused(device: torch.device) -> str | None:
+    """What a device says to the recording of an addition, in one line; None if it does it.
+
+    Older chips have no graphs, and drivers' settings forbid them.
+    """
+    try:
+        total = torch.zeros((), device=device)
+        step = Replay(total.add_, lambda: [total], Pool())
+        for _ in range(2):
+            step(torch.ones((), device=device))
+        torch.accelerator.synchronize(device)
+    except (RuntimeError, UserError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        return f"{device.type} refused to record an addition ({reason})"
+    return None
+
+
 class Replay:
     """A function of tensors that is recorded at its first call and replayed from then on."""
 
@@ -115,7 +132,7 @@ def choose_replay(setting: str, device: torch.device, reads: str | None) -> Choi
     """
     if setting == "off":
         return Choice(False, "steps are launched one by one (--replay off)")
-    missing = replay_missing(device) or reads
+    missing = replay_missing(device) or reads or refused(device)
     if missing is None:
         return Choice(True, "steps are recorded once per canvas and replayed")
     if setting == "on":

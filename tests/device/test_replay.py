@@ -14,6 +14,54 @@ from casc.model.steps import reads_back
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def card_that_records(monkeypatch):
+    """There is none here."""
+    monkeypatch.setattr(replay, "refused", lambda device: None)
+
+
+def test_a_card_that_refuses_is_told_apart(monkeypatch):
+    """A first-series NPU, say: what it answers is only known by asking."""
+
+    class Graph:
+        def __init__(self, pool):
+            pass
+
+        def __enter__(self):
+            raise RuntimeError("not supported on this SoC\n[ERROR] second line")
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.undo()
+    monkeypatch.setattr(replay, "graph_class", lambda device: Graph)
+    monkeypatch.setattr(replay, "is_accelerator", lambda device: True)
+    monkeypatch.setattr(torch, "Stream", _NoStream)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: _NoStream(device))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    found = choose_replay("auto", CPU, None)
+    assert not found.replay
+    assert found.note.endswith("cpu refused to record an addition (not supported on this SoC)")
+    with pytest.raises(UserError, match="--replay on: cpu refused"):
+        choose_replay("on", CPU, None)
+
+
+class _NoStream:
+    """Of a CPU, which has none."""
+
+    def __init__(self, device):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        pass
+
+
 def test_a_cpu_replays_nothing_and_says_so():
     assert choose_replay("auto", CPU, None) == (
         False,
