@@ -13,7 +13,7 @@ from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.reader import remote_shard
 from casc.data.record import SampleRecord
 from casc.data.remote import FetchError, is_local, join, location
-from casc.data.sample import annotation_edges, iter_tar
+from casc.data.sample import annotations_edges, edge_room, iter_tar
 from casc.data.status import Status
 from casc.errors import UserError
 from data_tools.parallel import map_tasks
@@ -267,13 +267,15 @@ def _sample_faults(task: _Task, record: SampleRecord, image: bytes) -> list[str]
     for entry in record["annotations"]:
         if entry["label"] != task.labels.get(entry["category_id"], -1):
             faults.append(f"annotation {entry['id']}: its label isn't its category's")
-    for entry in objects:
-        edges = annotation_edges(entry)
-        if not 0 < len(edges) <= bucket.edges:
-            faults.append(
-                f"annotation {entry['id']}: {len(edges)} edges, "
-                f"its bucket has room for 1 to {bucket.edges}"
-            )
+    outlines = annotations_edges(objects)
+    faults += [
+        f"annotation {entry['id']}: it has no edges"
+        for entry, edges in zip(objects, outlines, strict=True)
+        if not len(edges)
+    ]
+    room = edge_room(outlines)
+    if room > bucket.edges:
+        faults.append(f"edges need a room of {room}, its bucket has {bucket.edges}")
     return faults
 
 

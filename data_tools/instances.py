@@ -11,8 +11,12 @@ from casc.data.record import AnnotationRecord
 from casc.data.sample import signed_area
 from casc.data.segmentation import mask_area, pack, part_fault, rle_counts
 from data_tools.report import Finding
-from data_tools.rings import fill_rings, mask_iou, overlaps_itself, trace_mask
+from data_tools.rings import fill_rings, mask_iou, overlaps_itself, trace_mask, trace_within
 
+RAGGED_EDGES = 500
+"""Edges from which on a traced outline is simplified, unless a tolerance is given."""
+LEAST_IOU = 0.99
+"""With the mask, that a simplified outline has to keep."""
 _BEYOND = 0.5
 """Pixels that a box may reach out of the image without being reported."""
 
@@ -41,7 +45,7 @@ def make_record(
     annotation: Mapping[str, Any],
     frame: Frame,
     labels: Mapping[int, int],
-    tolerance: float = 0.0,
+    tolerance: float | None = None,
 ) -> Made:
     """Turn an annotation of `data_tools.coco` into a record.
 
@@ -49,7 +53,8 @@ def make_record(
         annotation: with the fields of `Annotations.by_image`.
         frame: sizes of its image.
         labels: label by category id.
-        tolerance: pixels by which polygons traced from an RLE may deviate from it.
+        tolerance: pixels by which polygons traced from an RLE may deviate from it. None: not at
+            all, except that those of over `RAGGED_EDGES` are simplified within `LEAST_IOU`.
     """
     findings: list[Finding] = []
     number = annotation["id"]
@@ -109,7 +114,7 @@ class _Mask(NamedTuple):
     iou: float | None = None
 
 
-def _mask(segmentation: Any, frame: Frame, tolerance: float, find: Any) -> _Mask:
+def _mask(segmentation: Any, frame: Frame, tolerance: float | None, find: Any) -> _Mask:
     if isinstance(segmentation, dict):
         return _rle_mask(segmentation, frame, tolerance, find)
     parts: list[list[float]] = []
@@ -126,7 +131,9 @@ def _mask(segmentation: Any, frame: Frame, tolerance: float, find: Any) -> _Mask
     return _polygon_mask(parts, frame, tolerance, find)
 
 
-def _polygon_mask(parts: list[list[float]], frame: Frame, tolerance: float, find: Any) -> _Mask:
+def _polygon_mask(
+    parts: list[list[float]], frame: Frame, tolerance: float | None, find: Any
+) -> _Mask:
     """Training fills outlines by the non-zero rule, pycocotools by the even-odd one.
 
     They differ where an outline overlaps itself: then training gets pycocotools' mask, traced.
@@ -152,16 +159,26 @@ def _polygon_mask(parts: list[list[float]], frame: Frame, tolerance: float, find
         return _Mask(parts, empty=True, area=area)
     rings: list[np.ndarray] = []
     for part, ring, overlaps in zip(parts, outlines, overlapping, strict=True):
-        rings += trace_mask(_decode([part], width, height), tolerance) if overlaps else [ring]
+        rings += _trace(_decode([part], width, height), tolerance, find) if overlaps else [ring]
     iou = mask_iou(_decode(parts, width, height), fill_rings(rings, height, width))
     return _Mask(parts, empty=False, area=area, rings=rings, iou=round(iou, 6))
+
+
+def _trace(mask: np.ndarray, tolerance: float | None, find: Any) -> list[np.ndarray]:
+    rings = trace_mask(mask, tolerance or 0)
+    edges = sum(map(len, rings))
+    if tolerance is not None or edges <= RAGGED_EDGES:
+        return rings
+    fewer, iou = trace_within(mask, LEAST_IOU)
+    find("simplified", f"{edges:,} edges to {sum(map(len, fewer)):,}, IoU {iou:.4f}")
+    return fewer
 
 
 def _decode(segmentation: Any, width: int, height: int) -> np.ndarray:
     return coco_mask.decode(pack(segmentation, width, height)).astype(bool)  # type: ignore[arg-type]
 
 
-def _rle_mask(rle: Mapping[str, Any], frame: Frame, tolerance: float, find: Any) -> _Mask:
+def _rle_mask(rle: Mapping[str, Any], frame: Frame, tolerance: float | None, find: Any) -> _Mask:
     try:
         counts = rle_counts(rle, frame.width, frame.height)
     except ValueError as error:
@@ -177,7 +194,7 @@ def _rle_mask(rle: Mapping[str, Any], frame: Frame, tolerance: float, find: Any)
         segmentation = {"size": list(mask.shape), "counts": packed["counts"].decode("ascii")}
     if not mask.any():
         return _Mask(segmentation, empty=True, area=lambda: area)
-    rings = trace_mask(mask, tolerance)
+    rings = _trace(mask, tolerance, find)
     filled = fill_rings(rings, *mask.shape)
     iou = round(mask_iou(mask, filled), 6)
     return _Mask(segmentation, empty=False, area=lambda: area, rings=rings, iou=iou)

@@ -26,8 +26,9 @@ class Settings(NamedTuple):
     """Reduce images whose longer side exceeds this many pixels."""
     samples_per_shard: int = 64
     shard_mib: float = 256.0
-    trace_tolerance: float = 0.0
-    """Pixels by which polygons traced from RLE masks may deviate from them."""
+    trace_tolerance: float | None = None
+    """Pixels by which polygons traced from RLE masks may deviate from them; None is exact except
+    for ragged outlines, see `data_tools.instances`."""
     negatives: bool = False
     """Train on images without any annotation, as background."""
 
@@ -183,7 +184,7 @@ def check_settings(settings: Settings) -> None:
         )
     if not settings.shard_mib > 0:
         raise UserError(f"--shard-mib: expected more than 0, got {settings.shard_mib}")
-    if not 0 <= settings.trace_tolerance <= 16:
+    if not 0 <= (settings.trace_tolerance or 0) <= 16:
         raise UserError(f"--trace-tolerance: expected 0 to 16, got {settings.trace_tolerance}")
 
 

@@ -56,11 +56,17 @@ KINDS: dict[str, Kind] = {
     "bad_polygon_part": Kind("annotation", "part left out", "under 3 points, odd, NaN or far off"),
     "missing_area": Kind("annotation", "computed", "no area given"),
     "missing_iscrowd": Kind("annotation", "taken as 0", "no iscrowd given"),
+    "simplified": Kind("annotation", "fewer edges", "ragged outline; within IoU 0.99 of its mask"),
     "rle_mask": Kind("annotation", "traced", "RLE mask"),
     "self_overlap": Kind("annotation", "traced", "outline overlaps itself; pycocotools' mask"),
     # Worth knowing.
     "negative": Kind("image", "trained on", "without annotations, as background"),
     "out_of_bounds": Kind("annotation", "kept", "reaches out of the image by over 0.5 px"),
+    "many_objects": Kind(
+        "image", "kept", "far more objects than others: all batches have the room"
+    ),
+    "many_edges": Kind("image", "kept", "far more edges than others: all batches have the room"),
+    "large_image": Kind("image", "kept", "far larger than others; --max-size makes batches small"),
     "multi_part": Kind("annotation", "kept", "mask of several parts"),
     "duplicate_file_name": Kind("image", "kept", "a file listed as several images"),
     "duplicate_category_name": Kind("category", "kept", "a name shared by categories"),

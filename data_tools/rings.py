@@ -35,6 +35,43 @@ def trace_mask(mask: np.ndarray, tolerance: float = 0.0) -> list[np.ndarray]:
     ]
 
 
+def trace_within(mask: np.ndarray, least_iou: float) -> tuple[list[np.ndarray], float]:
+    """Trace a ragged mask with few points.
+
+    Args:
+        mask: `[h, w]`, bool or 0 and 1.
+        least_iou: how well the rings have to agree with the mask, as pycocotools fills them.
+
+    Returns:
+        The rings of the largest tolerance that keeps to that, without the smallest specks and
+        holes, and their IoU with the mask.
+    """
+    mask = np.asarray(mask).astype(bool)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return [], 1.0
+    corner = np.array([columns[0], rows[0]], np.float64)
+    mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    exact = sorted(_exact_rings(mask), key=lambda ring: abs(signed_area(ring)))
+    # Specks may cost a quarter of what the outline may.
+    lost = np.cumsum([abs(signed_area(ring)) for ring in exact])
+    exact = exact[int((lost <= (1 - least_iou) / 4 * mask.sum()).sum()) :]
+    smooth = [_smooth(_edge_middles(ring)) for ring in exact]
+    best, iou = exact, mask_iou(mask, fill_rings(exact, *mask.shape))
+    for tolerance in (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0):
+        rings = [
+            ring if len(ring) >= 3 and signed_area(ring) * signed_area(old) > 0 else old
+            for ring, old in zip(
+                (_simplify(each, tolerance) for each in smooth), exact, strict=True
+            )
+        ]
+        agreement = mask_iou(mask, fill_rings(rings, *mask.shape))
+        if agreement < least_iou:
+            break
+        best, iou = rings, agreement
+    return [ring + corner for ring in best], iou
+
+
 def fill_rings(rings: list[np.ndarray], height: int, width: int) -> np.ndarray:
     """Rasterise rings by the non-zero winding rule, with COCO's own rasteriser.
 

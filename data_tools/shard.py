@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from casc.data.index import INDEX_NAME, Bucket, Index, Shard, Split
+from casc.data.index import INDEX_NAME, Index, Shard, Split
 from casc.errors import UserError
+from data_tools.capacities import make_bucket
 from data_tools.folder import enter_index, lock_folder, old_index, remove_stale
 from data_tools.images import Probe, file_digest, probe_image
 from data_tools.journal import Journal
@@ -21,7 +22,6 @@ from data_tools.layouts import Part, choose_parts
 from data_tools.parallel import map_tasks
 from data_tools.plan import (
     Item,
-    PlannedBucket,
     PlannedShard,
     Settings,
     check_categories,
@@ -172,14 +172,16 @@ def _make_split(
         results = _write_shards(source, planned, journal, out, settings, run)
     finally:
         journal.close()
+    made = [make_bucket(i, bucket, planned, results) for i, bucket in enumerate(buckets)]
     findings = [*source.annotations.findings, *findings]
+    findings += [finding for _, found in made for finding in found]
     for result in results:
         findings += result.findings
     report = _report(source, sources, items, results, findings)
     return Split(
         samples=len(items),
         train_samples=sum(item.train for item in items),
-        buckets=tuple(_bucket(i, b, planned, results) for i, b in enumerate(buckets)),
+        buckets=tuple(bucket for bucket, _ in made),
         shards=tuple(
             Shard(
                 name=shard.name,
@@ -270,25 +272,6 @@ def _write_shards(
         known[i] = result
         journal.add_shard(planned[i].name, plans[i], result)
     return [result for result in known if result is not None]
-
-
-def _bucket(
-    number: int,
-    bucket: PlannedBucket,
-    shards: Sequence[PlannedShard],
-    results: Sequence[ShardResult],
-) -> Bucket:
-    own = [(s, r) for s, r in zip(shards, results, strict=True) if s.bucket == number]
-    return Bucket(
-        name=bucket.name,
-        min_aspect=bucket.min_aspect,
-        max_aspect=bucket.max_aspect,
-        height=max(item.height for shard, _ in own for item in shard.items),
-        width=max(item.width for shard, _ in own for item in shard.items),
-        instances=max(1, *(result.instances for _, result in own)),
-        edges=max(1, *(result.edges for _, result in own)),
-        samples=sum(len(shard.items) for shard, _ in own),
-    )
 
 
 def _report(

@@ -14,7 +14,7 @@ from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
 from data_tools.report import Finding
 
-_CONTENT_VERSION = 2
+_CONTENT_VERSION = 3
 """Raised when the same input gives other shards than before, so that old ones aren't reused."""
 
 

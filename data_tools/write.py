@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from casc.data.record import SampleRecord
-from casc.data.sample import annotation_edges
+from casc.data.sample import annotations_edges, edge_room
 from data_tools.images import store_image
 from data_tools.instances import Frame, make_record
 from data_tools.plan import Item, PlannedShard, Settings
@@ -34,10 +34,8 @@ class ShardResult(NamedTuple):
     annotations: int
     trained_annotations: int
     """Those that can be trained on and are on images that are."""
-    instances: int
-    """Most trainable annotations of one image."""
-    edges: int
-    """Most edges of one trainable annotation."""
+    needs: list[list[int]]
+    """Of each image, in the shard's order: trainable annotations, and the room for their edges."""
     findings: list[Finding]
 
 
@@ -67,7 +65,7 @@ def write_shard(task: ShardTask) -> ShardResult:
             sample = make_sample(item, task)
             findings.extend(sample.findings)
             objects = [entry for entry in sample.record["annotations"] if entry["train"]]
-            edges = max((len(annotation_edges(entry)) for entry in objects), default=0)
+            edges = edge_room(annotations_edges(objects))
             listed = len(sample.record["annotations"])
             counts.append((sample.record["train"], listed, len(objects), edges))
             yield sample.key, sample.extension, sample.image
@@ -86,8 +84,7 @@ def write_shard(task: ShardTask) -> ShardResult:
         sha256=written.sha256,
         annotations=sum(listed for _, listed, _, _ in counts),
         trained_annotations=sum(objects for train, _, objects, _ in counts if train),
-        instances=max(objects for _, _, objects, _ in counts),
-        edges=max(edges for _, _, _, edges in counts),
+        needs=[[objects, edges] for _, _, objects, edges in counts],
         findings=findings,
     )
 

@@ -166,7 +166,8 @@ def tiny_batch() -> Callable[..., Batch]:
             boxes=torch.from_numpy(boxes),
             labels=torch.from_numpy(labels),
             valid=torch.from_numpy(valid),
-            edges=torch.from_numpy(polygons),
+            edges=torch.from_numpy(polygons).flatten(1, 2),
+            edge_gt=torch.arange(capacity).repeat_interleave(edges).repeat(count, 1),
             image_id=image_id,
             seed=image_id + 1000 * seed,
         )
@@ -246,8 +247,8 @@ def write_shards() -> Callable[..., Index]:
                 samples=sum(entry.samples for entry in entries),
                 train_samples=sum(entry.samples for entry in entries if entry.train),
                 buckets=(
-                    Bucket("wide", 1.0, None, 48, 64, 3, 4, 0),
-                    Bucket("tall", 0.0, 1.0, 64, 48, 3, 4, 0),
+                    Bucket("wide", 1.0, None, 48, 64, 3, 12, 0),
+                    Bucket("tall", 0.0, 1.0, 64, 48, 3, 12, 0),
                 ),
                 shards=tuple(entries),
             )

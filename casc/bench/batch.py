@@ -100,7 +100,8 @@ def made_up_batch(load: Load, classes: int, seed: int = 0) -> Batch:
         boxes=boxes,
         labels=labels * valid,
         valid=valid,
-        edges=edges,
+        edges=edges.flatten(1, 2),
+        edge_gt=torch.arange(capacity).repeat_interleave(4).expand(batch, -1).contiguous(),
         image_id=ids,
         seed=ids,
     )

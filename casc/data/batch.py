@@ -1,12 +1,17 @@
 """The batch: what a loader worker hands to the device, all of fixed shape.
 
-Legend: B images, G ground-truth capacity, E edge capacity, Hi x Wi input canvas.
+Legend: B images, G ground-truth capacity, E edge capacity of an image, Hi x Wi input canvas.
 Boxes and edges are in pixels of the stored image, x to the right and y down.
 """
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+GRID_LINES = 84
+"""Scan lines by which a mask target of 28 cells is rasterised."""
+FREE_CROSSINGS = 16
+"""Edges of an outline that each of the lines may cross without more room than for the edges."""
 
 
 class Batch(NamedTuple):
@@ -27,7 +32,10 @@ class Batch(NamedTuple):
     valid: Tensor
     """[B, G] bool, false where padded."""
     edges: Tensor
-    """[B, G, E, 4] float32 polygon edges (x0, y0, x1, y1); padding has zero length."""
+    """[B, E, 4] float32 polygon edges (x0, y0, x1, y1) of all of an image's objects, one object
+    after another; padding has zero length. For E see `casc.data.sample.edge_room`."""
+    edge_gt: Tensor
+    """[B, E] int64 in [0, G), the object whose edge it is; 0 where padded."""
     image_id: Tensor
     """[B] int64, COCO's image id; -1 where a row only fills up the batch."""
     seed: Tensor

@@ -3,7 +3,7 @@
 A batch is one block of memory, and its columns are views of it: between processes and into
 pinned memory it moves in one piece.
 
-Legend: B images, G ground-truth capacity, E edge capacity, Hi x Wi input canvas.
+Legend: B images, G ground-truth capacity, E edge capacity of an image, Hi x Wi input canvas.
 """
 
 import math
@@ -71,9 +71,10 @@ def collate(
         columns["boxes"][i, :g] = sample.boxes
         columns["labels"][i, :g] = sample.labels
         columns["valid"][i, :g] = True
-        edges = columns["edges"][i]
-        for k, lines in enumerate(sample.edges):
-            edges[k, : len(lines)] = lines
+        lengths = [len(lines) for lines in sample.edges]
+        if lengths:
+            columns["edges"][i, : sum(lengths)] = np.concatenate(sample.edges)
+            columns["edge_gt"][i, : sum(lengths)] = np.repeat(np.arange(g), lengths)
         columns["image_id"][i] = sample.image_id
         if seeds is not None:
             columns["seed"][i] = seeds[i]
@@ -121,7 +122,8 @@ def _columns(
         "boxes": (torch.float32, (B, G, 4)),
         "labels": (torch.int64, (B, G)),
         "valid": (torch.bool, (B, G)),
-        "edges": (torch.float32, (B, G, E, 4)),
+        "edges": (torch.float32, (B, E, 4)),
+        "edge_gt": (torch.int64, (B, E)),
         "image_id": (torch.int64, (B,)),
         "seed": (torch.int64, (B,)),
     }
@@ -137,7 +139,7 @@ def _check(sample: Sample, bucket: Bucket) -> None:
         "height": sample.image.shape[0],
         "width": sample.image.shape[1],
         "instances": len(sample.boxes),
-        "edges": max((len(lines) for lines in sample.edges), default=0),
+        "edges": sum(len(lines) for lines in sample.edges),
     }
     for name, value in found.items():
         if value > getattr(bucket, name):

@@ -18,7 +18,7 @@ from casc.errors import UserError
 from casc.json_files import parse_json
 
 FORMAT = "casc-shards"
-VERSION = 1
+VERSION = 2
 INDEX_NAME = "index.json"
 ASPECTS = (1 / 1.52, 1 / 1.36, 1.0, 1.36, 1.52)
 """Where the buckets meet that sharding makes by default: width over height, ascending."""
@@ -50,7 +50,8 @@ class Bucket:
     instances: int
     """Most trainable objects in one image, at least 1: the ground-truth capacity G."""
     edges: int
-    """Most polygon edges of one trainable object, at least 1: the edge capacity E."""
+    """Room for the polygon edges of one image's trainable objects, at least 1: the edge capacity
+    E, see `casc.data.sample.edge_room`."""
     samples: int
     """Images of the bucket, evaluation-only ones included."""
 

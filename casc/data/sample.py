@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from casc.data.batch import FREE_CROSSINGS, GRID_LINES
 from casc.data.decode import decode_image
 from casc.data.record import AnnotationRecord, parse_record
 from casc.errors import UserError
@@ -110,6 +111,27 @@ def polygon_edges(parts: Sequence[Sequence[float]], *, keep_direction: bool = Fa
         ValueError: a part isn't a flat list of an even count of numbers.
     """
     return _edges([parts], [keep_direction])[0]
+
+
+def edge_room(outlines: Sequence[np.ndarray]) -> int:
+    """Give the edge capacity that an image's objects need of a batch.
+
+    It has to hold all edges. Where an outline is so ragged that a horizontal line crosses more
+    than `FREE_CROSSINGS` of its edges, it has to hold the crossings with a mask's scan lines too.
+
+    Args:
+        outlines: each object's edges `[e, 4]`.
+    """
+    most = max((_most_crossings(edges) for edges in outlines), default=0)
+    crossings = GRID_LINES * most if most > FREE_CROSSINGS else 0
+    return max(sum(map(len, outlines)), crossings)
+
+
+def _most_crossings(edges: np.ndarray) -> int:
+    """How many of the edges `[e, 4]` a horizontal line crosses at most."""
+    top, bottom = np.sort(edges[:, 1::2], axis=1).T
+    top, bottom = np.sort(top), np.sort(bottom)
+    return int((np.arange(1, len(top) + 1) - np.searchsorted(bottom, top, "right")).max(initial=0))
 
 
 def _edges(

@@ -74,6 +74,8 @@ class Traits:
     """Whether they are used for the fixed grid too, if they prove right; else plain ATen."""
     select_rois: bool
     """Whether a level's RoIs are picked out for such a kernel, which reads their number."""
+    reads_wait_for_nothing: bool = False
+    """Whether the host may read a tensor inside an operator without waiting for a device."""
     bag_backward: bool
     """Whether `_embedding_bag_dense_backward` has a kernel here."""
     replay_missing: Callable[[], str | None] = lambda: None
@@ -155,6 +157,7 @@ TRAITS = {
         dynamic_shapes=True,
         roi_align="torchvision",
         select_rois=True,
+        reads_wait_for_nothing=True,
         bag_backward=True,
     ),
     "cuda": Traits(

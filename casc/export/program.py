@@ -55,14 +55,15 @@ def infer(
     """
     count = pixels.shape[0]
     # At inference there is no ground truth, and nothing of these is computed with.
-    floats, whole = pixels.new_zeros((count, 1, 1, 4), dtype=torch.float32), size.new_zeros
+    floats, whole = pixels.new_zeros((count, 1, 4), dtype=torch.float32), size.new_zeros
     batch = Batch(
         image=pixels,
         size=size.to(torch.float32),
-        boxes=floats[:, 0],
+        boxes=floats,
         labels=whole((count, 1)),
         valid=whole((count, 1), dtype=torch.bool),
         edges=floats,
+        edge_gt=whole((count, 1)),
         image_id=whole((count,)),
         seed=whole((count,)),
     )

@@ -1,6 +1,6 @@
 """What shows of an object through a window: the bounds of a polygon that is cut.
 
-Legend: B images, G ground-truth capacity, E edge capacity.
+Legend: B images, G ground-truth capacity, E edge capacity of an image.
 """
 
 import math
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def visible_boxes(boxes: Tensor, edges: Tensor, size: Tensor) -> Tensor:
+def visible_boxes(boxes: Tensor, edges: Tensor, edge_gt: Tensor, size: Tensor) -> Tensor:
     """The boxes of what of each object lies within its image's window.
 
     A box that the window cuts shrinks to the bounds of the part of its polygon that is left,
@@ -17,8 +17,9 @@ def visible_boxes(boxes: Tensor, edges: Tensor, size: Tensor) -> Tensor:
 
     Args:
         boxes: [B, G, 4] float32 xyxy from the window's top left corner; may reach out of it.
-        edges: [B, G, E, 4] float32 (x0, y0, x1, y1), likewise; padding has zero length. An
+        edges: [B, E, 4] float32 (x0, y0, x1, y1), likewise; padding has zero length. An
             object that has padding only is its box.
+        edge_gt: [B, E] int64 in [0, G), the object whose edge it is.
         size: [B, 2] float32, the windows' height and width.
 
     Returns:
@@ -26,18 +27,19 @@ def visible_boxes(boxes: Tensor, edges: Tensor, size: Tensor) -> Tensor:
     """
     limit = size.flip(-1).repeat(1, 2)[:, None]
     clipped = torch.minimum(boxes.clamp(min=0), limit)
-    low, high = _bounds(edges, size)
+    low, high = _bounds(edges, edge_gt, size, boxes.shape[1])
     # Polygons may reach out of the box that was annotated; it limits what can show.
     least, most = clipped[..., :2], clipped[..., 2:]
     low = torch.minimum(torch.maximum(low, least), most)
     high = torch.maximum(torch.minimum(high, most), low)
     left = torch.cat([low, high], dim=-1)
-    outlined = (edges[..., :2] != edges[..., 2:]).any(dim=-1).any(dim=-1)
+    long = (edges[..., :2] != edges[..., 2:]).any(dim=-1)
+    outlined = _sums(long[..., None].long(), edge_gt, boxes.shape[1])[..., 0] > 0
     cut = (clipped != boxes).any(dim=-1) & outlined
     return torch.where(cut[..., None], left, clipped)
 
 
-def _bounds(edges: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+def _bounds(edges: Tensor, edge_gt: Tensor, size: Tensor, objects: int) -> tuple[Tensor, Tensor]:
     """Least and greatest (x, y) of each polygon's part in its window: both [B, G, 2].
 
     The extremes of that part are ends of edges, places where an edge crosses the window's
@@ -45,30 +47,42 @@ def _bounds(edges: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """
     points, seen = _ends_inside(edges, size)
     corners = _window_corners(size)
-    covered = _winding(edges, corners[..., 0], corners[..., 1]) != 0
+    turns = _winding(edges, corners[..., 0], corners[..., 1])
+    covered = _sums(turns, edge_gt, objects) != 0
     corners = corners[:, None].expand(*covered.shape, 2)
-    return (
-        torch.minimum(_least(points, seen), _least(corners, covered)),
-        torch.maximum(-_least(-points, seen), -_least(-corners, covered)),
-    )
+
+    def least(sign: int) -> Tensor:
+        ends = torch.where(seen[..., None], sign * points, math.inf).amin(dim=2)
+        far = torch.full((ends.shape[0], objects, 2), math.inf, device=ends.device)
+        ends = far.scatter_reduce(1, edge_gt[..., None].expand_as(ends), ends, "amin")
+        inner = torch.where(covered[..., None], sign * corners, math.inf).amin(dim=2)
+        return torch.minimum(ends, inner)
+
+    return least(1), -least(-1)
+
+
+def _sums(values: Tensor, edge_gt: Tensor, objects: int) -> Tensor:
+    """The sums over each object's edges of [B, E, N] int64: [B, G, N]."""
+    total = values.new_zeros((values.shape[0], objects, values.shape[2]))
+    return total.scatter_add(1, edge_gt[..., None].expand_as(values), values)
 
 
 def _ends_inside(edges: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """Both ends of each edge's stretch inside the window, by Liang and Barsky (1984).
 
     Returns:
-        points [B, G, 2 * E, 2], and whether there is such a stretch [B, G, 2 * E] bool.
+        points [B, E, 2, 2], and whether there is such a stretch [B, E, 1] bool.
     """
     start, step = edges[..., :2], edges[..., 2:] - edges[..., :2]
-    limit = size.flip(-1)[:, None, None]
+    limit = size.flip(-1)[:, None]
     enter, leave = _inside(start, step, limit)
     first = enter.amax(dim=-1).clamp(min=0)
     last = leave.amin(dim=-1).clamp(max=1)
     seen = (first <= last) & (edges[..., :2] != edges[..., 2:]).any(dim=-1)
-    points = torch.cat([start + t[..., None] * step for t in (first, last)], dim=2)
+    points = torch.stack([start + t[..., None] * step for t in (first, last)], dim=2)
     # A crossing may be rounded to just outside.
-    points = torch.minimum(points.clamp(min=0), limit)
-    return points, torch.cat([seen, seen], dim=2)
+    points = torch.minimum(points.clamp(min=0), limit[:, None])
+    return points, seen[..., None]
 
 
 def _window_corners(size: Tensor) -> Tensor:
@@ -78,11 +92,6 @@ def _window_corners(size: Tensor) -> Tensor:
     x = torch.stack([zero, width, zero, width], dim=-1)
     y = torch.stack([zero, zero, height, height], dim=-1)
     return torch.stack([x, y], dim=-1)
-
-
-def _least(points: Tensor, counts: Tensor) -> Tensor:
-    """[B, G, 2]: the least (x, y) of the [B, G, N, 2] points that count; infinite if none does."""
-    return torch.where(counts[..., None], points, math.inf).amin(dim=2)
 
 
 def _inside(start: Tensor, step: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,9 +106,9 @@ def _inside(start: Tensor, step: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _winding(edges: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """How often polygons wind round the points x, y [B, N]: [B, G, N] int64."""
+    """What each edge adds to the winding number of the points x, y [B, N]: [B, E, N] int64."""
     x0, y0, x1, y1 = (v[..., None] for v in edges.unbind(-1))
-    x, y = x[:, None, None], y[:, None, None]
+    x, y = x[:, None], y[:, None]
     direction = ((y0 <= y) & (y1 > y)).long() - ((y0 > y) & (y1 <= y)).long()
     crossing = x0 + (y - y0) * (x1 - x0) / torch.where(y1 == y0, 1.0, y1 - y0)
-    return (direction * (crossing > x)).sum(dim=2)
+    return direction * (crossing > x)

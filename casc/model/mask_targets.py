@@ -1,11 +1,12 @@
 """Mask targets: which cells of a RoI's grid lie on its object.
 
-Legend: R RoIs, B images, G ground-truth capacity, E edge capacity, M cells per side.
+Legend: R RoIs, B images, G ground-truth capacity, E edge capacity of an image, M cells per side.
 """
 
 import torch
 from torch import Tensor
 
+from casc.data.batch import FREE_CROSSINGS, GRID_LINES
 from casc.device.devices import roi_kernels, traits
 
 # Samples per cell and axis. Odd: with an even number, ties at one half would have to go
@@ -13,36 +14,71 @@ from casc.device.devices import roi_kernels, traits
 SUPERSAMPLES = 3
 
 
-def polygon_targets(edges: Tensor, boxes: Tensor, cells: int) -> Tensor:
+def polygon_targets(
+    edges: Tensor, edge_gt: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, cells: int
+) -> Tensor:
     """Rasterise each RoI's polygon on its own grid: a cell is on when half covered.
 
     Non-zero winding rule by scan lines: a line at a sample's height crosses an edge at one
     x, and the edge's direction (+1 or -1) counts for all samples left of it. Parts of one
     orientation therefore form a union, and a part of the other one a hole.
 
+    Each RoI looks for the lines that its object's edges cross, and lists these crossings: the
+    work is that of R * E edges and as many crossings, not of every edge with every line.
+
     Args:
-        edges: [R, E, 4] float32 (x0, y0, x1, y1) of each RoI's object; padding has zero
-            length and crosses nothing.
+        edges: [B, E, 4] float32 (x0, y0, x1, y1) of all objects; padding has zero length and
+            crosses nothing. E as `casc.data.sample.edge_room` says.
+        edge_gt: [B, E] int64 in [0, G), the object whose edge it is.
         boxes: [R, 4] float32 xyxy, in the same pixels.
+        image: [R] int64 into B.
+        gt: [R] int64 into G.
         cells: M.
 
     Returns:
         [R, M, M] bool, (y, x).
     """
-    count = cells * SUPERSAMPLES
-    rois = edges.shape[0]
-    fraction = (torch.arange(count, device=boxes.device, dtype=boxes.dtype) + 0.5) / count
-    y = boxes[:, 1:2] + fraction * (boxes[:, 3:4] - boxes[:, 1:2])
-    y = y[:, :, None]
-    x0, y0, x1, y1 = (v[:, None, :] for v in edges.unbind(-1))
-    direction = ((y0 <= y) & (y1 > y)).to(torch.int32) - ((y0 > y) & (y1 <= y)).to(torch.int32)
+    count, device = cells * SUPERSAMPLES, boxes.device
+    rois, capacity = boxes.shape[0], edges.shape[1]
+    top, height = boxes[:, 1:2], boxes[:, 3:4] - boxes[:, 1:2]
+
+    def line_at(line: Tensor) -> Tensor:
+        """The height of lines [R, N]."""
+        return top + (line.to(boxes.dtype) + 0.5) / count * height
+
+    def lines_above(y: Tensor) -> Tensor:
+        """How many lines lie above each of the heights [R, N]."""
+        found = torch.ceil((y - top) / height.clamp(min=1e-6) * count - 0.5)
+        found = torch.where(found > 0, found, 0.0).clamp(max=count)
+        # Rounding may be off by one: what decides is the very height of the line.
+        found = torch.where((found > 0) & (line_at(found - 1) >= y), found - 1, found)
+        return torch.where((found < count) & (line_at(found) < y), found + 1, found).int()
+
+    begin, end = (lines_above(edges[image, :, i]) for i in (1, 3))
+    own = edge_gt[image] == gt[:, None]
+    crossings = torch.where(own, (end - begin).abs(), 0)
+    stop = crossings.cumsum(1, dtype=torch.int32)
+    slots = max(-(-capacity * count // GRID_LINES), count * min(capacity, FREE_CROSSINGS))
+    slot = torch.arange(slots, dtype=torch.int32, device=device).repeat(rois, 1)
+    edge = torch.searchsorted(stop, slot, right=True)
+    used = edge < capacity
+    edge = edge.clamp(max=capacity - 1)
+    first = torch.minimum(begin, end) - stop + crossings
+    line = torch.where(used, first.gather(1, edge) + slot, 0)
+    direction = torch.where(used, (end - begin).sign().gather(1, edge), 0)
+
+    x0, y0, x1, y1 = edges[image[:, None], edge].unbind(-1)
+    y = line_at(line)
     x = x0 + (y - y0) * (x1 - x0) / torch.where(y1 == y0, 1.0, y1 - y0)
     # How many of the line's samples lie left of the crossing: sample i is at (i + 0.5) steps.
-    width = (boxes[:, 2] - boxes[:, 0]).clamp(min=1e-6)[:, None, None]
-    left = torch.ceil((x - boxes[:, 0, None, None]) / width * count - 0.5).clamp(0, count).long()
-    crossings = direction.new_zeros((rois, count, count + 1)).scatter_add(2, left, direction)
+    width = (boxes[:, 2:3] - boxes[:, 0:1]).clamp(min=1e-6)
+    left = torch.ceil((x - boxes[:, 0:1]) / width * count - 0.5)
+    left = torch.where(left > 0, left, 0.0).clamp(max=count).long()  # NaN is no index
+    at = line * (count + 1) + left
+    crossed = direction.new_zeros((rois, count * (count + 1))).scatter_add(1, at, direction)
+    crossed = crossed.reshape(rois, count, count + 1)
     # Sample i is left of every crossing whose count exceeds i.
-    winding = crossings.flip(-1).cumsum(-1).flip(-1)[:, :, 1:]
+    winding = crossed.flip(-1).cumsum(-1).flip(-1)[:, :, 1:]
     covered = (winding != 0).reshape(rois, cells, SUPERSAMPLES, cells, SUPERSAMPLES)
     return covered.sum(dim=(2, 4)) * 2 > SUPERSAMPLES**2
 

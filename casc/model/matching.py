@@ -10,11 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from casc.device.devices import traits
 from casc.model.boxes import iou_matrix
 
 # Anchors meet the ground truths in so many blocks: smaller tensors are faster and, eager, need
-# less memory, but each block is compiled anew.
-GT_BLOCKS = 4
+# less memory, but each block is compiled anew. No block has more overlaps than the second.
+GT_BLOCKS, LARGEST_BLOCK = 4, 2**27
+# Where reading is free, as many blocks as there are objects, of so many at most.
+PRESENT_BLOCK = 8
 
 
 class Matches(NamedTuple):
@@ -69,29 +72,86 @@ def match_anchors(
     Returns:
         Matches of N anchors.
     """
-    best = torch.full(inside.shape, -1.0, device=inside.device)
-    gt = torch.zeros(inside.shape, dtype=torch.int32, device=inside.device)
-    claim = torch.full_like(gt, -1)
-    capacity = gt_boxes.shape[1]
-    step = max(1, -(-capacity // GT_BLOCKS))
-    for first in range(0, capacity, step):
-        last = min(first + step, capacity)
-        iou = iou_matrix(gt_boxes[:, first:last], anchors[None])
-        # Both sides of an equality below must come out of this one tensor: recomputed in
-        # another fused kernel, the same overlap may differ in its last bit.
-        iou = torch.where(gt_valid[:, first:last, None] & inside[:, None], iou, -1.0)
-        order = torch.arange(first, last, dtype=torch.int32, device=iou.device)[None, :, None]
-        # The first of the best: max() says so too, but no compiler makes it fast.
-        block_best = iou.amax(dim=1, keepdim=True)
-        block_gt = torch.where(iou == block_best, order, capacity).amin(dim=1)
-        gt = torch.where(block_best[:, 0] > best, block_gt, gt)
-        best = torch.maximum(best, block_best[:, 0])
-        gt_best = iou.amax(dim=2, keepdim=True)
-        claimed = (iou == gt_best) & (gt_best >= low_quality_iou)
-        claim = torch.maximum(claim, torch.where(claimed, order, -1).amax(dim=1))
+    if traits(inside.device).reads_wait_for_nothing:
+        best, gt, claim = meet_present(anchors, inside, gt_boxes, gt_valid, low_quality_iou)
+    else:
+        best, gt, claim = meet_all(anchors, inside, gt_boxes, gt_valid, low_quality_iou)
     positive = inside & ((best >= positive_iou) | (claim >= 0))
     negative = inside & (best < negative_iou) & ~positive
     return Matches(torch.where(claim >= 0, claim, gt).long(), best, positive, negative)
+
+
+def meet_all(
+    anchors: Tensor, inside: Tensor, gt_boxes: Tensor, gt_valid: Tensor, low_quality_iou: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_meet` gives [B, N], whatever is valid."""
+    found = _unmet(inside)
+    capacity = gt_boxes.shape[1]
+    blocks = max(GT_BLOCKS, -(-inside.numel() * capacity // LARGEST_BLOCK))
+    step = max(1, -(-capacity // blocks))
+    for first in range(0, capacity, step):
+        last = min(first + step, capacity)
+        valid = gt_valid[:, first:last, None] & inside[:, None]
+        order = torch.arange(first, last, dtype=torch.int32, device=inside.device)
+        found = _meet(found, anchors, gt_boxes[:, first:last], valid, order, low_quality_iou)
+    return found
+
+
+@torch.library.custom_op("casc::meet_present", mutates_args=())
+def meet_present(
+    anchors: Tensor, inside: Tensor, gt_boxes: Tensor, gt_valid: Tensor, low_quality_iou: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `meet_all` gives, with work for the objects that there are, not for the capacity."""
+    rows = []
+    for row, boxes, valid in zip(inside, gt_boxes, gt_valid, strict=True):
+        found = _unmet(row)
+        for block in valid.nonzero()[:, 0].int().split(PRESENT_BLOCK):
+            found = _meet(found, anchors, boxes[block], row[None], block, low_quality_iou)
+        rows.append(found)
+    best, gt, claim = (torch.stack(column) for column in zip(*rows, strict=True))
+    return best, gt, claim
+
+
+@meet_present.register_fake
+def _(anchors: Tensor, inside: Tensor, gt_boxes: Tensor, gt_valid: Tensor, low_quality_iou: float):
+    return _unmet(inside)
+
+
+def _unmet(inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    best = torch.full(inside.shape, -1.0, device=inside.device)
+    gt = torch.zeros(inside.shape, dtype=torch.int32, device=inside.device)
+    return best, gt, torch.full_like(gt, -1)
+
+
+def _meet(
+    found: tuple[Tensor, Tensor, Tensor],
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    valid: Tensor,
+    order: Tensor,
+    low_quality_iou: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Let anchors meet the ground truths [..., g] numbered `order` [g].
+
+    Returns:
+        Each anchor's best overlap, with which of all so far, and who claims it, -1 for nobody.
+    """
+    best, gt, claim = found
+    iou = iou_matrix(gt_boxes, anchors)
+    # Both sides of an equality below must come out of this one tensor: recomputed in
+    # another fused kernel, the same overlap may differ in its last bit.
+    iou = torch.where(valid, iou, -1.0)
+    order = order[:, None]
+    # The first of the best: max() says so too, but no compiler makes it fast.
+    block_best = iou.amax(dim=-2, keepdim=True)
+    block_gt = torch.where(iou == block_best, order, 2**30).amin(dim=-2)
+    block_best = block_best.squeeze(-2)
+    gt = torch.where(block_best > best, block_gt, gt)
+    best = torch.maximum(best, block_best)
+    gt_best = iou.amax(dim=-1, keepdim=True)
+    claimed = (iou == gt_best) & (gt_best >= low_quality_iou)
+    claim = torch.maximum(claim, torch.where(claimed, order, -1).amax(dim=-2))
+    return best, gt, claim
 
 
 def match_rois(

@@ -247,11 +247,11 @@ def _move_targets(batch: Batch, view: View, scale: Tensor, canvas: tuple[int, in
     shown = _shown(view, canvas).to(torch.float32)
     limit = shown.flip(-1).repeat(1, 2)[:, None]
     boxes, valid = batch.boxes * scale[:, None], batch.valid
-    edges = batch.edges * scale[:, None, None]
+    edges = batch.edges * scale[:, None]
     if view.corner is not None:
         corner = view.corner.to(torch.float32).flip(-1).repeat(1, 2)[:, None]
-        boxes, edges = boxes - corner, edges - corner[:, None]
-        boxes = visible_boxes(boxes, edges, shown)
+        boxes, edges = boxes - corner, edges - corner
+        boxes = visible_boxes(boxes, edges, batch.edge_gt, shown)
         valid = valid & ((boxes[..., 2:] - boxes[..., :2]) >= LEAST_SIDE).all(dim=-1)
     boxes = torch.minimum(boxes.clamp(min=0), limit)
     width, flip = shown[:, 1], view.flip
@@ -259,13 +259,13 @@ def _move_targets(batch: Batch, view: View, scale: Tensor, canvas: tuple[int, in
     mirrored = torch.stack([width[:, None] - x2, y1, width[:, None] - x1, y2], dim=-1)
     boxes = torch.where(flip[:, None, None], mirrored, boxes) * valid[..., None]
     x0, y0, x1, y1 = edges.unbind(-1)
-    far = width[:, None, None]
+    far = width[:, None]
     mirrored = torch.stack([far - x0, y0, far - x1, y1], dim=-1)
-    edges = torch.where(flip[:, None, None, None], mirrored, edges)
+    edges = torch.where(flip[:, None, None], mirrored, edges)
     bitmaps = None
     if batch.bitmaps is not None:
         bitmaps = _resize_bitmaps(batch.bitmaps, batch.size, view, canvas)
-    return Targets(boxes, batch.labels, valid, edges, bitmaps)
+    return Targets(boxes, batch.labels, valid, edges, batch.edge_gt, bitmaps)
 
 
 def _resize_bitmaps(bitmaps: Tensor, size: Tensor, view: View, canvas: tuple[int, int]) -> Tensor:

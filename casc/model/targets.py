@@ -18,6 +18,8 @@ class Targets(NamedTuple):
     valid: Tensor
     """[B, G] bool."""
     edges: Tensor
-    """[B, G, E, 4] float32 polygon edges (x0, y0, x1, y1); padding has zero length."""
+    """[B, E, 4] float32 polygon edges (x0, y0, x1, y1) of all objects; padding has zero length."""
+    edge_gt: Tensor
+    """[B, E] int64 in [0, G), the object whose edge it is."""
     bitmaps: Tensor | None = None
     """[B, G, H, W] uint8 masks, only for `mask_target="bitmap"`."""

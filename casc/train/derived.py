@@ -97,7 +97,7 @@ def describe(recipe: Recipe, index: Index, device: torch.device, world: int = 1)
             repeats = derived.wrapped.get(bucket.name, 0) if name == recipe.train_split else 0
             lines.append(
                 f"  {bucket.name:<13} canvas {height} x {width}, {bucket.samples:,} images,"
-                f" at most {bucket.instances} objects of {bucket.edges} edges"
+                f" room for {bucket.instances} objects, {bucket.edges} edges"
                 + (f", {repeats} repeated an epoch" if repeats else "")
             )
     lines += [f"note: {text}" for text in advice(recipe)]

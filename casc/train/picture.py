@@ -55,7 +55,9 @@ def draw_batch(
                 targets.boxes[i][valid].numpy(),
                 [categories[label].name for label in labels],
                 labels=labels,
-                polygons=[rings(edges) for edges in targets.edges[i][valid]],
+                polygons=[
+                    rings(targets.edges[i][targets.edge_gt[i] == k]) for k in valid.nonzero()[:, 0]
+                ],
             )
         )
     Image.fromarray(_sheet(drawn)).save(path)

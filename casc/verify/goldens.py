@@ -23,7 +23,7 @@ from torch import Tensor
 from casc.data.batch import Batch
 from casc.data.collate import collate
 from casc.data.index import Bucket
-from casc.data.sample import Sample, annotations_edges
+from casc.data.sample import Sample, annotations_edges, edge_room
 from casc.errors import UserError
 from casc.model import noise as noises
 from casc.model.detector import DetectorConfig, Inputs, Noise, init
@@ -164,7 +164,7 @@ def test_batch(golden: GoldenSet, image: int) -> Batch:
 
 def _batch(samples: list[Sample], seeds: list[int]) -> Batch:
     heights, widths = zip(*(sample.image.shape[:2] for sample in samples), strict=True)
-    edges = max(len(lines) for sample in samples for lines in sample.edges)
+    edges = max(edge_room(sample.edges) for sample in samples)
     objects = max(len(sample.boxes) for sample in samples)
     bucket = Bucket("golden", 0.0, None, max(heights), max(widths), objects, edges, 0)
     return collate(samples, bucket, seeds=seeds, bitmaps=True)
@@ -209,8 +209,8 @@ def train_inputs(golden: GoldenSet) -> Inputs:
         valid[i, :count] = True
         masks = t[f"train.gt_masks.{i}"]
         bitmaps[i, :count, : masks.shape[1], : masks.shape[2]] = masks
-    edges = torch.zeros(batch, capacity, 1, 4)
-    targets = Targets(boxes, labels, valid, edges, bitmaps)
+    edges = torch.zeros(batch, 1, 4)
+    targets = Targets(boxes, labels, valid, edges, labels[:, :1] * 0, bitmaps)
     return Inputs(image, _sizes(metas), _scales(metas), targets)
 
 
@@ -220,7 +220,7 @@ def test_inputs(golden: GoldenSet, image: int) -> Inputs:
     pixels = golden.tensors[f"test{image}.img"]
     none = torch.zeros(1, 1, 4)
     off = torch.zeros(1, 1, dtype=torch.bool)
-    targets = Targets(none, off.long(), off, none[:, :, None])
+    targets = Targets(none, off.long(), off, none, off.long())
     return Inputs(pixels, _sizes([meta]), _scales([meta]), targets)
 
 

@@ -107,10 +107,12 @@ def _roi_align(
 
 def _mask_targets(sizes: Sizes, device: torch.device) -> Case:
     rois, targets, _ = inputs.positive_rois(sizes, sizes.mask_rois, device)
-    edges = targets.edges[:, : sizes.objects]
+    edges = targets.edges.unflatten(1, (sizes.capacity, sizes.edges))[:, : sizes.objects]
     polygons = edges[..., :2].flatten(-2).tolist()
     return Case(
-        lambda: polygon_targets(targets.edges[rois.image, rois.gt], rois.boxes, 28),
+        lambda: polygon_targets(
+            targets.edges, targets.edge_gt, rois.boxes, rois.image, rois.gt, 28
+        ),
         lambda: usual.mask_targets(polygons, sizes.canvas, rois.boxes, rois.image, rois.gt, 28),
         # Both approximate the covered area; they round cells on the border differently.
         0.03,

@@ -94,7 +94,9 @@ def some_targets(sizes: Sizes, device: torch.device) -> Targets:
     points = boxes[:, :, None, :2] + unit * (boxes[:, :, None, 2:] - boxes[:, :, None, :2])
     edges = torch.cat([points, points.roll(-1, dims=2)], dim=-1)
     labels = torch.randint(80, valid.shape, generator=generator) * valid
-    return Targets(*(t.to(device) for t in (boxes, labels, valid, edges)))
+    owner = torch.arange(sizes.capacity).repeat_interleave(sizes.edges).repeat(sizes.batch, 1)
+    columns = boxes, labels, valid, edges.flatten(1, 2), owner
+    return Targets(*(t.to(device) for t in columns))
 
 
 def positive_rois(sizes: Sizes, count: int, device: torch.device) -> tuple[MaskRois, Targets, int]:

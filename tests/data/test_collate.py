@@ -7,7 +7,7 @@ from casc.data.index import Bucket
 from casc.data.sample import Sample, polygon_edges
 from casc.errors import UserError
 
-BUCKET = Bucket("w", 1.0, None, height=6, width=8, instances=2, edges=4, samples=2)
+BUCKET = Bucket("w", 1.0, None, height=6, width=8, instances=2, edges=8, samples=2)
 SQUARE = [[1.0, 1.0, 3.0, 1.0, 3.0, 4.0, 1.0, 4.0]]
 
 
@@ -31,11 +31,22 @@ def test_pads_to_the_buckets_capacities():
     assert batch.valid.tolist() == [[True, False], [False, False], [False, False]]
     assert batch.boxes[0].tolist() == [[1, 1, 3, 4], [0, 0, 0, 0]]
     assert batch.labels.tolist() == [[3, 0], [0, 0], [0, 0]]
-    assert batch.edges.shape == (3, 2, 4, 4)
-    assert batch.edges[0, 0].tolist() == [[1, 1, 3, 1], [3, 1, 3, 4], [3, 4, 1, 4], [1, 4, 1, 1]]
+    assert batch.edges.shape == (3, 8, 4)
+    assert batch.edges[0, :4].tolist() == [[1, 1, 3, 1], [3, 1, 3, 4], [3, 4, 1, 4], [1, 4, 1, 1]]
+    assert (batch.edges[0, 4:] == 0).all()
+    assert (batch.edge_gt == 0).all()
     assert batch.image_id.tolist() == [7, 9, -1]
     assert batch.seed.tolist() == [11, 12, 0]
     assert batch.bitmaps is None
+
+
+def test_edges_are_packed_one_object_after_another():
+    triangle = polygon_edges([[0, 0, 2, 0, 2, 2]])
+    two = sample(objects=2)._replace(edges=[triangle, polygon_edges(SQUARE)])
+    batch = collate([two], BUCKET)
+    assert batch.edge_gt[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 0]
+    assert torch.equal(batch.edges[0, :3], torch.from_numpy(triangle))
+    assert torch.equal(batch.edges[0, 3:7], torch.from_numpy(polygon_edges(SQUARE)))
 
 
 def test_bitmaps_are_cocos():
@@ -56,7 +67,7 @@ def test_bitmaps_are_cocos():
         (sample(height=7), "height is 7"),
         (sample(width=9), "width is 9"),
         (sample(objects=3), "instances is 3"),
-        (sample(polygon=[[0, 0, 4, 0, 4, 2, 3, 4, 0, 4]]), "edges is 5"),
+        (sample(objects=2, polygon=[[0, 0, 4, 0, 4, 2, 3, 4, 0, 4]]), "edges is 10"),
     ],
 )
 def test_more_than_the_index_says(bad, name):

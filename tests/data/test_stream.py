@@ -21,7 +21,7 @@ from casc.data.stream import (
 )
 from casc.errors import UserError
 
-EMPTY = Batch(*(torch.zeros(0) for _ in range(8)))
+EMPTY = Batch(*(torch.zeros(0) for _ in range(9)))
 SHARDS = [(0, 7, True), (1, 5, True), (0, 4, True), (1, 3, False)]
 
 

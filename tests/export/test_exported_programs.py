@@ -206,7 +206,8 @@ def test_eager_here_is_what_evaluation_and_predict_run(world):
         torch.zeros(10, 1, 4),
         torch.zeros(10, 1, dtype=torch.long),
         torch.zeros(10, 1, dtype=torch.bool),
-        torch.zeros(10, 1, 1, 4),
+        torch.zeros(10, 1, 4),
+        torch.zeros(10, 1, dtype=torch.long),
         torch.zeros(10, dtype=torch.long),
         torch.zeros(10, dtype=torch.long),
     )

@@ -19,7 +19,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def make_targets(boxes: Tensor, labels: Tensor, valid: Tensor) -> Targets:
-    return Targets(boxes, labels, valid, torch.zeros(*valid.shape, 3, 4))
+    edges, owner = torch.zeros(len(valid), 3, 4), torch.zeros(len(valid), 3, dtype=torch.long)
+    return Targets(boxes, labels, valid, edges, owner)
 
 
 def falling(batch: int, count: int) -> Tensor:

@@ -14,11 +14,11 @@ FINE = 8
 
 
 def edges_of(*rings: np.ndarray, capacity: int = 24) -> torch.Tensor:
-    """[1, 1, E, 4], padded by edges of no length."""
-    made = np.zeros((1, 1, capacity, 4), np.float32)
+    """[1, E, 4], padded by edges of no length."""
+    made = np.zeros((1, capacity, 4), np.float32)
     at = 0
     for ring in rings:
-        made[0, 0, at : at + len(ring)] = np.concatenate([ring, np.roll(ring, -1, 0)], axis=1)
+        made[0, at : at + len(ring)] = np.concatenate([ring, np.roll(ring, -1, 0)], axis=1)
         at += len(ring)
     return torch.from_numpy(made)
 
@@ -30,7 +30,9 @@ def bounds(rings) -> list[float]:
 
 def visible(rings, size, box=None) -> list[float]:
     boxes = torch.tensor([[box or bounds(rings)]])
-    return visible_boxes(boxes, edges_of(*rings), torch.tensor([size]))[0, 0].tolist()
+    edges = edges_of(*rings)
+    owner = torch.zeros(edges.shape[:2], dtype=torch.long)
+    return visible_boxes(boxes, edges, owner, torch.tensor([size]))[0, 0].tolist()
 
 
 def by_drawing(rings, size: tuple[float, float]) -> list[float] | None:
@@ -85,7 +87,8 @@ def test_what_is_not_cut_stays_as_annotated():
 
 def test_an_object_without_an_outline_is_its_box():
     box = torch.tensor([[[-4.0, 3, 10, 60]]])
-    found = visible_boxes(box, torch.zeros(1, 1, 5, 4), torch.tensor([[24.0, 32.0]]))
+    owner = torch.zeros(1, 5, dtype=torch.long)
+    found = visible_boxes(box, torch.zeros(1, 5, 4), owner, torch.tensor([[24.0, 32.0]]))
     assert found[0, 0].tolist() == [0, 3, 10, 24]
 
 
@@ -94,3 +97,27 @@ def test_an_object_elsewhere_has_no_area():
     x0, y0, x1, y1 = visible([ring], (24.0, 32.0))
     assert (x1 - x0) * (y1 - y0) == 0
     assert all(np.isfinite([x0, y0, x1, y1]))
+
+
+def test_objects_of_an_image_do_not_meet(mode):
+    """Packed together, padded between, in two images: each object's box is as if it were alone."""
+    rng = np.random.default_rng(3)
+    size = (24.0, 32.0)
+    objects = [[], []]
+    for i in range(7):
+        angle = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
+        ring = rng.uniform(-5, 35, 2) + 12 * np.stack([np.cos(angle), np.sin(angle)], -1)
+        objects[i % 2].append(ring.astype(np.float32))
+    edges, owner = torch.zeros(2, 60, 4), torch.zeros(2, 60, dtype=torch.long)
+    boxes = torch.zeros(2, 4, 4)
+    for i, image in enumerate(objects):
+        at = 0
+        for k, ring in enumerate(image):
+            boxes[i, k] = torch.tensor(bounds([ring]))
+            edges[i, at : at + len(ring)] = edges_of(ring)[0, : len(ring)]
+            owner[i, at : at + len(ring)] = k
+            at += len(ring) + i
+    found = mode(visible_boxes)(boxes, edges, owner, torch.tensor([size, size]))
+    for i, image in enumerate(objects):
+        for k, ring in enumerate(image):
+            assert found[i, k].tolist() == pytest.approx(visible([ring], size), abs=1e-5)

@@ -69,20 +69,22 @@ def with_box(batch: Batch, box: list[float], image: int = 0) -> Batch:
     """A batch whose image's only object is `box`, with a rectangle's edges."""
     boxes, edges, valid = batch.boxes.clone(), batch.edges.clone(), batch.valid.clone()
     boxes[image], edges[image], valid[image] = 0, 0, False
+    owner = batch.edge_gt.clone()
+    owner[image] = 0
     x0, y0, x1, y1 = box
     boxes[image, 0] = torch.tensor(box)
     around = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
     for i in range(4):
-        edges[image, 0, i] = torch.tensor([*around[i], *around[(i + 1) % 4]])
+        edges[image, i] = torch.tensor([*around[i], *around[(i + 1) % 4]])
     valid[image, 0] = True
-    return batch._replace(boxes=boxes, edges=edges, valid=valid)
+    return batch._replace(boxes=boxes, edges=edges, edge_gt=owner, valid=valid)
 
 
 def edge_cases(make: Callable[..., Batch]) -> dict[str, Batch]:
     two = make([2, 1])
     twins = two._replace(
         boxes=two.boxes[:, :1].expand(-1, 5, -1).contiguous(),
-        edges=two.edges[:, :1].expand(-1, 5, -1, -1).contiguous(),
+        edges=two.edges[:, :12].repeat(1, 5, 1),
         valid=torch.ones_like(two.valid),
     )
     return {
@@ -212,7 +214,7 @@ def more_capacity(batch: Batch, noise: Noise, extra: int) -> tuple[Batch, Noise]
     def pad(t: Tensor) -> Tensor:
         return torch.cat([t, t.new_zeros(t.shape[0], extra, *t.shape[2:])], dim=1)
 
-    fields = {k: pad(getattr(batch, k)) for k in ("boxes", "labels", "valid", "edges")}
+    fields = {k: pad(getattr(batch, k)) for k in ("boxes", "labels", "valid", "edges", "edge_gt")}
     capacity = batch.valid.shape[1]
     # The new slots' keys win every draw, if anything should draw them.
     stages = tuple(
@@ -238,7 +240,8 @@ def test_padding_slots_may_lie_anywhere(world, tiny_batch):
     batch = tiny_batch([3, 1])
     noise = world.noise(batch)
     order = torch.tensor([4, 0, 3, 1, 2])
-    fields = {k: getattr(batch, k)[:, order] for k in ("boxes", "labels", "valid", "edges")}
+    fields = {k: getattr(batch, k)[:, order] for k in ("boxes", "labels", "valid")}
+    fields["edge_gt"] = order.argsort()[batch.edge_gt]
     stages = tuple(torch.cat([k[:, order], k[:, 5:]], dim=1) for k in noise.stages)
     arguments = world.params, world.buffers, world.config
     made = measured(*arguments, world.inputs(batch), noise)

@@ -170,7 +170,8 @@ def make_targets(bitmaps: Tensor | None = None) -> Targets:
         boxes,
         torch.zeros(2, 2, dtype=torch.long),
         torch.ones(2, 2, dtype=torch.bool),
-        torch.stack(edges, dim=2),
+        torch.stack(edges, dim=2).flatten(1, 2),
+        torch.arange(2).repeat_interleave(4).repeat(2, 1),
         bitmaps,
     )
 
@@ -188,8 +189,12 @@ def test_targets_are_those_of_each_rois_own_object():
     targets = make_targets()
     made = heads.mask_targets(CONFIG, ROIS, targets)
     for i in range(4):
-        edges = targets.edges[ROIS.image[i], ROIS.gt[i]]
-        assert torch.equal(made[i], polygon_targets(edges[None], ROIS.boxes[i : i + 1], 8)[0])
+        alone = targets.edges[ROIS.image[i]].reshape(2, 4, 4)[ROIS.gt[i]]
+        zero = torch.zeros(1, dtype=torch.long)
+        expected = polygon_targets(
+            alone[None], zero.expand(1, 4), ROIS.boxes[i : i + 1], zero, zero, 8
+        )
+        assert torch.equal(made[i], expected[0])
     assert made.any(dim=(1, 2)).all()
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from casc.data.sample import edge_room
 from casc.model.mask_targets import SUPERSAMPLES, bitmap_targets, polygon_targets
 
 CELLS = 28
@@ -22,6 +23,15 @@ def edges_of(parts: Sequence[Points], capacity: int | None = None) -> Tensor:
     if capacity is not None:
         edges = np.concatenate([edges, np.zeros((capacity - len(edges), 4))])
     return torch.from_numpy(edges.astype(np.float32))[None]
+
+
+def alone(edges: Tensor, boxes: Tensor, cells: int = CELLS) -> Tensor:
+    """Targets where each RoI has an image of its own, with one object: edges [R, E, 4]."""
+    room = max(edge_room([each.numpy()]) for each in edges)
+    edges = torch.cat([edges, torch.zeros(len(edges), max(0, room - edges.shape[1]), 4)], dim=1)
+    image = torch.arange(len(edges))
+    owner = torch.zeros(edges.shape[:2], dtype=torch.long)
+    return polygon_targets(edges, owner, boxes, image, torch.zeros_like(image), cells)
 
 
 def ellipse(cx, cy, a, b, turn=0.0, points=60) -> Points:
@@ -42,7 +52,7 @@ def bounds(parts: Sequence[Points]) -> list[float]:
 
 def rasterise(parts: Sequence[Points], box: Sequence[float], capacity: int | None = None) -> Tensor:
     boxes = torch.tensor([box], dtype=torch.float32)
-    return polygon_targets(edges_of(parts, capacity), boxes, CELLS)[0]
+    return alone(edges_of(parts, capacity), boxes)[0]
 
 
 def coverage(parts: Sequence[Points], box: Sequence[float], zoom: int = 20) -> Tensor:
@@ -137,7 +147,7 @@ def test_padding_edges_cross_nothing():
     for box in (bounds(shape), [-20.0, -10, 30, 40], [0.0, 0, 1, 1]):
         assert torch.equal(rasterise(shape, box), rasterise(shape, box, capacity=100))
     only_padding = torch.zeros(1, 8, 4)
-    assert not polygon_targets(only_padding, torch.tensor([[-5.0, -5, 5, 5]]), CELLS).any()
+    assert not alone(only_padding, torch.tensor([[-5.0, -5, 5, 5]])).any()
 
 
 def test_box_outside_within_and_around():
@@ -157,7 +167,7 @@ def test_box_outside_within_and_around():
 def test_degenerate_boxes_and_polygons_are_finite_work():
     shape = edges_of([rectangle(0, 0, 10, 10)])
     boxes = torch.tensor([[5.0, 5, 5, 5], [0, 0, 0, 0], [12, 12, 12, 12]])
-    inside, _, outside = polygon_targets(shape.expand(3, -1, -1), boxes, CELLS)
+    inside, _, outside = alone(shape.expand(3, -1, -1), boxes)
     assert inside.all()
     assert not outside.any()
     flat = [np.array([[0, 0], [10, 10], [5, 5]], float)]
@@ -235,8 +245,56 @@ def test_compiled_equals_eager(compiled):
         edges.append(edges_of(parts, capacity=130))
         x, y, w, h = rng.uniform([-20, -20, 2, 2], [80, 80, 120, 120])
         boxes.append([x, y, x + w, y + h])
-    inputs = torch.cat(edges), torch.tensor(boxes, dtype=torch.float32), CELLS
+    # Four images of four objects, whose edges lie one after another.
+    image, gt = torch.arange(16) // 4, torch.arange(16) % 4
+    owner = torch.arange(4).repeat_interleave(130).repeat(4, 1)
+    boxes = torch.tensor(boxes, dtype=torch.float32)
+    inputs = torch.cat(edges).reshape(4, -1, 4), owner, boxes, image, gt, CELLS
     assert torch.equal(compiled(polygon_targets)(*inputs), polygon_targets(*inputs))
+    assert torch.equal(polygon_targets(*inputs), alone(torch.cat(edges), boxes))
+    order = torch.randperm(520, generator=torch.Generator().manual_seed(0))
+    mixed = inputs[0][:, order], owner[:, order], *inputs[2:]
+    assert torch.equal(polygon_targets(*mixed), polygon_targets(*inputs))
+
+
+def test_a_ragged_outline_crosses_a_line_more_often_than_it_has_free_room(mode):
+    """A comb: 240 edges of which a line crosses 120; nothing else of its image is lost."""
+    x = np.linspace(0, 60, 121)
+    teeth = np.stack([x, np.where(np.arange(121) % 2, 2.0, 80.0)], axis=1)
+    comb = np.concatenate([teeth, [[60, 90], [0, 90]]])
+    other = ellipse(40, 30, 25, 12, 0.4)
+    outlines = [edges_of([comb])[0], edges_of([other])[0]]
+    room = edge_room([each.numpy() for each in outlines])
+    assert room == 84 * 120  # each tooth is an edge; the comb's sides are among them
+    edges = torch.zeros(1, room, 4)
+    edges[0, : len(outlines[0]) + len(outlines[1])] = torch.cat(outlines)
+    owner = torch.zeros(1, room, dtype=torch.long)
+    owner[0, len(outlines[0]) :] = 1
+    boxes = torch.tensor([bounds([comb]), bounds([other])], dtype=torch.float32)
+    both = torch.arange(2)
+    made = mode(polygon_targets)(edges, owner, boxes, both * 0, both, CELLS)
+    for k, shape in enumerate((comb, other)):
+        share = coverage([shape], boxes[k].tolist())
+        sure = (share - 0.5).abs() > 0.35
+        assert torch.equal(made[k][sure], (share > 0.5)[sure])
+
+
+@settings(max_examples=100)
+@given(st.lists(part, max_size=3), st.integers(0, 2**32 - 1))
+def test_the_room_for_edges_is_what_brute_force_counts(parts, seed):
+    rng = np.random.default_rng(seed)
+    outlines = [edges_of([each])[0].numpy() for each in parts]
+    outlines += [edges_of([rng.integers(0, 6, (40, 2)).astype(float)])[0].numpy()]
+    heights = np.unique(np.concatenate([each[:, [1, 3]].reshape(-1) for each in outlines]))
+    lines = np.concatenate([heights, (heights[1:] + heights[:-1]) / 2])
+
+    def crossings(edges: np.ndarray) -> int:
+        top, bottom = edges[:, [1, 3]].min(1), edges[:, [1, 3]].max(1)
+        return max(int(((top <= y) & (y < bottom)).sum()) for y in lines)
+
+    most = max(crossings(each) for each in outlines)
+    room = max(sum(map(len, outlines)), 84 * most if most > 16 else 0)
+    assert edge_room(outlines) == room
 
 
 # ---- the reference's route ----

@@ -5,9 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from casc.model import noise
+from casc.model import matching, noise
 from casc.model.detector import STAGES
-from casc.model.matching import Matches, Sample, match_anchors, match_rois, sample, take
+from casc.model.matching import (
+    Matches,
+    Sample,
+    match_anchors,
+    match_rois,
+    meet_all,
+    meet_present,
+    sample,
+    take,
+)
 from casc.model.rpn import RPNConfig
 
 RPN = {
@@ -315,3 +324,20 @@ def test_take_reads_each_images_rows():
     index = torch.tensor([[4, 0], [1, 1]])
     assert torch.equal(take(values, index), torch.stack([values[0, [4, 0]], values[1, [1, 1]]]))
     assert take(values[..., 0], index).tolist() == [[12, 0], [18, 18]]
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 40])
+def test_only_present_objects_cost_and_all_say_the_same(mode, monkeypatch, blocks):
+    """Valid objects anywhere among many slots: as the fixed form, block by block."""
+    monkeypatch.setattr(matching, "GT_BLOCKS", blocks)
+    rng = np.random.default_rng(blocks)
+    corner = torch.from_numpy(rng.integers(0, 12, (3, 37, 2)).astype(np.float32))
+    boxes = torch.cat([corner, corner + torch.from_numpy(rng.integers(1, 9, (3, 37, 2)))], dim=-1)
+    valid = torch.from_numpy(rng.random((3, 37)) < np.array([[0.3], [1.0], [0.0]]))
+    corner = torch.from_numpy(rng.integers(0, 12, (60, 2)).astype(np.float32))
+    anchors = torch.cat([corner, corner + torch.from_numpy(rng.integers(1, 9, (60, 2)))], dim=-1)
+    inside = torch.from_numpy(rng.random((3, 60)) < 0.8)
+    found = mode(meet_present)(anchors, inside, boxes.float(), valid, 0.3)
+    expected = mode(meet_all)(anchors, inside, boxes.float(), valid, 0.3)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

@@ -63,7 +63,12 @@ def make_batch(
         boxes=padded,
         labels=torch.zeros(count, capacity, dtype=torch.long),
         valid=valid,
-        edges=torch.zeros(count, capacity, 1, 4) if edges is None else torch.from_numpy(edges),
+        edges=torch.zeros(count, 1, 4)
+        if edges is None
+        else torch.from_numpy(edges.reshape(count, -1, 4)),
+        edge_gt=torch.zeros(count, 1, dtype=torch.long)
+        if edges is None
+        else torch.arange(edges.shape[1]).repeat_interleave(edges.shape[2]).repeat(count, 1),
         image_id=torch.arange(count),
         seed=torch.arange(count),
         bitmaps=maps if bitmaps else None,
@@ -255,8 +260,8 @@ def test_edges_scale_and_mirror_without_clipping():
     batch = make_batch([noise_image(40, 60)], [[[0.0, 0, 60, 40]]], edges)
     config, canvas = ImageConfig(short=60, long=90), (64, 96)
     plain = run(batch, None, config, canvas).targets.edges
-    torch.testing.assert_close(plain, torch.from_numpy(edges) * 1.5)
-    mirrored = run(batch, torch.tensor([True]), config, canvas).targets.edges[0, 0]
+    torch.testing.assert_close(plain, torch.from_numpy(edges[:, 0]) * 1.5)
+    mirrored = run(batch, torch.tensor([True]), config, canvas).targets.edges[0]
     assert mirrored[0].tolist() == pytest.approx([105, 7.5, -15, 18])
     assert mirrored[1].tolist() == pytest.approx([-15, 18, 60, 75])
     # A padded edge has no length, wherever it lies.
@@ -512,7 +517,10 @@ def test_objects_move_with_their_pixels():
         whole = np.array(boxes[i][0]) * made.scale[i].numpy()
         cut += (box[2] - box[0]) < (whole[2] - whole[0]) - 0.5
         # The outline is the whole object's; within the window it covers the same pixels.
-        covered = polygon_targets(gt.edges[i], torch.tensor([[0.0, 0, 64, 64]]), 64)[0].numpy()
+        zero = torch.zeros(1, dtype=torch.long)
+        window = torch.tensor([[0.0, 0, 64, 64]])
+        outline = gt.edges[i : i + 1], gt.edge_gt[i : i + 1]
+        covered = polygon_targets(*outline, window, zero, zero, 64)[0].numpy()
         assert (covered != bright).mean() < 0.03
         nearest = gt.bitmaps[i, 0].numpy() > 0
         assert (nearest != bright).mean() < 0.03
@@ -523,8 +531,8 @@ def test_objects_move_with_their_pixels():
 def test_both_compile_to_the_same(compiled):
     sizes = [(50, 60), (40, 90)]
     batch = make_batch([noise_image(*size) for size in sizes], BOXES)
-    edges = torch.tensor(np.random.default_rng(0).uniform(0, 50, (2, 2, 5, 4)), dtype=torch.float32)
-    batch = batch._replace(edges=edges)
+    edges = torch.tensor(np.random.default_rng(0).uniform(0, 50, (2, 10, 4)), dtype=torch.float32)
+    batch = batch._replace(edges=edges, edge_gt=torch.arange(10).repeat(2, 1) // 5)
 
     def both(batch: Batch) -> list[Inputs]:
         made = []

@@ -353,7 +353,7 @@ def test_dry_run_shows_facts_and_touches_nothing(tiny_recipe, capsys):
         "peak 0.01 (0.01 x 2 / 2)",
         "steps 0 to 2: 1e-05 to",
         "train: 10 images, 9 to train on",
-        "canvas 64 x 64, 0 images, at most 3 objects of 4 edges, 1 repeated an epoch",
+        "canvas 64 x 64, 0 images, room for 3 objects, 12 edges, 1 repeated an epoch",
     ):
         assert line in rest
     index = read_index(tiny_recipe.data)
