@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 from casc.data.record import AnnotationRecord
 from casc.data.sample import signed_area
 from casc.data.segmentation import mask_area, pack, part_fault, rle_counts
+from data_tools.boxes import mask_box, mismatch
 from data_tools.report import Finding
 from data_tools.rings import fill_rings, mask_iou, overlaps_itself, trace_mask, trace_within
 
@@ -28,10 +29,8 @@ class Frame(NamedTuple):
     """As annotated."""
     height: int
     stored_width: int
-    """In the shard; another size than annotated only where the image was reduced."""
+    """In the shard; another size than annotated where the image was reduced, or is a copy."""
     stored_height: int
-    matches: bool = True
-    """False where the image isn't of the annotated size, so nothing can be trained on."""
 
 
 class Made(NamedTuple):
@@ -73,6 +72,11 @@ def make_record(
         area = area * across * down
 
     label = labels.get(annotation["category_id"], -1)
+    bounds = mask_box(mask.segmentation, frame.stored_width, frame.stored_height)
+    if bounds is not None and not annotation["iscrowd"]:
+        differs = mismatch((x, y, w, h), bounds, frame.stored_height)
+        if differs:
+            find("box_not_mask", differs)
     reasons = _reasons(annotation, (x, y, w, h), area, label, frame)
     if mask.empty:
         reasons.append("no_mask")
@@ -90,7 +94,7 @@ def make_record(
         "iscrowd": annotation["iscrowd"],
         "segmentation": mask.segmentation,
         "label": label,
-        "train": not reasons and frame.matches,
+        "train": not reasons,
         "box": [x, y, x + w, y + h],
     }
     if annotation.get("ignore"):

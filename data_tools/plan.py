@@ -43,8 +43,6 @@ class Item(NamedTuple):
     width: int
     """As stored, upright."""
     height: int
-    matches: bool
-    """Whether the image is of the annotated size."""
     train: bool
     annotations: list[dict[str, Any]]
 
@@ -91,11 +89,15 @@ def plan_items(
             findings += [Finding("image_left_out", entry["id"]) for entry in objects]
             continue
         findings += [Finding(trait, image.id) for trait in probe.traits]
-        orientation, matches, kind = _turn(image, probe)
+        orientation, kind = _turn(image, probe)
         turned = (probe.height, probe.width) if orientation >= 5 else (probe.width, probe.height)
         if kind:
             detail = f"{turned[0]} x {turned[1]}, annotated {image.width} x {image.height}"
-            findings.append(Finding(kind, image.id, detail if kind == "size_mismatch" else ""))
+            sized = kind in ("size_mismatch", "rescaled")
+            findings.append(Finding(kind, image.id, detail if sized else ""))
+        if kind == "size_mismatch":
+            findings += [Finding("image_left_out", entry["id"]) for entry in objects]
+            continue
         width, height = reduced_size(*turned, max_size)
         named = [entry for entry in objects if entry["category_id"] in known]
         negative = negatives and not objects
@@ -109,8 +111,8 @@ def plan_items(
         findings += [Finding(reason, image.id) for reason, holds in reasons.items() if holds]
         if (width, height) != turned:
             findings.append(Finding("reduced", image.id))
-        train = matches and not any(reasons.values())
-        items.append(Item(image, probe, orientation, width, height, matches, train, objects))
+        train = not any(reasons.values())
+        items.append(Item(image, probe, orientation, width, height, train, objects))
     return items, findings
 
 
@@ -220,21 +222,23 @@ def _only_maskless(entries: Sequence[Mapping[str, Any]], image: ImageEntry) -> b
     )
 
 
-def _turn(image: ImageEntry, probe: Probe) -> tuple[int, bool, str]:
-    """EXIF orientation to apply, whether the size is the annotated one, and what to report."""
+def _turn(image: ImageEntry, probe: Probe) -> tuple[int, str]:
+    """EXIF orientation to apply, and what to report of it and of the size."""
     annotated, stored = (image.width, image.height), (probe.width, probe.height)
-    if probe.orientation == 1:
-        return 1, annotated == stored, "" if annotated == stored else "size_mismatch"
     turned = stored[::-1] if probe.orientation >= 5 else stored
-    if turned == stored and annotated == stored:
+    if probe.orientation != 1 and turned == stored and annotated == stored:
         # Half turns, mirrors and squares keep the size. Tools that annotate, and the
         # reference, show images upright.
-        return probe.orientation, True, "exif_assumed"
+        return probe.orientation, "exif_assumed"
     if annotated == turned:
-        return probe.orientation, True, "exif_applied"
+        return probe.orientation, "exif_applied" if probe.orientation != 1 else ""
     if annotated == stored:
-        return 1, True, "exif_ignored"
-    return probe.orientation, False, "size_mismatch"
+        return 1, "exif_ignored"
+    # A copy that was made smaller or larger has its sides rounded to whole pixels.
+    width, height = turned
+    scale = max(width / image.width, height / image.height)
+    same = abs(width - image.width * scale) <= 1 and abs(height - image.height * scale) <= 1
+    return probe.orientation, "rescaled" if same else "size_mismatch"
 
 
 def _bucket_name(low: float, high: float) -> str:

@@ -21,13 +21,13 @@ KINDS: dict[str, Kind] = {
     # Left out of the shards altogether.
     "missing_file": Kind("image", "left out", "the image file is missing"),
     "unreadable": Kind("image", "left out", "the image can't be decoded"),
+    "size_mismatch": Kind("image", "left out", "of another shape than the annotation file says"),
     "duplicate_image": Kind("image", "left out", "listed twice; the copy is"),
     "image_left_out": Kind("annotation", "left out", "its image is left out"),
     "unknown_image": Kind("annotation", "left out", "its image isn't listed"),
     "duplicate_annotation": Kind("annotation", "left out", "listed twice; the copy is"),
     "duplicate_category": Kind("category", "left out", "listed twice; the copy is"),
     # In the shards, but not trained on.
-    "size_mismatch": Kind("image", "evaluation only", "its size isn't the annotation file's"),
     "too_small": Kind("image", "evaluation only", "a side is shorter than 32 pixels"),
     "no_annotations": Kind("image", "evaluation only", "nothing of a known category on it"),
     "only_maskless": Kind("image", "evaluation only", "it has objects, but masks of none"),
@@ -39,6 +39,8 @@ KINDS: dict[str, Kind] = {
     "no_mask": Kind("annotation", "evaluation only", "no usable mask"),
     "bad_rle": Kind("annotation", "mask emptied", "its RLE can't be decoded"),
     # Repaired.
+    "rescaled": Kind("image", "annotations scaled", "of another size than annotated, same shape"),
+    "corners": Kind("annotation", "converted", "box [x, y, x, y], as the masks of the file say"),
     "other_spelling": Kind("image", "found", "its file has a name of another spelling"),
     "exif_applied": Kind("image", "turned", "EXIF orientation"),
     "exif_assumed": Kind("image", "turned", "EXIF orientation; sizes can't confirm it"),
@@ -67,6 +69,7 @@ KINDS: dict[str, Kind] = {
     ),
     "many_edges": Kind("image", "kept", "far more edges than others: all batches have the room"),
     "large_image": Kind("image", "kept", "far larger than others; --max-size makes batches small"),
+    "box_not_mask": Kind("annotation", "kept", "box and mask overlap by less than IoU 0.5"),
     "multi_part": Kind("annotation", "kept", "mask of several parts"),
     "duplicate_file_name": Kind("image", "kept", "a file listed as several images"),
     "duplicate_category_name": Kind("category", "kept", "a name shared by categories"),

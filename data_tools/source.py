@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from casc.errors import UserError
+from data_tools.boxes import mend_corners
 from data_tools.coco import Annotations, read_annotations
 from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
@@ -51,7 +52,7 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
         )
     if (out / split).resolve() == images.resolve():
         raise UserError(f"{out}: shards would lie among the images; give another --out")
-    annotations = read_annotations(file)
+    annotations = mend_corners(read_annotations(file))
     with file.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     digest = hashlib.sha256(json.dumps([_CONTENT_VERSION, *settings, content]).encode())

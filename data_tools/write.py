@@ -95,11 +95,7 @@ def make_sample(item: Item, task: ShardTask) -> SampleMembers:
     stored = store_image(
         task.images / image.file_name, item.probe, item.orientation, settings.max_size
     )
-    if item.matches:
-        frame = Frame(image.width, image.height, stored.width, stored.height)
-    else:
-        # There is no telling how the annotations lie on this image: they stay as they are.
-        frame = Frame(image.width, image.height, image.width, image.height, matches=False)
+    frame = Frame(image.width, image.height, stored.width, stored.height)
     records = [
         make_record(annotation, frame, task.labels, settings.trace_tolerance)
         for annotation in item.annotations

@@ -212,11 +212,6 @@ def test_annotations_follow_a_reduced_image():
     assert "degenerate_box" in kinds(record)
 
 
-def test_nothing_is_trained_on_where_the_size_is_wrong():
-    record = make_record(annotation(), FRAME._replace(matches=False), LABELS)
-    assert record.entry["train"] is False
-
-
 def test_a_tolerance_saves_edges():
     y, x = np.mgrid[:50, :60]
     mask = (np.hypot(x - 30, y - 25) < 20).astype(np.uint8)

@@ -78,18 +78,29 @@ def test_orientation_follows_the_annotated_size(
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_an_image_of_another_size_is_not_trained_on(orientation: int):
-    item, kinds = plan(probe(70, 50, orientation))
+    item, kinds = plan(probe(70, 50, orientation), objects=(3, 3))
+    assert item is None
+    assert kinds == ["size_mismatch", "image_left_out", "image_left_out"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "orientation", "annotated"),
+    [((30, 25), 1, (60, 50)), ((120, 100), 1, (60, 50)), ((100, 120), 6, (60, 50)),
+     ((427, 640), 1, (683, 1024))],
+)  # fmt: skip
+def test_annotations_follow_a_copy_of_another_size(stored, orientation, annotated):
+    item, kinds = plan(probe(*stored, orientation), annotated)
     assert item is not None
-    assert not item.train
-    assert not item.matches
-    assert kinds == ["size_mismatch"]
+    assert item.train
+    upright = stored[::-1] if orientation == 6 else stored
+    assert (item.width, item.height) == upright
+    assert kinds == ["rescaled"]
 
 
 def test_a_transposed_size_without_exif_is_a_mismatch():
     item, kinds = plan(probe(50, 60))
-    assert item is not None
-    assert not item.matches
-    assert kinds == ["size_mismatch"]
+    assert item is None
+    assert kinds == ["size_mismatch", "image_left_out"]
 
 
 def test_what_the_reference_does_not_train_on():
@@ -119,7 +130,7 @@ def test_what_can_not_be_read_is_left_out_with_its_annotations():
 def test_large_images_are_reduced_on_demand():
     item, kinds = plan(probe(600, 400), (600, 400), max_size=300)
     assert item is not None
-    assert (item.width, item.height, item.matches) == (300, 200, True)
+    assert (item.width, item.height) == (300, 200)
     assert kinds == ["reduced"]
 
 

@@ -1,0 +1,97 @@
+"""Boxes against the masks that they should enclose: corners in place of sides, or another origin.
+
+COCO's box is [x, y, width, height] from the top left corner. Exports that write [x, y, x, y], or
+count y from the bottom, are read without complaint everywhere, and nothing is ever learnt.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from casc.data.segmentation import pack, usable_segmentation
+from data_tools.coco import Annotations, ImageEntry
+from data_tools.report import Finding
+
+LEAST_IOU = 0.5
+"""Below it a box isn't its mask's; where objects are hidden in part boxes may be larger."""
+_SURE_IOU = 0.8
+_SAMPLE = 2000
+"""Annotations that are compared to recognise a file's convention."""
+_ENOUGH = 3
+_SHARE = 0.9
+
+Box = tuple[float, float, float, float]
+"""x, y, width and height in pixels."""
+
+
+def mask_box(segmentation: Any, width: int, height: int) -> Box | None:
+    """Give the bounds of a segmentation, None where there is no mask."""
+    usable = usable_segmentation(segmentation, width, height)
+    if usable is None:
+        return None
+    if isinstance(usable, list):
+        points = np.concatenate([np.reshape(part, (-1, 2)) for part in usable])
+        low, high = points.min(axis=0), points.max(axis=0)
+        return (*low.tolist(), *(high - low).tolist())
+    return tuple(coco_mask.toBbox(pack(usable, width, height)).tolist())  # type: ignore[arg-type]
+
+
+def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """IoU of two boxes [x, y, width, height]; sides below 0 are none."""
+    w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    common = max(w, 0) * max(h, 0)
+    union = max(a[2], 0) * max(a[3], 0) + max(b[2], 0) * max(b[3], 0) - common
+    return common / union if union > 0 else 0.0
+
+
+def mismatch(box: Sequence[float], mask: Box, height: float) -> str:
+    """How a box isn't its mask's; empty if it is."""
+    found = box_iou(box, mask)
+    if found >= LEAST_IOU or min(box[2], box[3]) < 1:
+        return ""
+    x, y, w, h = box
+    fits = {
+        "it fits as [x, y, x, y]": (x, y, w - x, h - y),
+        "it fits with y from the bottom": (x, height - y - h, w, h),
+        "it fits as [centre x, centre y, width, height]": (x - w / 2, y - h / 2, w, h),
+    }
+    found_as = next((s for s, other in fits.items() if box_iou(other, mask) > _SURE_IOU), "")
+    return f"IoU {found:.2f}" + (f"; {found_as}" if found_as else "")
+
+
+def mend_corners(annotations: Annotations) -> Annotations:
+    """Turn boxes [x, y, x, y] into COCO's, where they fit the masks of a whole file as such.
+
+    Nothing is changed unless of the boxes with masks, up to 2,000 of them, nine in ten fit so and
+    not otherwise.
+    """
+    images = {image.id: image for image in annotations.images}
+    whole = [
+        (images[i], entry)
+        for i, entries in annotations.by_image.items()
+        for entry in entries
+        if not entry["iscrowd"] and entry["segmentation"]
+    ]
+    step = max(1, len(whole) // _SAMPLE)
+    compared = [fit for image, entry in whole[::step] if (fit := _fit(entry, image)) is not None]
+    if len(compared) < _ENOUGH or sum(compared) < _SHARE * len(compared):
+        return annotations
+    findings = []
+    for entries in annotations.by_image.values():
+        for entry in entries:
+            x0, y0, x1, y1 = entry["bbox"]
+            entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+            findings.append(Finding("corners", entry["id"]))
+    return annotations._replace(findings=[*annotations.findings, *findings])
+
+
+def _fit(entry: Mapping[str, Any], image: ImageEntry) -> bool | None:
+    mask = mask_box(entry["segmentation"], image.width, image.height)
+    if mask is None or min(mask[2:]) < 2:
+        return None
+    x, y, w, h = entry["bbox"]
+    corners = box_iou((x, y, w - x, h - y), mask)
+    return corners > _SURE_IOU and corners > box_iou(entry["bbox"], mask)

@@ -1,0 +1,116 @@
+"""The lists of a large JSON object, element by element: no more of it is held than one element."""
+
+import codecs
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 2**22
+"""Bytes read at a time."""
+_SPACE = " \t\n\r"
+
+
+class JsonLists:
+    """The lists under some keys of the JSON object in a file.
+
+    Iterating gives `(key, element)`; the rest of the object is read and passed over. It's the
+    standard library's decoder that reads each element, so what is JSON is what it says.
+    """
+
+    def __init__(self, path: Path, keys: Collection[str]) -> None:
+        self._path, self._keys = path, keys
+        self._decoder = json.JSONDecoder()
+        self.others: dict[str, object] = {}
+        """What lies under those keys where it isn't a list."""
+        self.found: set[str] = set()
+        """Those of the keys that are there."""
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Give the elements in the file's order.
+
+        Raises:
+            ValueError: when it isn't JSON, or not in UTF-8.
+            TypeError: when it isn't an object.
+            OSError: when it can't be read.
+        """
+        with self._path.open("rb") as self._stream:
+            self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+            self._text, self._at, self._end, self._before = "", 0, False, 0
+            if self._peek() != "{":
+                self._value()
+                raise TypeError("not an object")
+            for _ in self._items("}"):
+                key = self._value()
+                if not isinstance(key, str):
+                    raise self._error("expected a key")
+                self._take(":")
+                if key not in self._keys:
+                    self._value()
+                    continue
+                self.found.add(key)
+                if self._peek() != "[":
+                    self.others[key] = self._value()
+                    continue
+                for _ in self._items("]"):
+                    yield key, self._value()
+            if self._peek():
+                raise self._error("extra data")
+
+    def _items(self, end: str) -> Iterator[None]:
+        """Stand before each item of an object or list, past which the caller reads."""
+        self._at += 1
+        if self._peek() == end:
+            self._at += 1
+            return
+        while True:
+            yield
+            if self._peek() == end:
+                self._at += 1
+                return
+            self._take(",")
+
+    def _take(self, character: str) -> None:
+        if self._peek() != character:
+            raise self._error(f"expected {character!r}")
+        self._at += 1
+
+    def _peek(self) -> str:
+        """The next character that isn't space; empty at the end."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in _SPACE:
+                self._at += 1
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more():
+                return ""
+
+    def _value(self) -> Any:
+        self._peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if not self._more():
+                    place = self._before + error.pos
+                    raise ValueError(f"{error.msg} at character {place:,}") from None
+                continue
+            # What ends with the text, a number, may go on behind it.
+            if end < len(self._text) or not self._more():
+                self._at = end
+                return value
+
+    def _more(self) -> bool:
+        """Read on; what was taken is dropped."""
+        if self._end:
+            return False
+        kept = self._text[self._at :]
+        self._before += self._at
+        # An element that doesn't fit is read anew: twice as much then, so that it is so seldom.
+        data = self._stream.read(max(_CHUNK, len(kept)))
+        self._end = not data
+        self._text, self._at = kept + self._utf8.decode(data, final=self._end), 0
+        return True
+
+    def _error(self, message: str) -> ValueError:
+        return ValueError(f"{message} at character {self._before + self._at:,}")
