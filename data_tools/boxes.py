@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from casc.data.segmentation import pack, usable_segmentation
-from data_tools.coco import Annotations, ImageEntry
+from data_tools.coco import Annotations, ImageEntry, Packed, pack_annotation
 from data_tools.report import Finding
 
 LEAST_IOU = 0.5
@@ -68,24 +68,26 @@ def mend_corners(annotations: Annotations) -> Annotations:
     Nothing is changed unless of the boxes with masks, up to 2,000 of them, nine in ten fit so and
     not otherwise.
     """
-    images = {image.id: image for image in annotations.images}
-    whole = [
-        (images[i], entry)
-        for i, entries in annotations.by_image.items()
-        for entry in entries
-        if not entry["iscrowd"] and entry["segmentation"]
-    ]
-    step = max(1, len(whole) // _SAMPLE)
-    compared = [fit for image, entry in whole[::step] if (fit := _fit(entry, image)) is not None]
+    compared: list[bool] = []
+    step = max(1, len(annotations.images) // _SAMPLE)
+    for image in annotations.images[::step]:
+        entries = annotations.by_image[image.id]
+        fits = [_fit(entry, image) for entry in entries if not entry["iscrowd"]]
+        compared += [fit for fit in fits if fit is not None]
+        if len(compared) >= _SAMPLE:
+            break
     if len(compared) < _ENOUGH or sum(compared) < _SHARE * len(compared):
         return annotations
-    findings = []
-    for entries in annotations.by_image.values():
+    mended: dict[int, tuple[bytes, ...]] = {}
+    findings = list(annotations.findings)
+    for number in annotations.by_image:
+        entries = annotations.by_image[number]
         for entry in entries:
             x0, y0, x1, y1 = entry["bbox"]
             entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
             findings.append(Finding("corners", entry["id"]))
-    return annotations._replace(findings=[*annotations.findings, *findings])
+        mended[number] = tuple(map(pack_annotation, entries))
+    return annotations._replace(by_image=Packed(mended), findings=findings)
 
 
 def _fit(entry: Mapping[str, Any], image: ImageEntry) -> bool | None:

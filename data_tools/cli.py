@@ -44,6 +44,8 @@ class ShardCommand:
     """What to call the split of `annotations`; by default after the file, or train."""
     negatives: Literal["skip", "keep"] = "skip"
     """Images without any annotation: for evaluation only, or trained on as background."""
+    skip_invalid: bool = False
+    """Leave out annotations that can't be understood, and report them, instead of refusing."""
     allow_missing: bool = False
     """End with 0 even though more than 1 % of the images are missing or unreadable."""
     aspects: tuple[float, ...] = field(default=ASPECTS)
@@ -82,6 +84,7 @@ class ShardCommand:
             shard_mib=self.shard_mib,
             trace_tolerance=self.trace_tolerance,
             negatives=self.negatives == "keep",
+            skip_invalid=self.skip_invalid,
         )
         run = Run(workers=self.workers, progress=self.progress, say=_say)
         parts = None

@@ -14,8 +14,8 @@ _SPACE = " \t\n\r"
 class JsonLists:
     """The lists under some keys of the JSON object in a file.
 
-    Iterating gives `(key, element)`; the rest of the object is read and passed over. It's the
-    standard library's decoder that reads each element, so what is JSON is what it says.
+    Iterating gives `(key, element, its text)`; the rest of the object is read and passed over.
+    It's the standard library's decoder that reads each element, so what is JSON is what it says.
     """
 
     def __init__(self, path: Path, keys: Collection[str]) -> None:
@@ -26,7 +26,7 @@ class JsonLists:
         self.found: set[str] = set()
         """Those of the keys that are there."""
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
+    def __iter__(self) -> Iterator[tuple[str, Any, str]]:
         """Give the elements in the file's order.
 
         Raises:
@@ -36,7 +36,7 @@ class JsonLists:
         """
         with self._path.open("rb") as self._stream:
             self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-            self._text, self._at, self._end, self._before = "", 0, False, 0
+            self._text, self._start, self._at, self._before, self._end = "", 0, 0, 0, False
             if self._peek() != "{":
                 self._value()
                 raise TypeError("not an object")
@@ -53,7 +53,8 @@ class JsonLists:
                     self.others[key] = self._value()
                     continue
                 for _ in self._items("]"):
-                    yield key, self._value()
+                    value = self._value()
+                    yield key, value, self._text[self._start : self._at]
             if self._peek():
                 raise self._error("extra data")
 
@@ -97,7 +98,7 @@ class JsonLists:
                 continue
             # What ends with the text, a number, may go on behind it.
             if end < len(self._text) or not self._more():
-                self._at = end
+                self._start, self._at = self._at, end
                 return value
 
     def _more(self) -> bool:

@@ -154,8 +154,9 @@ def _candidates(root: Path) -> list[Path]:
 def _is_coco(file: Path) -> bool:
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m:
-            keys = (b'"images"', b'"annotations"', b'"categories"', b'"file_name"')
-            return all(m.find(key) >= 0 for key in keys)
+            keys = (b'"images"', b'"annotations"', b'"categories"')
+            named = m.find(b'"file_name"') >= 0 or m.find(b'"coco_url"') >= 0
+            return named and all(m.find(key) >= 0 for key in keys)
     except (OSError, ValueError):  # a folder, or an empty file
         return False
 
@@ -164,8 +165,11 @@ def _listed(file: Path) -> Iterator[str]:
     """Names of images, without parsing the whole file."""
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m:
-            for match in re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', m):
+            key = rb"file_name" if m.find(b'"file_name"') >= 0 else rb"coco_url"
+            for match in re.finditer(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % key, m):
                 name = json.loads(match[1])
+                if key == rb"coco_url":
+                    name = "/".join(name.split("/")[-2:])
                 if name and not re.match(r"[/\\]|[A-Za-z]:", name) and "\0" not in name:
                     yield name
     except (OSError, ValueError):

@@ -31,6 +31,8 @@ class Settings(NamedTuple):
     for ragged outlines, see `data_tools.instances`."""
     negatives: bool = False
     """Train on images without any annotation, as background."""
+    skip_invalid: bool = False
+    """Leave out annotations that can't be understood."""
 
 
 class Item(NamedTuple):
@@ -44,7 +46,8 @@ class Item(NamedTuple):
     """As stored, upright."""
     height: int
     train: bool
-    annotations: list[dict[str, Any]]
+    annotations: tuple[bytes, ...]
+    """For `data_tools.coco.unpack_annotation`."""
 
 
 class PlannedShard(NamedTuple):
@@ -82,7 +85,7 @@ def plan_items(
     items: list[Item] = []
     findings: list[Finding] = []
     for image, probe in zip(annotations.images, probes, strict=True):
-        objects = annotations.by_image[image.id]
+        objects, packed = annotations.by_image[image.id], annotations.by_image.packed(image.id)
         if probe.fault:
             kind = "missing_file" if probe.sha256 == MISSING else "unreadable"
             findings.append(Finding(kind, image.id, f"{image.file_name}: {probe.fault}"))
@@ -112,7 +115,7 @@ def plan_items(
         if (width, height) != turned:
             findings.append(Finding("reduced", image.id))
         train = not any(reasons.values())
-        items.append(Item(image, probe, orientation, width, height, train, objects))
+        items.append(Item(image, probe, orientation, width, height, train, packed))
     return items, findings
 
 
@@ -216,8 +219,7 @@ def _only_maskless(entries: Sequence[Mapping[str, Any]], image: ImageEntry) -> b
     """Whether an image has objects, but masks of none: it would be trained on as background."""
     objects = [e for e in entries if not e.get("iscrowd") and not e.get("ignore")]
     return bool(objects) and all(
-        "segmentation" in entry
-        and usable_segmentation(entry["segmentation"], image.width, image.height) is None
+        usable_segmentation(entry["segmentation"], image.width, image.height) is None
         for entry in objects
     )
 

@@ -25,6 +25,7 @@ KINDS: dict[str, Kind] = {
     "duplicate_image": Kind("image", "left out", "listed twice; the copy is"),
     "image_left_out": Kind("annotation", "left out", "its image is left out"),
     "unknown_image": Kind("annotation", "left out", "its image isn't listed"),
+    "invalid": Kind("annotation", "left out", "can't be understood (--skip-invalid)"),
     "duplicate_annotation": Kind("annotation", "left out", "listed twice; the copy is"),
     "duplicate_category": Kind("category", "left out", "listed twice; the copy is"),
     # In the shards, but not trained on.
@@ -72,6 +73,7 @@ KINDS: dict[str, Kind] = {
     "box_not_mask": Kind("annotation", "kept", "box and mask overlap by less than IoU 0.5"),
     "multi_part": Kind("annotation", "kept", "mask of several parts"),
     "duplicate_file_name": Kind("image", "kept", "a file listed as several images"),
+    "unused_category": Kind("category", "kept", "no annotation is of it"),
     "duplicate_category_name": Kind("category", "kept", "a name shared by categories"),
 }
 

@@ -52,7 +52,7 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
         )
     if (out / split).resolve() == images.resolve():
         raise UserError(f"{out}: shards would lie among the images; give another --out")
-    annotations = mend_corners(read_annotations(file))
+    annotations = mend_corners(read_annotations(file, skip_invalid=settings.skip_invalid))
     with file.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     digest = hashlib.sha256(json.dumps([_CONTENT_VERSION, *settings, content]).encode())

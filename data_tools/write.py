@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from casc.data.record import SampleRecord
 from casc.data.sample import annotations_edges, edge_room
+from data_tools.coco import unpack_annotation
 from data_tools.images import store_image
 from data_tools.instances import Frame, make_record
 from data_tools.plan import Item, PlannedShard, Settings
@@ -97,8 +98,8 @@ def make_sample(item: Item, task: ShardTask) -> SampleMembers:
     )
     frame = Frame(image.width, image.height, stored.width, stored.height)
     records = [
-        make_record(annotation, frame, task.labels, settings.trace_tolerance)
-        for annotation in item.annotations
+        make_record(unpack_annotation(packed), frame, task.labels, settings.trace_tolerance)
+        for packed in item.annotations
     ]
     return SampleMembers(
         key=f"{image.id:012d}",

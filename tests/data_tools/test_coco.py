@@ -6,6 +6,7 @@ import pytest
 
 from casc.data.index import Category
 from casc.errors import UserError
+from data_tools import json_stream
 from data_tools.coco import Annotations, check_annotations, read_annotations
 
 
@@ -16,7 +17,7 @@ def make_data() -> dict[str, Any]:
             {"id": 1, "file_name": "a.jpg", "width": 60, "height": 50},
             {"id": 2, "file_name": "sub/b.png", "width": 30.0, "height": 40},
         ],
-        "annotations": [make_annotation(id=11), make_annotation(id=12, image_id=2)],
+        "annotations": [make_annotation(id=11), make_annotation(id=12, image_id=2, category_id=3)],
         "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "ant"}],
     }
 
@@ -89,9 +90,9 @@ NAN, INF = float("nan"), float("inf")
         ("images", [], "f: images: empty"),
         ("categories", [], "f: categories: empty"),
         ("images.1", 5, "f: images[1]: expected an object, got 5"),
-        ("images.1.id", "2", "f: images[1].id: expected an integer from 0 to 999999999999"),
+        ("images.1.id", "2", "f: images[1].id: expected an integer from 0 to 9223372036854775807"),
         ("images.1.id", -1, "f: images[1].id"),
-        ("images.1.id", 10**12, "f: images[1].id"),
+        ("images.1.id", 2**63, "f: images[1].id"),
         ("images.1.id", True, "f: images[1].id"),
         ("images.1.id", 1, "f: images[1].id: 1 is also the id of 'a.jpg'"),
         ("images.1.id", ..., "f: images[1].id: missing"),
@@ -228,3 +229,87 @@ def test_flags_may_be_booleans():
     assert annotations.by_image[1][0]["iscrowd"] == 1
     assert annotations.by_image[1][0]["ignore"] == 1
     assert "ignore" not in annotations.by_image[2][0]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])
+def test_a_file_is_read_in_pieces_of_any_size(tmp_path: Path, monkeypatch, chunk: int):
+    """As the standard library reads it whole; annotations before images, other keys between."""
+    monkeypatch.setattr(json_stream, "_CHUNK", chunk)
+    data = make_data()
+    data["images"][0]["file_name"] = "Übung 図🙂.jpg"
+    data["annotations"][1]["area"] = 12.25e-3
+    mixed = {"info": {"a": [1, {"b": "]}"}]}, **{k: data[k] for k in sorted(data)}, "licenses": []}
+    for spelt in ({"ensure_ascii": False}, {"indent": 3}):
+        file = tmp_path / "a.json"
+        file.write_text(json.dumps(mixed, **spelt), encoding="utf-8")
+        found, whole = read_annotations(file), check_annotations(mixed, "f")
+        assert found._replace(by_image=dict(found.by_image)) == whole._replace(
+            by_image=dict(whole.by_image)
+        )
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ['{"images": [1 2]}', '{"images" [1]}', '{"images": [1]', '{"images": []} x', '{"a": nul}',
+     '{"images": [{"id": 1,}]}', "{3: 4}"],
+)  # fmt: skip
+def test_what_is_no_json_is_refused_wherever_it_stands(tmp_path: Path, broken: str):
+    file = tmp_path / "a.json"
+    file.write_text(broken)
+    with pytest.raises(UserError, match=r"a\.json: not valid JSON|expected an object"):
+        read_annotations(file)
+
+
+def test_ids_of_many_digits_and_of_tables_of_floats():
+    data = make_data()
+    data["images"][0]["id"] = 12_345_678_901_234_567
+    data["images"][1]["id"] = 2.0
+    data["annotations"][0] |= {"image_id": 12_345_678_901_234_567, "id": 11.0}
+    data["annotations"][1] |= {"image_id": 2.0, "category_id": 7.0}
+    data["categories"][0]["id"] = 7.0
+    found = check_annotations(data, "f")
+    assert [image.id for image in found.images] == [12_345_678_901_234_567, 2]
+    assert [a["id"] for a in found.by_image[12_345_678_901_234_567]] == [11]
+    assert [(a["id"], a["category_id"]) for a in found.by_image[2]] == [(12, 7)]
+    assert all(type(a["category_id"]) is int for a in found.by_image[2])
+    assert found.categories == (Category(3, "ant"), Category(7, "cat"))
+
+
+def test_lvis_names_images_by_an_address():
+    data = make_data()
+    del data["images"][0]["file_name"]
+    data["images"][0]["coco_url"] = "http://images.cocodataset.org/train2017/000000000009.jpg"
+    found = check_annotations(data, "f")
+    assert found.images[0].file_name == "train2017/000000000009.jpg"
+
+
+def test_up_to_ten_faults_are_named_with_the_flag_that_passes_over_them(tmp_path: Path):
+    data = make_data()
+    wrong = [make_annotation(id=20 + i, bbox=[1, 2, 3]) for i in range(12)]
+    data["annotations"] += wrong
+    with pytest.raises(UserError) as error:
+        check_annotations(data, "f")
+    message = str(error.value)
+    assert "\n" not in message
+    assert [f"annotations[{i}].bbox" in message for i in range(2, 14)] == [True] * 10 + [False] * 2
+    assert "--skip-invalid" in message
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(data))
+    found = read_annotations(file, skip_invalid=True)
+    assert [(f.kind, f.id) for f in found.findings if f.kind == "invalid"] == [
+        ("invalid", entry["id"]) for entry in wrong
+    ]
+    assert [a["id"] for i in (1, 2) for a in found.by_image[i]] == [11, 12]
+    assert found.listed_annotations == 14
+    # Images and categories have to be mended: nothing would be known of what is on them.
+    data["images"][1]["width"] = 0
+    with pytest.raises(UserError) as error:
+        check_annotations(data, "f")
+    assert "--skip-invalid" not in str(error.value)
+
+
+def test_categories_without_an_annotation_are_reported():
+    data = make_data()
+    data["categories"].append({"id": 9, "name": "dodo"})
+    found = [(f.kind, f.id) for f in check_annotations(data, "f").findings]
+    assert found == [("unused_category", 9)]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from casc.data.index import Category
 from casc.errors import UserError
-from data_tools.coco import Annotations, ImageEntry
+from data_tools.coco import Annotations, ImageEntry, Packed
 from data_tools.images import MISSING, Probe
 from data_tools.plan import (
     Settings,
@@ -31,10 +31,22 @@ def plan(
 ):
     """The item and the kinds of findings of a single image with objects of these categories."""
     entries: list[dict[str, Any]] = [
-        {"id": i, "category_id": category} for i, category in enumerate(objects)
+        {
+            "id": i,
+            "category_id": category,
+            "image_id": 1,
+            "bbox": [0, 0, 9, 9],
+            "segmentation": [[0, 0, 9, 0, 9, 9]],
+        }
+        for i, category in enumerate(objects)
     ]
     annotations = Annotations(
-        [ImageEntry(1, "a.jpg", *annotated)], {1: entries}, (Category(3, "cat"),), 1, 0, []
+        images=[ImageEntry(1, "a.jpg", *annotated)],
+        by_image=Packed.of({1: entries}),
+        categories=(Category(3, "cat"),),
+        listed_images=1,
+        listed_annotations=0,
+        findings=[],
     )
     items, findings = plan_items(annotations, [probe], max_size)
     return (items[0] if items else None), [finding.kind for finding in findings]
