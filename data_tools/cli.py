@@ -44,6 +44,10 @@ class ShardCommand:
     """What to call the split of `annotations`; by default after the file, or train."""
     negatives: Literal["skip", "keep"] = "skip"
     """Images without any annotation: for evaluation only, or trained on as background."""
+    val_share: float = 0.0
+    """Hold so much of the images out as the split val, where the data set has one part only."""
+    val_seed: int = 0
+    """Chooses which images are held out."""
     skip_invalid: bool = False
     """Leave out annotations that can't be understood, and report them, instead of refusing."""
     allow_missing: bool = False
@@ -85,6 +89,8 @@ class ShardCommand:
             trace_tolerance=self.trace_tolerance,
             negatives=self.negatives == "keep",
             skip_invalid=self.skip_invalid,
+            val_share=self.val_share,
+            val_seed=self.val_seed,
         )
         run = Run(workers=self.workers, progress=self.progress, say=_say)
         parts = None
@@ -95,6 +101,8 @@ class ShardCommand:
         elif self.images is not None or self.split is not None:
             raise UserError("--images and --split go with --annotations FILE")
         splits = [part.split for part in parts] if parts else self.splits
+        if self.val_share and splits:
+            splits = [*splits, "val"]
         index = shard_dataset(root, self.out, self.splits or None, settings, run, parts)
         _say(_describe(index, splits))
         _say(f"shards are in {self.out}")

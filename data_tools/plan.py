@@ -33,6 +33,10 @@ class Settings(NamedTuple):
     """Train on images without any annotation, as background."""
     skip_invalid: bool = False
     """Leave out annotations that can't be understood."""
+    val_share: float = 0.0
+    """Of the images of a data set in one part, held out as the split `val`."""
+    val_seed: int = 0
+    """Chooses them."""
 
 
 class Item(NamedTuple):
@@ -183,6 +187,8 @@ def check_settings(settings: Settings) -> None:
         raise UserError(f"--aspects: expected ascending positive numbers, got {list(edges)}")
     if settings.max_size is not None and settings.max_size < SHORTEST_SIDE:
         raise UserError(f"--max-size: expected at least {SHORTEST_SIDE}, got {settings.max_size}")
+    if not 0 <= settings.val_share < 1:
+        raise UserError(f"--val-share: expected 0 to less than 1, got {settings.val_share}")
     if settings.samples_per_shard < 1:
         raise UserError(
             f"--samples-per-shard: expected 1 or more, got {settings.samples_per_shard}"

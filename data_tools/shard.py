@@ -33,6 +33,7 @@ from data_tools.report import Finding, printable, summarise
 from data_tools.source import (
     Source,
     count_unlisted,
+    hold_out,
     plan_digest,
     read_source,
     source_digest,
@@ -112,6 +113,12 @@ def shard_dataset(
         raise UserError("--splits: names no split")
     parts = choose_parts(coco, splits) if parts is None else parts
     sources = [read_source(part, out, settings) for part in parts]
+    if settings.val_share:
+        if len(sources) != 1:
+            names = ", ".join(source.split for source in sources)
+            raise UserError(f"--val-share: the data set has parts already ({names}); name one of"
+                            " them with --splits")  # fmt: skip
+        sources = hold_out(sources[0], settings.val_share, settings.val_seed)
     splits = [source.split for source in sources]
     with contextlib.suppress(FileExistsError):
         out.mkdir(parents=True)

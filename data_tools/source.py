@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from casc.errors import UserError
 from data_tools.boxes import mend_corners
-from data_tools.coco import Annotations, read_annotations
+from data_tools.coco import Annotations, Packed, read_annotations
 from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
 from data_tools.report import Finding
@@ -68,6 +69,68 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
     ]
     annotations = annotations._replace(images=entries, findings=[*annotations.findings, *renamed])
     return Source(split, file, images, annotations, digest.hexdigest(), hints)
+
+
+def hold_out(source: Source, share: float, seed: int) -> list[Source]:
+    """Split a source in two by image: what is to be trained on, and `val`.
+
+    Images are grouped by the rarest class on them, and of each group the share is taken in an
+    order that is mixed by the seed, so that rare classes are in both parts. Which part an image
+    belongs to doesn't depend on the order of the file.
+
+    Args:
+        source: the only part of a data set.
+        share: of the images that go to `val`, more than 0 and less than 1.
+        seed: chooses which.
+
+    Raises:
+        UserError: when it is called `val` itself, or one part would have no image.
+    """
+    if source.split == "val":
+        raise UserError("--val-share: the only part is called val; give --split train")
+    found = source.annotations
+    classes = {
+        image.id: {entry["category_id"] for entry in found.by_image[image.id]}
+        for image in found.images
+    }
+    frequency = Counter(number for numbers in classes.values() for number in numbers)
+    rarest = {
+        i: min(numbers, key=lambda n: (frequency[n], n), default=-1)
+        for i, numbers in classes.items()
+    }
+
+    def order(number: int) -> bytes:
+        return hashlib.sha256(f"{seed} {number}".encode()).digest()
+
+    held: set[int] = set()
+    groups = sorted(set(rarest.values()), key=lambda n: (frequency[n], n))
+    passed = 0
+    for group in groups:
+        members = sorted((i for i, least in rarest.items() if least == group), key=order)
+        passed += len(members)
+        # The share of all groups so far, so that small groups don't round to nothing.
+        held.update(members[: max(0, round(share * passed) - len(held))])
+    if not 0 < len(held) < len(found.images):
+        raise UserError(
+            f"--val-share: {share} of {len(found.images)} images leaves a part without any"
+        )
+    listed = {i: len(found.by_image.packed(i)) for i in held}
+    parts = []
+    for name, wanted in ((source.split, False), ("val", True)):
+        images = [image for image in found.images if (image.id in held) == wanted]
+        own = found._replace(
+            images=images,
+            by_image=Packed({image.id: found.by_image.packed(image.id) for image in images}),
+            listed_images=len(held) if wanted else found.listed_images - len(held),
+            listed_annotations=sum(listed.values())
+            if wanted
+            else found.listed_annotations - sum(listed.values()),
+            # What was found in the file as a whole is told once.
+            findings=[] if wanted else found.findings,
+        )
+        digest = hashlib.sha256(f"{source.digest} {name}".encode()).hexdigest()
+        parts.append(source._replace(split=name, annotations=own, digest=digest))
+    return parts
 
 
 def count_unlisted(source: Source, every: Sequence[Source]) -> int:
