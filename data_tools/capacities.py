@@ -59,5 +59,5 @@ def _far(kind: str, ids: Sequence[int], values: Sequence[int]) -> list[Finding]:
     limit = max(_FAR * usual, _LEAST[kind])
     return [
         Finding(kind, ids[i], f"{values[i]:,} {_NAMES[kind]}; 99 % of its bucket: up to {usual:,}")
-        for i in np.flatnonzero(np.array(values) > limit)
+        for i in np.flatnonzero(np.array(values) > limit).tolist()
     ]

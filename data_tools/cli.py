@@ -31,7 +31,7 @@ class ShardCommand:
 
     coco: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[FOLDER]")]] = None
     """The data set: annotations/instances_<split>.json and a folder <split>/ of images each; or as
-    Roboflow, CVAT, Label Studio or FiftyOne lay out COCO's format."""
+    Roboflow, CVAT, Label Studio or FiftyOne lay out COCO's format; or of YOLO or LabelMe."""
     out: Path = Path("shards")
     """Folder for the shards. Splits that it holds already stay."""
     splits: tuple[str, ...] = ()
@@ -44,6 +44,9 @@ class ShardCommand:
     """What to call the split of `annotations`; by default after the file, or train."""
     negatives: Literal["skip", "keep"] = "skip"
     """Images without any annotation: for evaluation only, or trained on as background."""
+    stretch: bool = False
+    """Spread each 16-bit greyscale image's range of values over 8 bits, and store it as PNG;
+    without it the upper 8 bits count."""
     val_share: float = 0.0
     """Hold so much of the images out as the split val, where the data set has one part only."""
     val_seed: int = 0
@@ -89,6 +92,7 @@ class ShardCommand:
             trace_tolerance=self.trace_tolerance,
             negatives=self.negatives == "keep",
             skip_invalid=self.skip_invalid,
+            stretch=self.stretch,
             val_share=self.val_share,
             val_seed=self.val_seed,
         )

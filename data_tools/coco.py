@@ -151,7 +151,7 @@ def _gather(
     findings: list[Finding] = []
     images, objects = _Images(file, findings), _Objects(file)
     categories: list[dict[str, Any]] = []
-    counts = dict.fromkeys(_KEYS, 0)
+    counts: dict[str, int] = dict.fromkeys(_KEYS, 0)
     faults: list[str] = []
     only_annotations = True
     for key, entry, text in elements:

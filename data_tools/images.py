@@ -6,9 +6,18 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from casc.data.decode import ImageError, decode_image, exif_orientation, open_image
+from casc.data.decode import (
+    ImageError,
+    decode_image,
+    exif_orientation,
+    open_image,
+    orient,
+    stored_size,
+    values,
+)
 from casc.errors import UserError
 
 LARGEST_FILE = 2**30
@@ -36,6 +45,8 @@ class Probe(NamedTuple):
     height: int = 0
     orientation: int = 1
     """What EXIF says."""
+    levels: int = 0
+    """Of a 16-bit image: different values that are left in 8 bits."""
     traits: tuple[str, ...] = ()
     """Kinds of findings that follow from the file alone, such as `cmyk`."""
 
@@ -91,7 +102,9 @@ def file_digest(path: Path) -> str:
         return UNREADABLE
 
 
-def store_image(path: Path, probe: Probe, orientation: int, max_size: int | None) -> Stored:
+def store_image(
+    path: Path, probe: Probe, orientation: int, max_size: int | None, stretch: bool = False
+) -> Stored:
     """Give the bytes to store: the file's own, unless its format or size calls for new ones.
 
     Args:
@@ -100,6 +113,8 @@ def store_image(path: Path, probe: Probe, orientation: int, max_size: int | None
         orientation: EXIF orientation to apply.
         max_size: longest side allowed, in pixels. A larger image is turned upright, reduced
             and encoded again: as JPEG of quality 95, or as PNG if it wasn't a JPEG.
+        stretch: spread the values of a 16-bit greyscale image over 8 bits, from its darkest to
+            its brightest, instead of taking the upper 8.
 
     Raises:
         UserError: when the file isn't the one that was probed any more.
@@ -113,9 +128,12 @@ def store_image(path: Path, probe: Probe, orientation: int, max_size: int | None
     turned = orientation >= 5
     width, height = (probe.height, probe.width) if turned else (probe.width, probe.height)
     small = reduced_size(width, height, max_size)
-    if small == (width, height) and "other_format" not in probe.traits:
+    wide = stretch and {"sixteen_bit", "grayscale"} <= set(probe.traits)
+    if small == (width, height) and "other_format" not in probe.traits and not wide:
         return Stored(data, width, height, orientation)
-    image = Image.fromarray(decode_image(data, orientation))
+    image = Image.fromarray(
+        _stretched(data, orientation) if wide else decode_image(data, orientation)
+    )
     if small != image.size:
         image = image.resize(small, Image.Resampling.LANCZOS, reducing_gap=None)
     out = io.BytesIO()
@@ -124,6 +142,15 @@ def store_image(path: Path, probe: Probe, orientation: int, max_size: int | None
     else:
         image.save(out, "WEBP" if probe.extension == "webp" else "PNG", lossless=True)
     return Stored(out.getvalue(), *small, 1)
+
+
+def _stretched(data: bytes, orientation: int) -> np.ndarray:
+    """A 16-bit greyscale image `[h, w]` with its range of values spread over 0 to 255."""
+    with open_image(data) as image:
+        whole = values(image).astype(np.float64)
+    low, high = whole.min(), whole.max()
+    spread = (whole - low) * (255 / max(high - low, 1))
+    return np.ascontiguousarray(orient(np.rint(spread).astype(np.uint8), orientation))
 
 
 def reduced_size(width: int, height: int, max_size: int | None) -> tuple[int, int]:
@@ -138,7 +165,7 @@ def reduced_size(width: int, height: int, max_size: int | None) -> tuple[int, in
 def _probe(data: bytes, name: str) -> Probe:
     traits: list[str] = []
     with open_image(data) as image:
-        kind, mode, size = image.format or "", image.mode, image.size
+        kind, mode, size = image.format or "", image.mode, stored_size(image)
         if kind != "MPO" and _frames(image) > 1:
             traits.append("animated")
         orientation = exif_orientation(image)
@@ -162,6 +189,7 @@ def _probe(data: bytes, name: str) -> Probe:
         traits.append("alpha")
     if sixteen:
         traits.append("sixteen_bit")
+    levels = len(np.unique(decoded)) if sixteen else 0
     extension = _EXTENSIONS.get(kind, "png")
     given = Path(name).suffix.lower().lstrip(".")
     if kind in _EXTENSIONS and given not in _ALIASES.get(extension, {extension}):
@@ -171,6 +199,7 @@ def _probe(data: bytes, name: str) -> Probe:
         width=size[0],
         height=size[1],
         orientation=orientation,
+        levels=levels,
         traits=tuple(traits),
     )
 

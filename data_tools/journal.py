@@ -14,7 +14,7 @@ from data_tools.write import ShardResult
 FOLDER = ".unfinished"
 
 # Lines of another form are passed over, so its number goes up with every change of form.
-_PROBE, _SHARD = "probe 1", "shard 2"
+_PROBE, _SHARD = "probe 2", "shard 2"
 
 
 class Journal:

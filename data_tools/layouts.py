@@ -20,6 +20,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from casc.errors import UserError
+from data_tools.foreign import Foreign, find_foreign
 
 _GENERIC = {"", "annotations", "coco", "data", "default", "export", "instances", "labels", "result"}
 """Names of files and folders that say nothing of a split."""
@@ -34,6 +35,8 @@ class Part(NamedTuple):
     split: str
     file: Path
     images: Path
+    foreign: tuple[Foreign, ...] = ()
+    """All parts of a data set that isn't in COCO's format."""
 
 
 def choose_parts(root: Path, splits: Sequence[str] | None) -> list[Part]:
@@ -48,6 +51,9 @@ def choose_parts(root: Path, splits: Sequence[str] | None) -> list[Part]:
     if not found:
         parts = [_part(file, root) for file in _candidates(root)]
         found = [part for part in parts if part.images.is_dir()]
+    if not found:
+        foreign = tuple(find_foreign(root))
+        found = [Part(part.split, part.source, part.images, foreign) for part in foreign]
     by_name: dict[str, Part] = {}
     for part in found:
         first = by_name.setdefault(part.split, part)
@@ -62,7 +68,8 @@ def choose_parts(root: Path, splits: Sequence[str] | None) -> list[Part]:
     if not found:
         lacking = ", ".join(f"{part.images}/" for part in coco)
         raise UserError(
-            f"{root}: no COCO annotation file with its images; is {root} the root of a data set?"
+            f"{root}: no COCO annotation file with its images, nor LabelMe or YOLO; is {root}"
+            " the root of a data set?"
             f" For any other layout {_REMEDY}" + (f"; there is no {lacking}" if lacking else "")
         )
     return found

@@ -33,6 +33,8 @@ class Settings(NamedTuple):
     """Train on images without any annotation, as background."""
     skip_invalid: bool = False
     """Leave out annotations that can't be understood."""
+    stretch: bool = False
+    """Spread the range of 16-bit greyscale images over 8 bits."""
     val_share: float = 0.0
     """Of the images of a data set in one part, held out as the split `val`."""
     val_seed: int = 0
@@ -95,7 +97,11 @@ def plan_items(
             findings.append(Finding(kind, image.id, f"{image.file_name}: {probe.fault}"))
             findings += [Finding("image_left_out", entry["id"]) for entry in objects]
             continue
-        findings += [Finding(trait, image.id) for trait in probe.traits]
+        left = f"{probe.levels} levels are left; --stretch spreads an image's own range"
+        findings += [
+            Finding(trait, image.id, left if trait == "sixteen_bit" else "")
+            for trait in probe.traits
+        ]
         orientation, kind = _turn(image, probe)
         turned = (probe.height, probe.width) if orientation >= 5 else (probe.width, probe.height)
         if kind:

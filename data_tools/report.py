@@ -25,6 +25,7 @@ KINDS: dict[str, Kind] = {
     "duplicate_image": Kind("image", "left out", "listed twice; the copy is"),
     "image_left_out": Kind("annotation", "left out", "its image is left out"),
     "unknown_image": Kind("annotation", "left out", "its image isn't listed"),
+    "other_shape": Kind("annotation", "left out", "a point or line, no area"),
     "invalid": Kind("annotation", "left out", "can't be understood (--skip-invalid)"),
     "duplicate_annotation": Kind("annotation", "left out", "listed twice; the copy is"),
     "duplicate_category": Kind("category", "left out", "listed twice; the copy is"),

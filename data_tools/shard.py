@@ -305,7 +305,9 @@ def _report(
         "listed": annotations.listed_annotations,
         "stored": sum(result.annotations for result in results),
         "trained": sum(result.trained_annotations for result in results),
-        "left_out": count("image_left_out", "unknown_image", "duplicate_annotation", "invalid"),
+        "left_out": count(
+            "image_left_out", "unknown_image", "duplicate_annotation", "invalid", "other_shape"
+        ),
     }
     for total in (images, objects):
         # Whatever is listed must be in the shards or in the report.

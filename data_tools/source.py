@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from casc.errors import UserError
 from data_tools.boxes import mend_corners
-from data_tools.coco import Annotations, Packed, read_annotations
+from data_tools.coco import Annotations, Packed, check_annotations, read_annotations
+from data_tools.foreign import Foreign, convert
 from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
 from data_tools.report import Finding
@@ -39,10 +40,10 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
     Raises:
         UserError: when a file or folder isn't there, or can't be understood.
     """
-    split, file, images = part
+    split, file, images, foreign = part
     if not re.fullmatch(r"\w[\w.-]*", split, re.ASCII):
         raise UserError(f"--splits: {split!a} can't be a split's name (letters, digits, . _ -)")
-    if not file.is_file():
+    if not foreign and not file.is_file():
         raise UserError(
             f"{file}: not found; check --splits and the folder, or give --annotations FILE"
             " --images FOLDER"
@@ -53,9 +54,19 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
         )
     if (out / split).resolve() == images.resolve():
         raise UserError(f"{out}: shards would lie among the images; give another --out")
-    annotations = mend_corners(read_annotations(file, skip_invalid=settings.skip_invalid))
-    with file.open("rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    if foreign:
+        made = convert(Foreign(split, file, images), foreign)
+        annotations, content = check_annotations(made.data, str(file)), made.digest
+        others = [Finding("other_shape", number, kind) for number, kind in made.other_shapes]
+        annotations = annotations._replace(
+            listed_annotations=annotations.listed_annotations + len(others),
+            # Neither format has areas.
+            findings=[f for f in annotations.findings if f.kind != "missing_area"] + others,
+        )
+    else:
+        annotations = mend_corners(read_annotations(file, skip_invalid=settings.skip_invalid))
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
     digest = hashlib.sha256(json.dumps([_CONTENT_VERSION, *settings, content]).encode())
     found, hints = find_files(images, [image.file_name for image in annotations.images])
     renamed = [
@@ -148,7 +159,8 @@ def count_unlisted(source: Source, every: Sequence[Source]) -> int:
         for folder, _, names in os.walk(source.images)
         for name in names
     )
-    return sum(name not in listed for name in files)
+    labels = ".json" if source.file.is_dir() else None
+    return sum(name not in listed and Path(name).suffix != labels for name in files)
 
 
 def source_digest(source: Source, images: Sequence[str]) -> str:

@@ -94,7 +94,11 @@ def make_sample(item: Item, task: ShardTask) -> SampleMembers:
     """Make an image's two members of the shard."""
     image, settings = item.image, task.settings
     stored = store_image(
-        task.images / image.file_name, item.probe, item.orientation, settings.max_size
+        task.images / image.file_name,
+        item.probe,
+        item.orientation,
+        settings.max_size,
+        settings.stretch,
     )
     frame = Frame(image.width, image.height, stored.width, stored.height)
     records = [

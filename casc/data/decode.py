@@ -112,10 +112,8 @@ def orient(array: np.ndarray, orientation: int) -> np.ndarray:
 def exif_orientation(image: Image.Image) -> int:
     """Give the orientation 1 to 8 that the metadata of an image, opened but not decoded, asks for.
 
-    1 where there is none, where it is damaged, and for TIFF, which Pillow turns as it decodes.
+    1 where there is none, and where it is damaged.
     """
-    if image.format == "TIFF":
-        return 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -131,12 +129,30 @@ def rgb(image: Image.Image) -> np.ndarray:
     Raises:
         ImageError: its values have no 8-bit meaning.
     """
+    turned = _turned(image)
     if image.mode.startswith("I;16"):
         sixteen = np.asarray(image)
         image = Image.fromarray((sixteen >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ImageError(f"holds 32-bit values (mode {image.mode}) that have no 8-bit meaning")
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return orient(np.asarray(image if image.mode == "RGB" else image.convert("RGB")), turned)
+
+
+def values(image: Image.Image) -> np.ndarray:
+    """Give the image's own values, `[h, w]` or `[h, w, c]`, not turned."""
+    turned = _turned(image)
+    return orient(np.asarray(image), turned)
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Give the width and height of an image that is opened but not decoded, not turned."""
+    return image.size[::-1] if _turned(image) >= 5 else image.size
+
+
+def _turned(image: Image.Image) -> int:
+    """The orientation that undoes what Pillow does to a TIFF as it decodes it."""
+    orientation = exif_orientation(image) if image.format == "TIFF" else 1
+    return {6: 8, 8: 6}.get(orientation, orientation)
 
 
 def _reason(error: Exception) -> str:

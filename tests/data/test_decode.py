@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from casc.data import decode
-from casc.data.decode import ImageError, decode_image, open_image, orient
+from casc.data.decode import (
+    ImageError,
+    decode_image,
+    exif_orientation,
+    open_image,
+    orient,
+    rgb,
+    stored_size,
+)
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -195,3 +203,19 @@ def test_of_an_animation_the_first_frame_counts():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
     np.testing.assert_array_equal(decode_image(data)[0, 0], [255, 0, 0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_a_tiff_is_turned_as_other_formats_are(kind: str, orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(COLOUR), kind, exif=exif)
+    with open_image(data) as image:
+        assert exif_orientation(image) == orientation
+        assert stored_size(image) == COLOUR.shape[1::-1]
+        opened = rgb(image)
+    plain = decode_image(encode(Image.fromarray(COLOUR), kind))
+    np.testing.assert_array_equal(opened, plain)
+    np.testing.assert_array_equal(decode_image(data), plain)
+    np.testing.assert_array_equal(decode_image(data, orientation), orient(plain, orientation))

@@ -1,6 +1,7 @@
 """Boxes that aren't their mask's are told; a file of corners is read as such; copies are scaled."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,8 @@ def test_a_file_of_corners_is_read_as_such(coco):
     from pycocotools import mask
 
     for number in numbers:
-        expected = mask.toBbox(truth.annToRLE(truth.loadAnns([number])[0]))
+        listed: Any = truth.loadAnns([number])[0]
+        expected = mask.toBbox(truth.annToRLE(listed))
         assert stored(out)[number]["bbox"] == pytest.approx(expected)
     assert stored(out)[bare]["bbox"] == [1, 2, 10, 20]
 

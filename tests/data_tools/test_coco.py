@@ -239,9 +239,9 @@ def test_a_file_is_read_in_pieces_of_any_size(tmp_path: Path, monkeypatch, chunk
     data["images"][0]["file_name"] = "Übung 図🙂.jpg"
     data["annotations"][1]["area"] = 12.25e-3
     mixed = {"info": {"a": [1, {"b": "]}"}]}, **{k: data[k] for k in sorted(data)}, "licenses": []}
-    for spelt in ({"ensure_ascii": False}, {"indent": 3}):
+    for text in (json.dumps(mixed, ensure_ascii=False), json.dumps(mixed, indent=3)):
         file = tmp_path / "a.json"
-        file.write_text(json.dumps(mixed, **spelt), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
         found, whole = read_annotations(file), check_annotations(mixed, "f")
         assert found._replace(by_image=dict(found.by_image)) == whole._replace(
             by_image=dict(whole.by_image)

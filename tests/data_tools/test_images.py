@@ -155,3 +155,16 @@ def test_a_file_that_changes_meanwhile_is_noticed(put: Callable[[str, bytes], Pa
     path.unlink()
     with pytest.raises(UserError, match=r"a\.jpg: changed while"):
         store_image(path, probe, 1, None)
+
+
+def test_sixteen_bits_are_spread_by_flag(tmp_path: Path):
+    values = np.arange(1000, 1000 + 60 * 50, dtype=np.uint16).reshape(50, 60)
+    path = tmp_path / "deep.png"
+    path.write_bytes(encode(Image.fromarray(values), "PNG"))
+    probe = probe_image(path)
+    assert probe.levels == len(np.unique(values >> 8)) == 13
+    upper = store_image(path, probe, 1, None)
+    assert upper.data == path.read_bytes()
+    spread = decode_image(store_image(path, probe, 1, None, stretch=True).data)[..., 0]
+    expected = np.rint((values - 1000.0) * 255 / (60 * 50 - 1))
+    assert np.array_equal(spread, expected)

@@ -20,6 +20,10 @@ from data_tools.plan import (
     plan_shards,
 )
 
+ENTRY: dict[str, Any] = {
+    "id": 1, "image_id": 1, "category_id": 3, "bbox": [0, 0, 9, 9],
+    "segmentation": [[0, 0, 9, 0, 9, 9]],
+}  # fmt: skip
 DEFAULT = (1 / 1.52, 1 / 1.36, 1.0, 1.36, 1.52)
 
 
@@ -30,16 +34,7 @@ def plan(
     objects: tuple[int, ...] = (3,),
 ):
     """The item and the kinds of findings of a single image with objects of these categories."""
-    entries: list[dict[str, Any]] = [
-        {
-            "id": i,
-            "category_id": category,
-            "image_id": 1,
-            "bbox": [0, 0, 9, 9],
-            "segmentation": [[0, 0, 9, 0, 9, 9]],
-        }
-        for i, category in enumerate(objects)
-    ]
+    entries = [{**ENTRY, "id": i, "category_id": category} for i, category in enumerate(objects)]
     annotations = Annotations(
         images=[ImageEntry(1, "a.jpg", *annotated)],
         by_image=Packed.of({1: entries}),
@@ -173,7 +168,7 @@ def test_shards_hold_every_image_once(sizes: list[tuple[int, int, bool]], most: 
     images = [ImageEntry(5 * i, f"{i}.jpg", w, h) for i, (w, h, _) in enumerate(sizes)]
     annotations = Annotations(
         images,
-        {image.id: [{"id": 1, "category_id": 3}] * sizes[image.id // 5][2] for image in images},
+        Packed.of({image.id: [ENTRY] * sizes[image.id // 5][2] for image in images}),
         (Category(3, "cat"),),
         len(images),
         0,
@@ -204,7 +199,9 @@ def test_shards_hold_every_image_once(sizes: list[tuple[int, int, bool]], most: 
 
 def test_heavy_images_make_more_shards():
     images = [ImageEntry(i, f"{i}.jpg", 60, 50) for i in range(10)]
-    annotations = Annotations(images, {i: [] for i in range(10)}, (Category(3, "cat"),), 10, 0, [])
+    annotations = Annotations(
+        images, Packed.of({i: [] for i in range(10)}), (Category(3, "cat"),), 10, 0, []
+    )
     probes = [probe(size=2**20)] * 10
     items, _ = plan_items(annotations, probes, None)
     _, shards = plan_shards("val", items, Settings((), None, 64, 3.0, 0.0))
