@@ -189,7 +189,9 @@ def _gather(
     for key in ("images", "categories"):
         if not counts[key]:
             raise UserError(f"{file}: {key}: empty; there is nothing to make shards of")
-    named = _categories(categories, file, findings)
+    of_categories: list[Finding] = []
+    named = _categories(categories, file, of_categories)
+    findings[:0] = of_categories
     listed = list(images.by_id.values())
     findings += [
         Finding("unused_category", category.id, category.name)

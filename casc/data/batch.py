@@ -8,11 +8,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-GRID_LINES = 84
-"""Scan lines by which a mask target of 28 cells is rasterised."""
-FREE_CROSSINGS = 16
-"""Edges of an outline that each of the lines may cross without more room than for the edges."""
-
 
 class Batch(NamedTuple):
     """Decoded images and their padded ground truth, before resize and flip.

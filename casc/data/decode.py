@@ -146,7 +146,8 @@ def values(image: Image.Image) -> np.ndarray:
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
     """Give the width and height of an image that is opened but not decoded, not turned."""
-    return image.size[::-1] if _turned(image) >= 5 else image.size
+    width, height = image.size
+    return (height, width) if _turned(image) >= 5 else (width, height)
 
 
 def _turned(image: Image.Image) -> int:

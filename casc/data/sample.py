@@ -24,10 +24,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from casc.data.batch import FREE_CROSSINGS, GRID_LINES
 from casc.data.decode import decode_image
 from casc.data.record import AnnotationRecord, parse_record
 from casc.errors import UserError
+
+GRID_LINES = 84
+"""Scan lines by which a mask target of 28 cells is rasterised."""
+FREE_CROSSINGS = 16
+"""Edges of an outline that each of the lines may cross without more room than for the edges."""
 
 
 class Readable(Protocol):

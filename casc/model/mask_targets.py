@@ -6,7 +6,7 @@ Legend: R RoIs, B images, G ground-truth capacity, E edge capacity of an image, 
 import torch
 from torch import Tensor
 
-from casc.data.batch import FREE_CROSSINGS, GRID_LINES
+from casc.data.sample import FREE_CROSSINGS, GRID_LINES
 from casc.device.devices import roi_kernels, traits
 
 # Samples per cell and axis. Odd: with an even number, ties at one half would have to go

@@ -105,7 +105,9 @@ def meet_present(
     rows = []
     for row, boxes, valid in zip(inside, gt_boxes, gt_valid, strict=True):
         found = _unmet(row)
-        for block in valid.nonzero()[:, 0].int().split(PRESENT_BLOCK):
+        present = valid.nonzero()[:, 0].int()
+        for first in range(0, len(present), PRESENT_BLOCK):
+            block = present[first : first + PRESENT_BLOCK]
             found = _meet(found, anchors, boxes[block], row[None], block, low_quality_iou)
         rows.append(found)
     best, gt, claim = (torch.stack(column) for column in zip(*rows, strict=True))

@@ -72,8 +72,8 @@ def changed(path: str, value: Any) -> str:
     ("path", "value", "named"),
     [
         ("format", "tars", "format"),
-        ("version", 2, "update casc"),
-        ("version", 0, "version"),
+        ("version", 3, "update casc"),
+        ("version", 1, "make the shards again"),
         ("version", True, "version"),
         ("categories", ..., "categories"),
         ("categories.0.name", 5, "categories[0].name"),

@@ -17,7 +17,7 @@ SETTINGS = Settings(
     max_size=None,
     samples_per_shard=4,
     shard_mib=256.0,
-    trace_tolerance=0.0,
+    trace_tolerance=None,
 )
 
 

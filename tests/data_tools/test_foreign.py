@@ -16,8 +16,8 @@ WIDTH, HEIGHT = 60, 50
 RING = [10.0, 5.0, 30.5, 6.0, 25.0, 40.0, 8.0, 30.0]
 
 
-def shard(root, out, quiet):
-    index = shard_dataset(root, out, None, Settings(), quiet)
+def shard(root, out, quiet_run):
+    index = shard_dataset(root, out, None, Settings(), quiet_run())
     found = {}
     for name, split in index.splits.items():
         for each in split.shards:

@@ -30,7 +30,8 @@ def annotation(**fields: Any) -> dict[str, Any]:
 
 def kinds(record: Made) -> list[str]:
     assert all(finding.id == 5 for finding in record.findings)
-    return [finding.kind for finding in record.findings]
+    # Boxes are made up here; that they aren't their masks' is for test_boxes.
+    return [finding.kind for finding in record.findings if finding.kind != "box_not_mask"]
 
 
 def test_a_sound_annotation_stays_as_it_is():

@@ -92,7 +92,7 @@ def test_an_image_of_another_size_is_not_trained_on(orientation: int):
 
 @pytest.mark.parametrize(
     ("stored", "orientation", "annotated"),
-    [((30, 25), 1, (60, 50)), ((120, 100), 1, (60, 50)), ((100, 120), 6, (60, 50)),
+    [((48, 40), 1, (60, 50)), ((120, 100), 1, (60, 50)), ((100, 120), 6, (60, 50)),
      ((427, 640), 1, (683, 1024))],
 )  # fmt: skip
 def test_annotations_follow_a_copy_of_another_size(stored, orientation, annotated):
