@@ -12,7 +12,7 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import url2pathname
 
@@ -89,7 +89,7 @@ def open_remote(
     loading: RemoteConfig,
     status: Status | None = None,
     start: int = 0,
-) -> BinaryIO:
+) -> io.BufferedReader:
     """Open a URL or command to be read front to back.
 
     Args:
