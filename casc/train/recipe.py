@@ -12,8 +12,12 @@ from typing import Annotated, Literal
 import tyro
 
 from casc.arguments import parse_arguments
+from casc.checkpoints.format import upgrade_recipe
+from casc.config import from_json
 from casc.data.loader_config import TrainLoaderConfig
 from casc.device.devices import CompileBackend
+from casc.errors import UserError
+from casc.json_files import read_json
 from casc.model import detector
 from casc.model.detector import DetectorConfig
 from casc.model.preprocess import ImageConfig
@@ -161,16 +165,36 @@ class _Command:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     dry_run: bool = False
     """Print the resolved recipe and what follows from it, and stop."""
+    config: Path | None = None
+    """Begin with this saved recipe (a run's recipe.json) in place of the recipe's own settings;
+    other flags change it."""
 
 
 def parse(
     recipe: Recipe, description: str | None, args: list[str] | None = None
 ) -> tuple[Recipe, bool]:
     """The recipe as changed by the command line, and whether it is only to be shown."""
+    given = sys.argv[1:] if args is None else args
     command = parse_arguments(
         _Command,
-        sys.argv[1:] if args is None else args,
-        default=_Command(recipe),
+        given,
+        default=_Command(_saved(given) or recipe),
         description=description,
     )
     return command.recipe, command.dry_run
+
+
+def _saved(args: list[str]) -> Recipe | None:
+    """The recipe that `--config` names; what else is wrong with the flags is told by the parser.
+
+    Ends the program with one line where it can't be read.
+    """
+    places = [i for i, word in enumerate(args) if word.partition("=")[0] == "--config"]
+    if not places:
+        return None
+    word, following = args[places[-1]], args[places[-1] + 1 :]
+    file = word.partition("=")[2] or next(iter(following), "")
+    try:
+        return from_json(Recipe, upgrade_recipe(read_json(file)), file)
+    except UserError as error:
+        sys.exit(f"error: --config {error}")

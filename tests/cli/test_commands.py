@@ -1,10 +1,12 @@
 """What the command lines say of themselves, and how they end."""
 
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +18,9 @@ from casc.cli import main as cli
 from casc.cli.bench import with_default
 from casc.cli.main import main
 from casc.cli.recipes import descriptions
+from casc.config import to_json
+from casc.recipes.coco_mini import coco_mini
+from casc.train.recipe import parse
 from data_tools import cli as data_tools
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +63,25 @@ def test_train_runs_the_recipe_of_a_name(capsys):
         assert "nowhere" in str(code)
     finally:
         sys.argv[:] = before
+
+
+def test_a_saved_recipe_is_begun_with_and_changed_by_flags(tmp_path, capsys):
+    saved = replace(coco_mini(), epochs=3, batch=5, out=tmp_path / "out")
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(to_json(saved)))
+    other = replace(coco_mini(), name="other")
+    for flags in (["--config", str(file)], [f"--config={file}"]):
+        assert parse(other, None, flags) == (saved, False)
+    changed, dry_run = parse(other, None, ["--epochs", "7", "--config", str(file), "--dry-run"])
+    assert (changed, dry_run) == (replace(saved, epochs=7), True)
+    file.write_text(json.dumps({**to_json(saved), "epochs": "many"}))
+    for flags, says in (
+        (["--config", str(file)], "recipe.json.epochs"),
+        (["--config"], "--config"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            parse(other, None, flags)
+        assert says in f"{stop.value.code}{capsys.readouterr().err}"
 
 
 def test_help_names_every_command(capsys):
