@@ -51,6 +51,8 @@ class Job:
     """Folder for compiled code; None for the default one."""
     threads: int | None = None
     """Of the CPU; None for torch's choice."""
+    replay: bool | None = None
+    """Of training: None for losses and gradients alone; else with the update, replayed or not."""
 
 
 def made_up_batch(load: Load, classes: int, seed: int = 0) -> Batch:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from casc.bench import budgets, flops
 from casc.bench.batch import CLASSES, Job, Load, made_up_batch
+from casc.data.batch import Batch
 from casc.data.stream import to_device
 from casc.device.compile_cache import use_cache
 from casc.device.compute import Compute
 from casc.device.devices import choose_device, synchronize
+from casc.device.replay import Pool, Replay
 from casc.model.choose_compute import choose_compute
 from casc.model.detector import DetectorConfig, init, trainable
 from casc.model.losses import mean_losses
@@ -92,6 +94,38 @@ class Training:
             synchronize(self.device)
             times.append(time.perf_counter() - start)
         return statistics.median(times)
+
+
+class WholeStep(Training):
+    """The same with its update, as training runs it: launched one by one, or replayed."""
+
+    def __init__(self, job: Job):
+        super().__init__(job)
+        state = new_state(
+            self.config, self.params, self.buffers, self.device, self.compute.memory_format
+        )
+        self.params, self.state = state.params, state
+        self.optimizer = make_optimizer(Optim(), state, compile=self.compute.compile)
+        self.rate = torch.zeros((), device=self.device)
+        self.columns = {k: v for k, v in self.batch._asdict().items() if v is not None}
+        self.replay = Replay(self._run, self._changed, Pool()) if job.replay else None
+
+    def step(self) -> dict[str, float]:
+        """Losses, gradients, update."""
+        start = time.perf_counter()
+        (self.replay or self._run)(*self.columns.values())
+        synchronize(self.device)
+        return {"step_s": time.perf_counter() - start}
+
+    def _run(self, *columns: Tensor) -> None:
+        batch = Batch(**dict(zip(self.columns, columns, strict=True)))
+        total, _ = mean_losses(self.loss_step(self.params, self.buffers, batch))
+        total.backward()
+        update(self.optimizer, self.rate, self.state.guard, total.detach())
+
+    def _changed(self) -> list[Tensor]:
+        parts = (self.optimizer.trained, self.state.momentum, self.state.guard)
+        return [value for part in parts for value in part.values()]
 
 
 def compute_of(job: Job) -> Compute:

@@ -171,7 +171,7 @@ def _subject(job: Job) -> Subject:
     if job.threads:
         torch.set_num_threads(job.threads)
     kinds = {
-        ("train", "casc"): train.Training,
+        ("train", "casc"): train.Training if job.replay is None else train.WholeStep,
         ("inference", "casc"): inference.Inference,
         ("train", "torchvision"): peers.Training,
         ("inference", "torchvision"): peers.Inference,

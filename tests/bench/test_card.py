@@ -3,9 +3,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from casc.bench.batch import Job, Load
 from casc.bench.card import CardPlan, card_page, jobs, kernels, measure_card
+from casc.bench.train import WholeStep
 from casc.bench.worker import Worker
 from casc.cli.main import main
 from casc.errors import UserError
@@ -31,7 +33,7 @@ def test_a_rehearsal_on_the_cpu(tmp_path, capsys, monkeypatch):
     )
     report = json.loads((out / "card.json").read_text())
     assert [step["name"] for step in report["steps"]] == [
-        "train, batch 1, 64 x 64", "inference, batch 1, 64 x 64",
+        "train, batch 1, 64 x 64, launched", "inference, batch 1, 64 x 64",
     ]  # fmt: skip
     for step in report["steps"]:
         assert step["img_per_s"] == pytest.approx(step["batch"] / step["step_s"])
@@ -53,11 +55,33 @@ def test_steps_come_in_the_order_of_what_they_tell(tmp_path):
     ]  # fmt: skip
 
 
+def test_an_accelerator_is_timed_replayed_and_launched(tmp_path, monkeypatch):
+    monkeypatch.setattr("casc.bench.card.replay_missing", lambda device: None)
+    training = [job.replay for job in jobs(plan_of(tmp_path)) if job.what == "train"]
+    assert training == [True, False] * 4
+
+
+@pytest.mark.slow
+def test_a_whole_step_learns(tmp_path):
+    """What is timed is the step with its update."""
+    load = Load(canvas=(64, 64), batch=1, objects=2)
+    step = WholeStep(Job("train", "casc", load, "float32", "cpu", compile=False, replay=False))
+    step.rate.fill_(1e-3)
+    before = {k: v.detach().clone() for k, v in step.params.items()}
+    step.step()
+    assert step.state.guard["updates"] == 1
+    for name, value in step.optimizer.trained.items():
+        assert not torch.equal(before[name], value.detach()), name
+
+
 def test_what_there_is_no_time_for_is_said(tmp_path):
     report = measure_card(plan_of(tmp_path, seconds=0.01), lambda line: None)
     assert report["steps"] == []
     assert len(report["not_run"]) == 6
-    assert "train, batch 4, 96 x 64: the time was over" in (tmp_path / "card.html").read_text()
+    assert (
+        "train, batch 4, 96 x 64, launched: the time was over"
+        in (tmp_path / "card.html").read_text()
+    )
 
 
 def test_a_process_that_takes_too_long_is_ended():
