@@ -105,7 +105,7 @@ class WholeStep(Training):
             self.config, self.params, self.buffers, self.device, self.compute.memory_format
         )
         self.params, self.state = state.params, state
-        self.optimizer = make_optimizer(Optim(), state, compile=self.compute.compile)
+        self.optimizer = make_optimizer(Optim(), state, compute=self.compute)
         self.rate = torch.zeros((), device=self.device)
         self.columns = {k: v for k, v in self.batch._asdict().items() if v is not None}
         self.replay = Replay(self._run, self._changed, Pool()) if job.replay else None
