@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ from torch import Tensor
 from casc.data.batch import Batch
 from casc.data.index import Bucket, Category, Index, Shard, Split, write_index
 from casc.data.stream import TrainLoaderConfig
+from casc.device import compilers
 from casc.model.anchors import AnchorConfig
 from casc.model.box_head import BoxHeadConfig
 from casc.model.detector import DetectorConfig, InferenceConfig
@@ -73,6 +75,16 @@ LONGEST = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Longest files first, so that two processes end at about the same time."""
     items.sort(key=lambda item: -LONGEST.get(item.path.name, 0))
+
+
+_tried_once = functools.cache(compilers.find_fault)
+
+
+@pytest.fixture(autouse=True)
+def compilers_tried_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tests have a compile cache of their own, but the machine's compilers stay the same."""
+    if request.path.name != "test_compilers.py":
+        monkeypatch.setattr(compilers, "find_fault", _tried_once)
 
 
 @pytest.fixture
