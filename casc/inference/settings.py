@@ -4,10 +4,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from casc.data.index import Category
 from casc.errors import UserError
 
-if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
+if TYPE_CHECKING:  # torch and numpy take long to import, which --help needn't wait for
+    from casc.data.index import Category
     from casc.model.detector import InferenceConfig
 
 
@@ -29,7 +29,7 @@ class Settings:
     """Only these classes, by name; none given: all."""
 
     def applied(
-        self, inference: "InferenceConfig", categories: tuple[Category, ...]
+        self, inference: "InferenceConfig", categories: "tuple[Category, ...]"
     ) -> "InferenceConfig":
         """Give the model's configuration with these changes.
 
@@ -52,7 +52,7 @@ class Settings:
         return replace(inference, **{k: v for k, v in given.items() if v is not None})
 
 
-def labels_of(classes: Collection[str | int], categories: tuple[Category, ...]) -> list[int]:
+def labels_of(classes: Collection[str | int], categories: "tuple[Category, ...]") -> list[int]:
     """Give the labels of classes named by name or label, ascending.
 
     Raises:
