@@ -49,7 +49,8 @@ def test_the_three_lines_run(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (640, 480)).save("photo.jpg")
     exec(compile(example, "README.md", "exec"), {})
-    assert Image.open("annotated.png").size == (640, 480)
+    with Image.open("annotated.png") as picture:
+        assert picture.size == (640, 480)
 
 
 def test_library_example_runs() -> None:

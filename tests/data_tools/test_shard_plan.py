@@ -95,7 +95,9 @@ def test_an_image_of_another_size_is_not_trained_on(orientation: int):
     [((48, 40), 1, (60, 50)), ((120, 100), 1, (60, 50)), ((100, 120), 6, (60, 50)),
      ((427, 640), 1, (683, 1024))],
 )  # fmt: skip
-def test_annotations_follow_a_copy_of_another_size(stored, orientation, annotated):
+def test_annotations_follow_a_copy_of_another_size(
+    stored: tuple[int, int], orientation: int, annotated: tuple[int, int]
+):
     item, kinds = plan(probe(*stored, orientation), annotated)
     assert item is not None
     assert item.train
