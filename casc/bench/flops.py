@@ -72,7 +72,7 @@ def own_step(config: DetectorConfig, load: Load, positives: Sequence[int]) -> in
             if config.mask_head.capacity == "counted":
                 slots = mask_capacity(positive, slots, COMPUTE.dynamic_rois)
             packed = MaskRois(*(t[:slots] for t in rois[i]))
-            loss = detector.mask_branch(params, config, i, pyramid, packed, inputs.targets)
+            (loss,) = detector.mask_branch(params, config, (i,), pyramid, [packed], inputs.targets)
             found = join(found, detector.weighted_mask_loss(config, i, *loss))
         return mean_losses(found)[0]
 

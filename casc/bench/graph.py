@@ -68,6 +68,8 @@ class GraphJob(NamedTuple):
     objects: int
     card: str
     dtype: str = "bfloat16"
+    capacity: str = "full"
+    """Of the mask heads: full, or counted, which is two graphs each way."""
 
 
 def report(job: GraphJob, config: DetectorConfig | None = None) -> dict[str, Any]:
@@ -86,13 +88,15 @@ def report(job: GraphJob, config: DetectorConfig | None = None) -> dict[str, Any
 
 def lower(job: GraphJob, config: DetectorConfig) -> list[no_gpu.Lowered]:
     """The graphs of the step, forward before backward."""
-    config = replace(config, mask_head=replace(config.mask_head, capacity="full"))
+    config = replace(config, mask_head=replace(config.mask_head, capacity=job.capacity))
     image = ImageConfig(short=min(job.canvas), long=max(job.canvas))
     dtype = getattr(torch, job.dtype)
     # What "auto" comes to on a card: its check wants one that runs.
-    compute = Compute(
-        dtype, torch.channels_last, compile=False, roi_kernel="triton", nms_kernel="triton"
-    )
+    compute = Compute(dtype, torch.channels_last, roi_kernel="triton", nms_kernel="triton")
+    found: list[no_gpu.Lowered] = []
+    backend = no_gpu.lowering(found, compute.options or {})
+    # A backend of one's own has its own options.
+    compute = compute._replace(backend=backend)
     load = Load(job.canvas, job.batch, job.objects if job.what == "train" else 0)
     params, buffers = detector.init(config, torch.Generator().manual_seed(0))
     params = steps.to_format(params, torch.channels_last)
@@ -109,15 +113,10 @@ def lower(job: GraphJob, config: DetectorConfig) -> list[no_gpu.Lowered]:
     params = {name: fake(value, grad=name in learn) for name, value in params.items()}
     buffers = {name: fake(value) for name, value in buffers.items()}
     batch = type(batch)(*(None if value is None else fake(value) for value in batch))
-    found: list[no_gpu.Lowered] = []
     make = steps.make_loss_step if job.what == "train" else steps.make_detect_step
     step = make(config, image, job.canvas, compute)
-    grads = torch.enable_grad() if job.what == "train" else torch.no_grad()
-    with mode, grads:
-        compiled = torch.compile(
-            step, backend=no_gpu.lowering(found), fullgraph=True, dynamic=False
-        )
-        compiled(params, buffers, batch)
+    with mode:
+        step(params, buffers, batch)
     return found
 
 
@@ -131,13 +130,15 @@ def summary(graphs: list[no_gpu.Lowered], card: Card) -> dict[str, Any]:
         on_host += len(
             re.findall(r"empty_strided_cpu\(|\.item\(\)|async_compile\.cpp", lowered.code)
         )
-        for scheduled, size in lowered.nodes:
-            inner = getattr(scheduled, "node", None)
-            if type(inner).__name__ == "MultiOutput" or type(scheduled).__name__.startswith("Nop"):
+        for scheduled, size in lowered.launches:
+            inner = scheduled[0].node if len(scheduled) == 1 else None
+            if type(inner).__name__ == "MultiOutput" or type(scheduled[0]).__name__.startswith(
+                "Nop"
+            ):
                 continue
             origins = [
                 origin
-                for sub in scheduled.get_nodes()
+                for sub in scheduled
                 if sub.node is not None
                 for origin in sub.node.get_origins()
             ]

@@ -11,7 +11,7 @@ what comes out of that for CUDA again.
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config
@@ -22,6 +22,7 @@ import torch._inductor.graph as inductor_graph
 import torch._inductor.scheduler as inductor_scheduler
 from torch import Tensor, fx
 from torch._dynamo.device_interface import CudaInterface
+from torch._inductor.codegen.simd import SIMDScheduling
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
@@ -32,7 +33,16 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 class Lowered(types.SimpleNamespace):
-    """One graph: `backward`, `graph` (ATen), `nodes` (as scheduled, with their bytes), `code`."""
+    """One graph: `backward`, `graph` (ATen), `launches` (of `Launch`), `code`."""
+
+
+class Launch(NamedTuple):
+    """What is launched at once."""
+
+    nodes: list
+    """Inductor's, as they were made: several where they are fused."""
+    bytes: int
+    """Read and written."""
 
 
 def pretend(card: Card) -> None:
@@ -88,18 +98,34 @@ def pretend(card: Card) -> None:
     torch._inductor.config.compile_threads = 1
 
 
-def lowering(found: list[Lowered]) -> Callable:
+def lowering(found: list[Lowered], options: dict[str, Any]) -> Callable:
     """A backend for `torch.compile` that appends each graph, forward and backward, to `found`.
+
+    `options` are inductor's.
 
     What it makes can be called once, and gives the fake tensors of the outputs.
     """
     seen: list[Lowered] = []
     codegen = inductor_scheduler.Scheduler._codegen
+    combine = SIMDScheduling.generate_combo_kernel_code
 
     def schedule(self: Any, nodes: list) -> Any:
-        # A node knows its bytes only while its graph is being lowered.
-        seen[-1].nodes = [(node, node.get_read_write_buffers_sizes()) for node in nodes]
+        for node in nodes:
+            if not isinstance(node, inductor_scheduler.ForeachKernelSchedulerNode):
+                seen[-1].launches.append(launch([node]))
         return codegen(self, nodes)
+
+    def combined(self: Any, nodes: list, *args: Any, **settings: Any) -> Any:
+        # What is scheduled side by side becomes one kernel or several.
+        made = combine(self, nodes, *args, **settings)
+        if not settings.get("only_gen_src_code"):
+            seen[-1].launches.extend(launch(list(group)) for _, _, group in made)
+        return made
+
+    def launch(nodes: list) -> Launch:
+        # A node knows its bytes only while its graph is being lowered.
+        size = sum(node.get_read_write_buffers_sizes() for node in nodes)
+        return Launch([sub for node in nodes for sub in node.get_nodes()], size)
 
     def load(self: Any, code: Any) -> Any:
         seen[-1].code = code.value
@@ -107,6 +133,7 @@ def lowering(found: list[Lowered]) -> Callable:
         return types.SimpleNamespace(call=lambda args: None, __file__=__file__, key="none")
 
     inductor_scheduler.Scheduler._codegen = schedule
+    SIMDScheduling.generate_combo_kernel_code = combined
     inductor_graph.GraphLowering._compile_to_module_lines = load
 
     def inner(graph: fx.GraphModule, inputs: list, **settings: Any) -> Any:
@@ -115,9 +142,10 @@ def lowering(found: list[Lowered]) -> Callable:
         move(graph, CUDA, mode)
         inputs = [_moved(value, CUDA, mode) for value in inputs]
         backward = bool(settings.get("is_backward"))
-        seen.append(Lowered(backward=backward, graph=graph, nodes=[], code=""))
+        seen.append(Lowered(backward=backward, graph=graph, launches=[], code=""))
         found.append(seen[-1])
-        return compile_fx.compile_fx_inner(graph, inputs, **settings)
+        with torch._inductor.config.patch(options):
+            return compile_fx.compile_fx_inner(graph, inputs, **settings)
 
     def backend(graph: fx.GraphModule, inputs: list) -> Callable:
         mode = torch._guards.detect_fake_mode(inputs)

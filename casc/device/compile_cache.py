@@ -96,6 +96,7 @@ def aot_cached(
     *settings: Any,
     rows: Callable[..., Iterable[Tensor]] | None = None,
     recompile_limit: int | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Callable:
     """Compile a function as one graph, once for each kind of arguments, for good.
 
@@ -111,13 +112,17 @@ def aot_cached(
         rows: gives those of the arguments whose first dimension may be of any size; all other
             sizes are fixed.
         recompile_limit: as of `torch.compile`, where the function can't be kept.
+        options: as of `torch.compile`.
 
     Returns:
         The function, compiled when it is called.
     """
     with torch._dynamo.config.patch(enable_aot_compile=True):
         compiled = compile_apart(
-            function, dynamic=None if rows else False, recompile_limit=recompile_limit
+            function,
+            dynamic=None if rows else False,
+            recompile_limit=recompile_limit,
+            options=options,
         )
     programs: list[Any] = []
     refused = False

@@ -1,9 +1,11 @@
 """How to compute: what belongs to the device, not to the model."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+
+from casc.device.versions import combining_options
 
 
 class Compute(NamedTuple):
@@ -29,3 +31,14 @@ class Compute(NamedTuple):
     """Likewise, from the device."""
     nms_kernel: Literal["auto", "triton"] = "auto"
     """Likewise; "auto" is what `batched_nms` makes of it."""
+
+    @property
+    def options(self) -> dict[str, Any] | None:
+        """What `torch.compile` is told beside its defaults.
+
+        Where Triton is used, inductor launches kernels that don't depend on each other as one:
+        casts of weights, norms' scales, sums of gradients.
+        """
+        if "triton" not in (self.roi_kernel, self.nms_kernel) or self.backend != "inductor":
+            return None
+        return combining_options()

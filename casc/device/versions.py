@@ -8,6 +8,7 @@
   the device module's own (`graph_class` of casc/device/devices.py).
 - The time-out of a process group that exists. From 2.14: `dist.set_timeout`. Before:
   `distributed_c10d._set_pg_timeout`.
+- How many kernels Inductor launches as one. From 2.14: `combo_kernel_max_num_nodes`. Before: 8.
 """
 
 import functools
@@ -16,6 +17,7 @@ import itertools
 import types
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,7 @@ def compile_apart(
     backend: str = "inductor",
     dynamic: bool | None = False,
     recompile_limit: int | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Callable:
     """`torch.compile` as one graph, whose recompilations don't count for any other function.
 
@@ -38,6 +41,7 @@ def compile_apart(
         backend: as of `torch.compile`.
         dynamic: as of `torch.compile`.
         recompile_limit: how many graphs it may have; torch's default if None.
+        options: as of `torch.compile`.
     """
     if ISOLATES:
         return torch.compile(  # type: ignore[call-overload]  # its stubs lack the last two
@@ -47,11 +51,22 @@ def compile_apart(
             dynamic=dynamic,
             isolate_recompiles=True,
             recompile_limit=recompile_limit,
+            options=options,
         )
-    compiled = torch.compile(copied(function), backend=backend, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(
+        copied(function), backend=backend, fullgraph=True, dynamic=dynamic, options=options
+    )
     if recompile_limit is None:
         return compiled
     return _Limited(compiled, recompile_limit)
+
+
+def combining_options() -> dict[str, Any]:
+    """Inductor's options to launch kernels that don't depend on each other as one, on a GPU."""
+    import torch._inductor.config as known  # takes a while
+
+    wanted = {"combo_kernels": True, "combo_kernel_max_num_nodes": 64}
+    return {name: value for name, value in wanted.items() if hasattr(known, name)}
 
 
 class _Limited:

@@ -13,10 +13,12 @@ from torch import Tensor
 from casc.model import losses
 from casc.model.boxes import decode, encode
 from casc.model.layers import (
+    JOINED,
     Norm,
     Params,
     cast,
     conv_module,
+    join_layers,
     kaiming_normal,
     linear,
     new_conv_module,
@@ -209,8 +211,9 @@ def _outputs(params: Params, config: BoxHeadConfig, stage: int, x: Tensor) -> Bo
     x = F.relu(x)
     for i in range(1, config.fcs):
         x = F.relu(linear(params, f"{name}.shared_fcs.{i}", x))
-    logits = linear(params, f"{name}.fc_cls", x)
-    return BoxOutput(logits.float(), linear(params, f"{name}.fc_reg", x).float())
+    both = linear(join_layers(params, f"{name}.fc_cls", f"{name}.fc_reg"), JOINED, x).float()
+    classes = params[f"{name}.fc_cls.bias"].shape[0]
+    return BoxOutput(both[:, :classes], both[:, classes:])
 
 
 def box_losses(

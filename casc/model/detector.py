@@ -7,6 +7,7 @@ per image and stage, K classes, D detections.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -31,14 +32,14 @@ from casc.model.box_head import (
     sample_rois,
 )
 from casc.model.fpn import FPNConfig, fpn, init_fpn
-from casc.model.layers import Params
+from casc.model.layers import Params, cast_together, gathers_gradients
 from casc.model.losses import LossSums, add_prefix, join
 from casc.model.mask_head import (
     MaskHeadConfig,
     MaskRois,
     init_mask_head,
     mask_head,
-    mask_loss,
+    mask_losses,
     mask_rois,
     mask_targets,
 )
@@ -208,14 +209,22 @@ def draw_noise(config: DetectorConfig, seed: Tensor, anchors: int, capacity: int
         anchors: A, of all levels.
         capacity: G.
     """
-    counts = [config.rpn.train_proposals] + [config.box_head.samples] * len(config.stages)
-    return Noise(
-        noises.uniform(seed, noises.RPN, anchors),
-        tuple(
-            noises.uniform(seed, noises.STAGE + i, capacity + counts[i])
-            for i in range(len(config.stages))
-        ),
-    )
+    boxes = [config.rpn.train_proposals] + [config.box_head.samples] * (len(config.stages) - 1)
+    stages = {noises.STAGE + i: capacity + count for i, count in enumerate(boxes)}
+    rpn, *others = noises.uniforms(seed, {noises.RPN: anchors} | stages)
+    return Noise(rpn, tuple(others))
+
+
+def cast_heads(params: Params, image: Tensor, *, masks: bool = True) -> Params:
+    """The parameters with those of neck and heads in the image's dtype, where that pays.
+
+    See `cast_together`. The masks' last layer stays in float32, in which its rows are chosen.
+    """
+    if not gathers_gradients(image):
+        return params
+    left_out = ("backbone.",) if masks else ("backbone.", "roi_head.mask_head.")
+    names = (k for k in params if not k.startswith(left_out) and "conv_logits" not in k)
+    return cast_together(params, names, image.dtype)
 
 
 def extract(
@@ -237,6 +246,17 @@ def level_sizes(levels: list[Tensor]) -> list[tuple[int, int]]:
     return [(x.shape[2], x.shape[3]) for x in levels]
 
 
+def anchor_lengths(config: DetectorConfig, levels: list[Tensor]) -> list[int]:
+    """How many anchors each level has."""
+    return [height * width * len(config.anchors.ratios) for height, width in level_sizes(levels)]
+
+
+def features_anchors(config: DetectorConfig, features: Features) -> Tensor:
+    """The anchors of all levels, [A, 4]."""
+    device = features.pyramid.pixels.device
+    return torch.cat(grid_anchors(config.anchors, level_sizes(features.levels), device))
+
+
 def losses(
     params: Params,
     buffers: Params,
@@ -244,6 +264,7 @@ def losses(
     inputs: Inputs,
     noise: Noise,
     probe: Probe = unwatched,
+    anchors: Tensor | None = None,
 ) -> LossSums:
     """Every loss of a batch in one graph.
 
@@ -257,16 +278,18 @@ def losses(
         inputs: images with ground truth.
         noise: the step's random numbers.
         probe: sees what is computed on the way.
+        anchors: as for `box_branch`.
 
     Returns:
         Losses and measures, named like the reference's log.
     """
+    params = cast_heads(params, inputs.image)
     features = extract(params, buffers, config, inputs.image, probe)
-    result, pyramid, rois = box_branch(params, config, features, inputs, noise, probe)
-    for i in range(mask_stages(config)):
-        loss = mask_branch(params, config, i, pyramid, rois[i], inputs.targets, probe)
-        result = join(result, weighted_mask_loss(config, i, *loss))
-    return result
+    result, pyramid, rois = box_branch(params, config, features, inputs, noise, probe, anchors)
+    stages = range(mask_stages(config))
+    # The heads share nothing that depends on order: one pass serves them all.
+    masks = mask_branch(params, config, stages, pyramid, rois, inputs.targets, probe)
+    return join(result, *(weighted_mask_loss(config, i, *masks[i]) for i in stages))
 
 
 def weighted_mask_loss(config: DetectorConfig, stage: int, loss: Tensor, cells: Tensor) -> LossSums:
@@ -282,17 +305,22 @@ def box_branch(
     inputs: Inputs,
     noise: Noise,
     probe: Probe = unwatched,
+    anchors: Tensor | None = None,
 ) -> tuple[LossSums, Pyramid, list[MaskRois]]:
     """All losses but the masks', and what these need: features, and each stage's positive RoIs.
 
-    The pyramid goes from reader to reader, which bounds the gradients held at once.
+    The pyramid goes from reader to reader, which bounds the gradients held at once. `anchors` are
+    the canvas's, [A, 4]; without them they are made.
     """
-    anchors = grid_anchors(config.anchors, level_sizes(features.levels), inputs.size.device)
-    every = probe("anchors", torch.cat(anchors))
-    result, pyramid = rpn_branch(params, config, features, every, inputs, noise.rpn, probe)
+    if anchors is None:
+        anchors = features_anchors(config, features)
+    anchors = probe("anchors", anchors)
+    result, pyramid = rpn_branch(params, config, features, anchors, inputs, noise.rpn, probe)
     with torch.no_grad():
         output = probe("rpn.output", rpn_head(params, config.rpn, features.levels))
-    found = probe("candidates", candidates(config.rpn, output, anchors, inputs.size, train=True))
+    lengths = anchor_lengths(config, features.levels)
+    found = candidates(config.rpn, output, anchors, lengths, inputs.size, train=True)
+    found = probe("candidates", found)
     proposals = probe("proposals", propose(config.rpn, found, train=True))
     cascade, pyramid, samples = cascade_losses(
         params, config, pyramid, proposals, inputs, noise.stages, probe
@@ -369,22 +397,41 @@ def cascade_losses(
 def mask_branch(
     params: Params,
     config: DetectorConfig,
-    stage: int,
+    stages: Sequence[int],
     pyramid: Pyramid,
-    rois: MaskRois,
+    rois: list[MaskRois],
     targets: Targets,
     probe: Probe = unwatched,
-) -> tuple[Tensor, Tensor]:
-    """The mask loss of one stage without its weight, a sum, and over how many cells it is."""
+) -> list[tuple[Tensor, Tensor]]:
+    """The mask losses of some stages without their weights.
+
+    Args:
+        params: weights by name.
+        config: the detector.
+        stages: whose heads.
+        pyramid: features.
+        rois: of each of these stages.
+        targets: ground truth.
+        probe: sees each stage's RoIs, features, logits and targets.
+
+    Returns:
+        For each stage a sum, and over how many cells it is.
+    """
     head = config.mask_head
-    rois = probe("mask.rois", rois)
+    rois = [probe("mask.rois", each) for each in rois]
+    every = MaskRois(*(torch.cat(column) for column in zip(*rois, strict=True)))
+    counts = [each.valid.shape[0] for each in rois]
     features = roi_align(
-        pyramid, rois.boxes, rois.image, head.cells, config.roi_align, config.roi_kernel
+        pyramid, every.boxes, every.image, head.cells, config.roi_align, config.roi_kernel
     )
-    features = probe("mask.features", features)
-    logits = probe("mask.logits", mask_head(params, head, stage, features, rois.labels))
-    goal = probe("mask.goal", mask_targets(head, rois, targets))
-    return mask_loss(logits, goal, rois.valid)
+    features = [probe("mask.features", each) for each in features.split(counts)]
+    logits = [
+        probe("mask.logits", mask_head(params, head, *each))
+        for each in zip(stages, features, every.labels.split(counts), strict=True)
+    ]
+    goal = mask_targets(head, every, targets)
+    goals = [probe("mask.goal", each) for each in goal.split(counts)]
+    return mask_losses(logits, goals, every.valid.split(counts))
 
 
 def detect(
@@ -393,17 +440,20 @@ def detect(
     config: DetectorConfig,
     inputs: Inputs,
     probe: Probe = unwatched,
+    anchors: Tensor | None = None,
 ) -> Detections:
     """Detections with masks; `inputs.targets` isn't read.
 
     Each stage scores the RoIs that it was given; the mean of the three stages' logits is
     turned into scores once (see `InferenceConfig.average`). Masks are the mean of the three
-    heads' probabilities.
+    heads' probabilities. `anchors` are as for `box_branch`.
     """
     features = extract(params, buffers, config, inputs.image, probe)
-    anchors = grid_anchors(config.anchors, level_sizes(features.levels), inputs.size.device)
+    if anchors is None:
+        anchors = features_anchors(config, features)
     output = rpn_head(params, config.rpn, features.levels)
-    found = candidates(config.rpn, output, anchors, inputs.size, train=False)
+    lengths = anchor_lengths(config, features.levels)
+    found = candidates(config.rpn, output, anchors, lengths, inputs.size, train=False)
     proposals = probe("proposals", propose(config.rpn, found, train=False))
     logits, boxes = cascade_scores(params, config, features.pyramid, proposals, inputs.size, probe)
     boxes, scores, labels, valid = select(

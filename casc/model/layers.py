@@ -5,8 +5,11 @@ key of the reference's state_dict. Parameters are stored in float32 and cast to 
 activations' dtype where they are used, so the dtype of the input decides the precision.
 """
 
+# torch has functions of lists under private names only.
+# pyright: reportPrivateImportUsage=false
+
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -17,11 +20,15 @@ from torch.utils.checkpoint import checkpoint
 from casc.ops.linear import linear as linear_product
 
 Params = dict[str, Tensor]
+Affine = dict[str, tuple[Tensor | None, Tensor]]
+"""Scale and shift of each channel, by the norm's name; no scale where the weight has it already."""
 Norm = Literal["none", "gn", "ln"]
 
 BN_EPS = 1e-5
 GN_GROUPS = 32
 LN_EPS = 1e-6
+JOINED = "joined"
+_VARIANCE = ".running_var"
 
 
 def conv(params: Params, name: str, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
@@ -31,30 +38,176 @@ def conv(params: Params, name: str, x: Tensor, stride: int = 1, padding: int = 0
     return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
 
 
+def join_layers(params: Params, *names: str) -> Params:
+    """One layer, named `JOINED`, that gives what several give of the same input, side by side."""
+    return {
+        f"{JOINED}.{kind}": torch.cat([params[f"{name}.{kind}"] for name in names])
+        for kind in ("weight", "bias")
+    }
+
+
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
     """Affine map: [N, C] to [N, C']."""
     weight = cast(params[f"{name}.weight"], x.dtype)
     return linear_product(x, weight, params[f"{name}.bias"].to(x.dtype))
 
 
-def conv_frozen_bn(
+def frozen_norms(params: Params, buffers: Params, dtype: torch.dtype) -> Affine:
+    """What batch norms with fixed statistics come to: each one's scale and shift.
+
+    All at once, as one vector, rather than a few launches for each.
+
+    Args:
+        params: `name.weight` and `name.bias` of each norm, [C] float32.
+        buffers: `name.running_mean` and `name.running_var`; they name the norms.
+        dtype: of the shifts, which are added to activations.
+
+    Returns:
+        By name, scale [C] float32 and shift [C].
+    """
+    names = [k.removesuffix(_VARIANCE) for k in buffers if k.endswith(_VARIANCE)]
+    trained = [name for name in names if params[f"{name}.weight"].requires_grad]
+    made: Affine = {}
+    # Apart: together, the frozen ones would be given gradients.
+    for group in (trained, [name for name in names if name not in trained]):
+        if not group:
+            continue
+        weight, bias = (torch.cat([params[f"{n}.{k}"] for n in group]) for k in ("weight", "bias"))
+        mean, var = (
+            torch.cat([buffers[f"{n}.{k}"] for n in group]) for k in ("running_mean", "running_var")
+        )
+        scale = weight * torch.rsqrt(var + BN_EPS)
+        shift = (bias - mean * scale).to(dtype)
+        sizes = [len(params[f"{name}.weight"]) for name in group]
+        made |= dict(
+            zip(group, zip(scale.split(sizes), shift.split(sizes), strict=True), strict=True)
+        )
+    return made
+
+
+def conv_affine(
     params: Params,
-    buffers: Params,
     name: str,
-    bn: str,
+    affine: tuple[Tensor | None, Tensor],
     x: Tensor,
     stride: int = 1,
     padding: int = 0,
 ) -> Tensor:
-    """Convolution and batch norm with fixed statistics, as one convolution.
+    """Convolution, then a scale and a shift of each channel, as one convolution.
 
-    The norm's scale is folded into the weight: the same function and gradients (gamma and
+    The scale is folded into the weight: the same function and gradients (a norm's gamma and
     beta still train), without a pass over the activations.
     """
-    scale = params[f"{bn}.weight"] * torch.rsqrt(buffers[f"{bn}.running_var"] + BN_EPS)
-    weight = _rematerialised(_scaled, params[f"{name}.weight"], scale, x.dtype)
-    bias = params[f"{bn}.bias"] - buffers[f"{bn}.running_mean"] * scale
-    return F.conv2d(x, weight, bias.to(x.dtype), stride, padding)
+    scale, shift = affine
+    weight = params[f"{name}.weight"]
+    if scale is not None:
+        weight = _rematerialised(_scaled, weight, scale, x.dtype)
+    return F.conv2d(x, weight, shift, stride, padding)
+
+
+def gathers_gradients(x: Tensor) -> bool:
+    """Whether a step with these activations is compiled for an accelerator, to be trained.
+
+    There `fold_together` and `cast_together` pay. On a CPU launches are cheap, and the weights
+    made of parameters had better be made again for the backward pass.
+    """
+    return torch.compiler.is_compiling() and torch.is_grad_enabled() and not x.is_cpu
+
+
+def fold_together(
+    params: Params, buffers: Params, convs: dict[str, str], dtype: torch.dtype
+) -> tuple[Params, Affine]:
+    """Fold the norms that train into their convolutions' weights, all gradients at once.
+
+    A compiler launches one kernel for each gradient when that weight's turn comes. Here they wait
+    for each other, which costs a GPU nothing, and take a few launches in all.
+
+    Args:
+        params: weights by name.
+        buffers: of the norms.
+        convs: each norm's convolution.
+        dtype: of activations.
+
+    Returns:
+        The parameters with folded weights in place of theirs, and what is left of the norms.
+    """
+    norms = [name for name in convs if params[f"{name}.weight"].requires_grad]
+    names = [f"{convs[name]}.weight" for name in norms]
+    tensors = [params[name] for name in names]
+    tensors += [params[f"{name}.{kind}"] for kind in ("weight", "bias") for name in norms]
+    means = [buffers[f"{name}.running_mean"] for name in norms]
+    roots = [torch.rsqrt(buffers[f"{name}{_VARIANCE}"] + BN_EPS) for name in norms]
+    made = _Fold.apply(dtype, means, roots, *tensors)
+    folded, shifts = made[: len(norms)], made[len(norms) :]
+    left = {name: (None, shift) for name, shift in zip(norms, shifts, strict=True)}
+    # One by one: what doesn't depend on gradients a compiler launches as one anyway.
+    frozen: Affine = {}
+    for name in (name for name in convs if name not in left):
+        root = torch.rsqrt(buffers[f"{name}{_VARIANCE}"] + BN_EPS)
+        scale = params[f"{name}.weight"] * root
+        shift = params[f"{name}.bias"] - buffers[f"{name}.running_mean"] * scale
+        frozen[name] = (scale, shift.to(dtype))
+    return params | dict(zip(names, folded, strict=True)), frozen | left
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dtype, means, roots, *tensors):
+        count = len(means)
+        weights, gammas, betas = tensors[:count], tensors[count:-count], tensors[-count:]
+        ctx.save_for_backward(*weights, *gammas, *means, *roots)
+        scales = torch._foreach_mul(gammas, roots)
+        shifts = torch._foreach_sub(betas, torch._foreach_mul(means, scales))
+        folded = [_scaled(*each, dtype) for each in zip(weights, scales, strict=True)]
+        return *folded, *(shift.to(dtype) for shift in shifts)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        count = len(grads) // 2
+        saved = ctx.saved_tensors
+        weights, gammas, means, roots = (saved[i * count : (i + 1) * count] for i in range(4))
+        weight_grads, shift_grads = _floats(grads[:count]), _floats(grads[count:])
+        scales = [s[:, None, None, None] for s in torch._foreach_mul(gammas, roots)]
+        products = torch._foreach_mul(weight_grads, weights)
+        scale_grads = torch._foreach_sub(
+            [product.sum(dim=(1, 2, 3)) for product in products],
+            torch._foreach_mul(shift_grads, means),
+        )
+        return (
+            None,
+            None,
+            None,
+            *torch._foreach_mul(weight_grads, scales),
+            *torch._foreach_mul(scale_grads, roots),
+            *shift_grads,
+        )
+
+
+def cast_together(params: Params, names: Iterable[str], dtype: torch.dtype) -> Params:
+    """The parameters with those named in the activations' dtype, their gradients cast at once.
+
+    For what `fold_together` is for.
+    """
+    names = [name for name in names if params[name].dtype != dtype]
+    if not names:
+        return params
+    made = _Cast.apply(dtype, *(params[name] for name in names))
+    return params | dict(zip(names, made, strict=True))
+
+
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dtype, *weights):
+        return tuple(weight.to(dtype) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *_floats(grads)
+
+
+def _floats(grads: Sequence[Tensor]) -> list[Tensor]:
+    """In float32 by one launch: less nothing, as there is no function of lists that only casts."""
+    return list(torch._foreach_sub([grad.float() for grad in grads], 0.0))
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -76,8 +76,13 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tenso
     Returns:
         Scalar float32.
     """
+    return binary_cross_entropies(logits, targets, mask).sum()
+
+
+def binary_cross_entropies(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """What `binary_cross_entropy` sums: [...] float32, 0 where `mask` doesn't hold."""
     loss = _BinaryCrossEntropy.apply(logits, targets.to(logits.dtype))
-    return torch.where(mask, loss, 0.0).sum()
+    return torch.where(mask, loss, 0.0)
 
 
 # torch's own function in its own terms, to the bit. torch_npu replaces the gradient of

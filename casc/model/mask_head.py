@@ -7,6 +7,7 @@ Legend: B images, S sampled boxes per image, R mask RoIs over the batch, K class
 cells per side, C channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -141,7 +142,7 @@ def mask_head(
     x = linear(x, weight.reshape(channels, -1).t().to(x.dtype), None)
     x = x.reshape(rois, height * width * 4, -1)
     x = F.relu(x + params[f"{name}.upsample.bias"].to(x.dtype))
-    class_weight = params[f"{name}.conv_logits.weight"][:, :, 0, 0]
+    class_weight = params[f"{name}.conv_logits.weight"].flatten(1)
     class_bias = params[f"{name}.conv_logits.bias"]
     if labels is None:
         logits = F.linear(x, class_weight.to(x.dtype), class_bias.to(x.dtype)).float()
@@ -150,14 +151,16 @@ def mask_head(
     # Picked by a product with ones and zeros, which is exact: the backward of an index would
     # add up RoIs of one class in whatever order threads come, and no run could be repeated.
     chosen = (labels[:, None] == torch.arange(len(class_bias), device=labels.device)).float()
-    own_weight, own_bias = chosen @ class_weight, chosen @ class_bias
-    logits = (x * own_weight.to(x.dtype)[:, None]).sum(-1, dtype=torch.float32)
-    logits = (logits + own_bias[:, None]).reshape(rois, height, width, 2, 2)
+    own = chosen @ torch.cat([class_weight, class_bias[:, None]], dim=1)
+    logits = (x * own[:, None, :-1].to(x.dtype)).sum(-1, dtype=torch.float32)
+    logits = (logits + own[:, -1:]).reshape(rois, height, width, 2, 2)
     return logits.permute(0, 1, 3, 2, 4).reshape(rois, 2 * height, 2 * width)
 
 
-def mask_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Sigmoid cross-entropy over the cells of the valid RoIs.
+def mask_losses(
+    logits: Sequence[Tensor], targets: Sequence[Tensor], valid: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Sigmoid cross-entropy over the cells of the valid RoIs of each of some stages.
 
     Args:
         logits: [R, M, M] float32.
@@ -165,11 +168,17 @@ def mask_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, T
         valid: [R] bool.
 
     Returns:
-        The sum, and the number of cells that it is over: scalars float32.
+        For each the sum, and the number of cells that it is over: scalars float32.
     """
-    total = losses.binary_cross_entropy(logits, targets, valid[:, None, None])
-    cells = logits.shape[1] * logits.shape[2]
-    return total, (valid.sum() * cells).to(torch.float32)
+    counts = [each.shape[0] for each in valid]
+    each_cell = losses.binary_cross_entropies(
+        torch.cat(list(logits)), torch.cat(list(targets)), torch.cat(list(valid))[:, None, None]
+    )
+    cells = logits[0].shape[1] * logits[0].shape[2]
+    return [
+        (part.sum(), (each.sum() * cells).to(torch.float32))
+        for part, each in zip(each_cell.split(counts), valid, strict=True)
+    ]
 
 
 def init_mask_head(

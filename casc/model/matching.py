@@ -8,6 +8,7 @@ shorter tensor.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from casc.device.devices import traits
@@ -203,7 +204,7 @@ def sample(
     is_positive = slot < n_pos
     index = torch.where(
         is_positive,
-        pos.gather(1, slot.clamp(max=pos.shape[1] - 1)),
+        F.pad(pos, (0, count - pos.shape[1])),
         neg.gather(1, (slot - n_pos).clamp(0, neg.shape[1] - 1)),
     )
     return Sample(index, slot < n_pos + n_neg, is_positive)
@@ -219,5 +220,5 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     Returns:
         [B, K] or [B, K, ...].
     """
-    batch = torch.arange(index.shape[0], device=index.device)[:, None]
-    return values[batch, index]
+    rows = index.reshape(*index.shape, *[1] * (values.dim() - 2))
+    return values.gather(1, rows.expand(*index.shape, *values.shape[2:]))

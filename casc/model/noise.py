@@ -26,9 +26,27 @@ def uniform(seed: Tensor, purpose: int, count: int) -> Tensor:
     Returns:
         [B, N] float32.
     """
-    stream = _mix(_mix(seed) ^ (purpose * 0x9E3779B1 & _MASK))
-    index = _mix(torch.arange(count, device=seed.device))
-    return (_mix(stream[:, None] ^ index) // 2**8).to(torch.float32) * 2.0**-24
+    return uniforms(seed, {purpose: count})[0]
+
+
+def uniforms(seed: Tensor, counts: dict[int, int]) -> list[Tensor]:
+    """`uniform` for several purposes at once, which launches hardly more than one does.
+
+    Args:
+        seed: [B] int64 in [0, 2**32).
+        counts: numbers per image of each purpose.
+
+    Returns:
+        [B, N] float32 of each.
+    """
+    key = _mix(seed)
+    streams = _mix(torch.stack([key ^ (purpose * 0x9E3779B1 & _MASK) for purpose in counts]))
+    index = _mix(torch.arange(max(counts.values()), device=seed.device))
+    mixed = torch.cat(
+        [s[:, None] ^ index[:n] for s, n in zip(streams, counts.values(), strict=True)], dim=1
+    )
+    numbers = (_mix(mixed) // 2**8).to(torch.float32) * 2.0**-24
+    return list(numbers.split(list(counts.values()), dim=1))
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from casc.model.layers import (
+    Affine,
     Params,
     conv,
-    conv_frozen_bn,
+    conv_affine,
+    fold_together,
+    frozen_norms,
+    gathers_gradients,
     group_norm,
     kaiming_normal,
     new_norm,
@@ -77,7 +81,12 @@ def resnet(params: Params, buffers: Params, config: ResNetConfig, image: Tensor)
     """
     if config.stride_in_1x1 and not _is_bottleneck(config):
         raise ValueError(f"stride_in_1x1: the blocks of ResNet-{config.depth} have no 1x1")
-    x = _conv_norm(params, buffers, config, PREFIX, "conv1", 1, image, stride=2, padding=3)
+    norms: Affine = {}
+    if config.norm == "frozen_bn" and gathers_gradients(image):
+        params, norms = fold_together(params, buffers, _convs(buffers), image.dtype)
+    elif config.norm == "frozen_bn":
+        norms = frozen_norms(params, buffers, image.dtype)
+    x = _conv_norm(params, norms, config, PREFIX, "conv1", 1, image, stride=2, padding=3)
     x = F.max_pool2d(F.relu(x), kernel_size=3, stride=2, padding=1)
     block = _bottleneck if _is_bottleneck(config) else _basic_block
     maps = []
@@ -86,9 +95,9 @@ def resnet(params: Params, buffers: Params, config: ResNetConfig, image: Tensor)
             stride = 2 if index == 0 and stage > 0 else 1
             name = f"{PREFIX}.layer{stage + 1}.{index}"
             if config.recompute and torch.is_grad_enabled() and stage >= config.frozen_stages:
-                x = recomputed(block, params, buffers, config, name, x, stride)
+                x = recomputed(block, params, norms, config, name, x, stride)
             else:
-                x = block(params, buffers, config, name, x, stride)
+                x = block(params, norms, config, name, x, stride)
         maps.append(x)
     return maps
 
@@ -136,38 +145,38 @@ def init_resnet(
 
 
 def _bottleneck(
-    params: Params, buffers: Params, config: ResNetConfig, name: str, x: Tensor, stride: int
+    params: Params, norms: Affine, config: ResNetConfig, name: str, x: Tensor, stride: int
 ) -> Tensor:
     first, second = (stride, 1) if config.stride_in_1x1 else (1, stride)
-    y = F.relu(_conv_norm(params, buffers, config, name, "conv1", 1, x, first))
-    y = F.relu(_conv_norm(params, buffers, config, name, "conv2", 2, y, second, padding=1))
-    y = _conv_norm(params, buffers, config, name, "conv3", 3, y)
-    return F.relu(y + _shortcut(params, buffers, config, name, x, stride))
+    y = F.relu(_conv_norm(params, norms, config, name, "conv1", 1, x, first))
+    y = F.relu(_conv_norm(params, norms, config, name, "conv2", 2, y, second, padding=1))
+    y = _conv_norm(params, norms, config, name, "conv3", 3, y)
+    return F.relu(y + _shortcut(params, norms, config, name, x, stride))
 
 
 def _basic_block(
-    params: Params, buffers: Params, config: ResNetConfig, name: str, x: Tensor, stride: int
+    params: Params, norms: Affine, config: ResNetConfig, name: str, x: Tensor, stride: int
 ) -> Tensor:
-    y = F.relu(_conv_norm(params, buffers, config, name, "conv1", 1, x, stride, padding=1))
-    y = _conv_norm(params, buffers, config, name, "conv2", 2, y, padding=1)
-    return F.relu(y + _shortcut(params, buffers, config, name, x, stride))
+    y = F.relu(_conv_norm(params, norms, config, name, "conv1", 1, x, stride, padding=1))
+    y = _conv_norm(params, norms, config, name, "conv2", 2, y, padding=1)
+    return F.relu(y + _shortcut(params, norms, config, name, x, stride))
 
 
 def _shortcut(
-    params: Params, buffers: Params, config: ResNetConfig, name: str, x: Tensor, stride: int
+    params: Params, norms: Affine, config: ResNetConfig, name: str, x: Tensor, stride: int
 ) -> Tensor:
     if f"{name}.downsample.0.weight" not in params:
         return x
     if config.norm == "gn":
         y = conv(params, f"{name}.downsample.0", x, stride)
         return group_norm(params, f"{name}.downsample.1", y)
-    conv_name, bn = f"{name}.downsample.0", f"{name}.downsample.1"
-    return conv_frozen_bn(params, buffers, conv_name, bn, x, stride)
+    affine = norms[f"{name}.downsample.1"]
+    return conv_affine(params, f"{name}.downsample.0", affine, x, stride)
 
 
 def _conv_norm(
     params: Params,
-    buffers: Params,
+    norms: Affine,
     config: ResNetConfig,
     name: str,
     conv_name: str,
@@ -179,7 +188,17 @@ def _conv_norm(
     norm = f"{name}.{_norm_tag(config)}{norm_index}"
     if config.norm == "gn":
         return group_norm(params, norm, conv(params, f"{name}.{conv_name}", x, stride, padding))
-    return conv_frozen_bn(params, buffers, f"{name}.{conv_name}", norm, x, stride, padding)
+    return conv_affine(params, f"{name}.{conv_name}", norms[norm], x, stride, padding)
+
+
+def _convs(buffers: Params) -> dict[str, str]:
+    """The convolution in front of each norm."""
+    norms = [name.rpartition(".")[0] for name in buffers if name.endswith(".running_var")]
+    shortcut = ".downsample.1"
+    return {
+        n: n.removesuffix("1") + "0" if n.endswith(shortcut) else "conv".join(n.rsplit("bn", 1))
+        for n in norms
+    }
 
 
 def _norm_tag(config: ResNetConfig) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from casc.model import losses
 from casc.model.anchors import AnchorConfig, inside
 from casc.model.boxes import decode, encode
-from casc.model.layers import Params, conv, new_weight, normal_001
+from casc.model.layers import JOINED, Params, conv, join_layers, new_weight, normal_001
 from casc.model.matching import Matches, Sample, match_anchors, sample, take
 from casc.ops.nms import NmsKernel, batched_nms
 from casc.ops.probe import Probe, unwatched
@@ -91,17 +91,16 @@ class Proposals(NamedTuple):
 
 def rpn_head(params: Params, config: RPNConfig, levels: list[Tensor]) -> RPNOutput:
     """Objectness and deltas of every anchor, the same head on each level."""
-    logits, deltas = [], []
-    for features in levels:
-        batch = features.shape[0]
-        x = features
+    both = join_layers(params, f"{PREFIX}.rpn_cls", f"{PREFIX}.rpn_reg")
+    ratios = params[f"{PREFIX}.rpn_cls.bias"].shape[0]
+    cells = []
+    for x in levels:
         for name in _convs(config):
             x = F.relu(conv(params, name, x, padding=1))
-        score = conv(params, f"{PREFIX}.rpn_cls", x)
-        delta = conv(params, f"{PREFIX}.rpn_reg", x)
-        logits.append(score.permute(0, 2, 3, 1).reshape(batch, -1).float())
-        deltas.append(delta.permute(0, 2, 3, 1).reshape(batch, -1, 4).float())
-    return RPNOutput(torch.cat(logits, dim=1), torch.cat(deltas, dim=1))
+        cells.append(conv(both, JOINED, x).permute(0, 2, 3, 1).flatten(1, 2))
+    found = torch.cat(cells, dim=1).float()
+    logits, deltas = found[..., :ratios], found[..., ratios:]
+    return RPNOutput(logits.flatten(1), deltas.unflatten(2, (ratios, 4)).flatten(1, 2))
 
 
 def rpn_head_at(
@@ -141,20 +140,14 @@ def rpn_head_at(
         x = x.permute(0, 2, 3, 1).flatten(1)
     weight = params[f"{last}.weight"].permute(0, 2, 3, 1).flatten(1).to(x.dtype)
     x = F.relu(F.linear(x, weight, params[f"{last}.bias"].to(x.dtype)))
-    score, delta = (
-        F.linear(
-            x,
-            params[f"{PREFIX}.{name}.weight"].flatten(1).to(x.dtype),
-            params[f"{PREFIX}.{name}.bias"].to(x.dtype),
-        )
-        .float()
-        .reshape(*anchor.shape, ratios, -1)
-        for name in ("rpn_cls", "rpn_reg")
-    )
+    both = join_layers(params, f"{PREFIX}.rpn_cls", f"{PREFIX}.rpn_reg")
+    weight, bias = both[f"{JOINED}.weight"].flatten(1), both[f"{JOINED}.bias"]
+    found = F.linear(x, weight.to(x.dtype), bias.to(x.dtype)).float()
+    found = found.reshape(*anchor.shape, -1)
+    logits, deltas = found[..., :ratios], found[..., ratios:].unflatten(-1, (ratios, 4))
     # A product with ones and zeros is exact, and unlike an index's its backward has no order.
-    own = (anchor[..., None] % ratios == torch.arange(ratios, device=anchor.device))[..., None]
-    score, delta = ((t * own).sum(dim=-2) for t in (score, delta))
-    return RPNOutput(score[..., 0], delta), pyramid
+    own = anchor[..., None] % ratios == torch.arange(ratios, device=anchor.device)
+    return RPNOutput((logits * own).sum(-1), (deltas * own[..., None]).sum(-2)), pyramid
 
 
 def rpn_targets(
@@ -255,14 +248,21 @@ class Candidates(NamedTuple):
 
 
 def candidates(
-    config: RPNConfig, output: RPNOutput, anchors: list[Tensor], size: Tensor, *, train: bool
+    config: RPNConfig,
+    output: RPNOutput,
+    anchors: Tensor,
+    lengths: list[int],
+    size: Tensor,
+    *,
+    train: bool,
 ) -> Candidates:
     """Decode and clip the best anchors of each level; no gradient.
 
     Args:
         config: counts.
         output: of the head.
-        anchors: per level [A_l, 4] xyxy.
+        anchors: [A, 4] xyxy.
+        lengths: how many of them each level has, A_l.
         size: [B, 2] image height and width in pixels.
         train: whether the training or the inference count holds.
 
@@ -270,7 +270,6 @@ def candidates(
         N = sum over levels of min(count, A_l).
     """
     count = config.train_pre_nms if train else config.test_pre_nms
-    lengths = [level.shape[0] for level in anchors]
     scores, best, levels, first = [], [], [], 0
     for i, level in enumerate(output.logits.detach().sigmoid().split(lengths, dim=1)):
         score, index = level.topk(min(count, lengths[i]), dim=1)
@@ -280,9 +279,9 @@ def candidates(
         first += lengths[i]
     index = torch.cat(best, dim=1)
     deltas = take(output.deltas.detach(), index)
-    boxes = decode(torch.cat(anchors)[index], deltas, STDS, size)
+    boxes = decode(anchors[index], deltas, STDS, size)
     valid = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
-    return Candidates(boxes, torch.cat(scores, dim=1), torch.cat(levels), valid, len(anchors))
+    return Candidates(boxes, torch.cat(scores, dim=1), torch.cat(levels), valid, len(lengths))
 
 
 def propose(config: RPNConfig, found: Candidates, *, train: bool) -> Proposals:
@@ -300,6 +299,7 @@ def propose(config: RPNConfig, found: Candidates, *, train: bool) -> Proposals:
         count=config.train_proposals if train else config.test_proposals,
         groups=found.levels,
         largest=config.train_pre_nms if train else config.test_pre_nms,
+        ordered=True,
         kernel=config.nms_kernel,
     )
     return Proposals(

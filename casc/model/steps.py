@@ -17,7 +17,7 @@ from casc.device.compile_cache import aot_cached
 from casc.device.compute import Compute
 from casc.device.versions import compile_apart
 from casc.model import detector
-from casc.model.anchors import AnchorConfig
+from casc.model.anchors import AnchorConfig, grid_anchors
 from casc.model.detector import Detections, DetectorConfig, Inputs, Noise
 from casc.model.layers import Params
 from casc.model.losses import LossSums, join
@@ -61,14 +61,17 @@ def make_loss_step(
     """
     config = resolve_auto(config, compute)
 
-    def losses(params: Params, buffers: Params, batch: Batch, probe: Probe = unwatched) -> LossSums:
+    def losses(
+        params: Params, buffers: Params, batch: Batch, anchors: Tensor, probe: Probe = unwatched
+    ) -> LossSums:
         inputs, noise = _step_inputs(batch, config, image, canvas, compute, probe)
-        return detector.losses(params, buffers, config, inputs, noise, probe)
+        return detector.losses(params, buffers, config, inputs, noise, probe, anchors)
 
     if config.mask_head.capacity == "full":
-        return recorded(
+        step = recorded(
             losses, recorder, lambda f: _maybe_compile(f, compute, config, image, canvas)
         )
+        return _with_anchors(step, config, canvas)
     return _counted_step(config, image, canvas, compute, recorder)
 
 
@@ -82,11 +85,14 @@ def _counted_step(
     """Two graphs: all losses but the masks', then these, on as many RoIs as there are."""
 
     def boxes(
-        params: Params, buffers: Params, batch: Batch, probe: Probe = unwatched
+        params: Params, buffers: Params, batch: Batch, anchors: Tensor, probe: Probe = unwatched
     ) -> tuple[LossSums, Pyramid, list[MaskRois], Targets]:
         inputs, noise = _step_inputs(batch, config, image, canvas, compute, probe)
+        params = detector.cast_heads(params, inputs.image, masks=False)
         features = detector.extract(params, buffers, config, inputs.image, probe)
-        found, pyramid, rois = detector.box_branch(params, config, features, inputs, noise, probe)
+        found, pyramid, rois = detector.box_branch(
+            params, config, features, inputs, noise, probe, anchors
+        )
         return found, pyramid, rois, inputs.targets
 
     def masks(
@@ -96,18 +102,19 @@ def _counted_step(
         targets: Targets,
         probe: Probe = unwatched,
     ) -> tuple[Tensor, Tensor]:
-        return detector.mask_branch(head, config, 0, pyramid, rois, targets, probe)
+        (loss,) = detector.mask_branch(head, config, (0,), pyramid, [rois], targets, probe)
+        return loss
 
-    box_step = recorded(
-        boxes, recorder, lambda f: _maybe_compile(f, compute, config, image, canvas)
+    box_step = _with_anchors(
+        recorded(boxes, recorder, lambda f: _maybe_compile(f, compute, config, image, canvas)),
+        config,
+        canvas,
     )
     mask_step = recorded(masks, recorder, lambda f: _compile_for_any_count(f, compute, config))
 
     def step(params: Params, buffers: Params, batch: Batch) -> LossSums:
         found, pyramid, rois, targets = box_step(params, buffers, batch)
-        # The step's only read: everything after it has a shape that depends on it.
-        counts = torch.stack([r.valid.sum() for r in rois]).tolist()
-        for i, count in enumerate(counts):
+        for i, count in enumerate(read_counts(rois)):
             slots = rois[i].valid.shape[0]
             packed = pack(rois[i], mask_capacity(count, slots, compute.dynamic_rois))
             if _marks(compute) and slots > LEAST_CAPACITY:
@@ -118,6 +125,11 @@ def _counted_step(
         return found
 
     return step
+
+
+def read_counts(rois: list[MaskRois]) -> list[int]:
+    """How many RoIs each stage has: the step's only read, as what follows has shapes by it."""
+    return torch.stack([stage.valid.sum() for stage in rois]).tolist()
 
 
 def make_detect_step(
@@ -136,12 +148,16 @@ def make_detect_step(
     """
     config = resolve_auto(config, compute)
 
-    def run(params: Params, buffers: Params, batch: Batch, probe: Probe = unwatched) -> Detections:
+    def run(
+        params: Params, buffers: Params, batch: Batch, anchors: Tensor, probe: Probe = unwatched
+    ) -> Detections:
         inputs = prepare(batch, None, image, canvas, compute.dtype, compute.memory_format)
-        return detector.detect(params, buffers, config, probe("inputs", inputs), probe)
+        return detector.detect(params, buffers, config, probe("inputs", inputs), probe, anchors)
 
-    step = recorded(
-        run, recorder, lambda function: _maybe_compile(function, compute, config, image, canvas)
+    step = _with_anchors(
+        recorded(run, recorder, lambda f: _maybe_compile(f, compute, config, image, canvas)),
+        config,
+        canvas,
     )
 
     def detect(params: Params, buffers: Params, batch: Batch) -> Detections:
@@ -184,11 +200,26 @@ def mask_capacity(count: int, slots: int, dynamic: bool) -> int:
 
 def anchor_count(anchors: AnchorConfig, canvas: tuple[int, int]) -> int:
     """Anchors of all levels of a canvas."""
+    return sum(h * w for h, w in _level_sizes(anchors, canvas)) * len(anchors.ratios)
+
+
+def _level_sizes(anchors: AnchorConfig, canvas: tuple[int, int]) -> list[tuple[int, int]]:
     height, width = canvas
-    cells = 0
-    for stride in anchors.strides:
-        cells += -(-height // stride) * -(-width // stride)
-    return cells * len(anchors.ratios)
+    return [(-(-height // stride), -(-width // stride)) for stride in anchors.strides]
+
+
+def _with_anchors(step: Callable, config: DetectorConfig, canvas: tuple[int, int]) -> Callable:
+    """f(params, buffers, batch) of a step that takes the canvas's anchors too: made once."""
+    made: dict[torch.device, Tensor] = {}
+
+    def call(params: Params, buffers: Params, batch: Batch) -> Any:
+        device = batch.size.device
+        if device not in made:
+            sizes = _level_sizes(config.anchors, canvas)
+            made[device] = torch.cat(grid_anchors(config.anchors, sizes, device))
+        return step(params, buffers, batch, made[device])
+
+    return call
 
 
 def reads_back(config: DetectorConfig, compute: Compute) -> str | None:
@@ -227,9 +258,10 @@ def _maybe_compile(function: Callable, compute: Compute, *closed_over: Any) -> C
     if not compute.compile:
         return function
     if compute.programs:
-        return aot_cached(function, compute.programs, *closed_over, compute._replace(programs=None))
+        settings = *closed_over, compute._replace(programs=None)
+        return aot_cached(function, compute.programs, *settings, options=compute.options)
     # torch counts the graphs of all canvases together and gives up after 8, unless told.
-    return compile_apart(function, backend=compute.backend)
+    return compile_apart(function, backend=compute.backend, options=compute.options)
 
 
 def _compile_for_any_count(function: Callable, compute: Compute, *closed_over: Any) -> Callable:
@@ -240,9 +272,21 @@ def _compile_for_any_count(function: Callable, compute: Compute, *closed_over: A
     if compute.programs:
         settings = *closed_over, compute._replace(programs=None)
         rows = (lambda head, pyramid, rois, targets: rois) if compute.dynamic_rois else None
-        return aot_cached(function, compute.programs, *settings, rows=rows, recompile_limit=graphs)
-    dynamic = None if compute.dynamic_rois else False
-    return compile_apart(function, backend=compute.backend, dynamic=dynamic, recompile_limit=graphs)
+        return aot_cached(
+            function,
+            compute.programs,
+            *settings,
+            rows=rows,
+            recompile_limit=graphs,
+            options=compute.options,
+        )
+    return compile_apart(
+        function,
+        backend=compute.backend,
+        dynamic=None if compute.dynamic_rois else False,
+        recompile_limit=graphs,
+        options=compute.options,
+    )
 
 
 def _marks(compute: Compute) -> bool:

@@ -5,12 +5,13 @@ overlaps it too much:
 
     keep[j] = valid[j] and not any(keep[i] and overlaps[i, j] for i < j)
 
-This determines `keep` one box after the other, so there is one answer and no other set of
-boxes satisfies all the equations. A block of m boxes has only 2**m possible outcomes. How
-many equations each of them violates is an affine function of the block's boxes that are
-still alive: the coefficients are made for all blocks at once, before anything is decided.
-So a block costs a handful of launches, whatever the boxes: what the blocks before it leave
-alive, the violations of every outcome, and the outcome that has none.
+This determines `keep` one box after the other, so there is one answer: of all sets of boxes that
+break no rule, in which none overlaps another or was ruled out before, the first in a dictionary's
+order, best boxes first. A block of m boxes has only 2**m possible outcomes. Read as a binary
+number, the best box its first digit, the largest that breaks no rule is right; each broken rule
+costs more than any number. What an outcome breaks within its block is known for all blocks before
+anything is decided. So a block costs four launches, whatever the boxes: every outcome's number less
+its cost, the largest, its boxes, and what these rule out in the blocks to come.
 
 All images and groups go through their blocks side by side. No number of rounds is guessed:
 chains of any length come out right.
@@ -24,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Entries of the coefficients, all blocks together: they decide how large blocks are.
-MOST_COEFFICIENTS = 2**25
-LARGEST_BLOCK = 12
+# Numbers of outcomes, all blocks together: they decide how large blocks are.
+MOST_OUTCOMES = 2**25
+LARGEST_BLOCK = 14
 # Pairs of boxes whose overlaps are computed at once.
 MOST_PAIRS = 2**25
 
@@ -41,6 +42,7 @@ def fixed_nms(
     count: int,
     groups: int,
     largest: int,
+    ordered: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Greedy suppression within groups, in plain ATen of fixed shapes.
 
@@ -53,6 +55,7 @@ def fixed_nms(
         count: K.
         groups: G.
         largest: M; no group has more boxes, valid or not.
+        ordered: the boxes come group by group, each by falling score, as they needn't be sorted.
 
     Returns:
         index [B, K] int64 by falling score, equal scores in the boxes' order, 0 where padded;
@@ -67,11 +70,12 @@ def fixed_nms(
         count,
         groups,
         largest,
+        ordered,
     )
 
 
 @fixed_nms.register_fake
-def _(boxes, scores, group, valid, iou, count, groups, largest):
+def _(boxes, scores, group, valid, iou, count, groups, largest, ordered=False):
     shape = (boxes.shape[0], count)
     return boxes.new_empty(shape, dtype=torch.long), boxes.new_empty(shape[:1], dtype=torch.long)
 
@@ -85,6 +89,7 @@ def suppress_in_slots(
     count: int,
     groups: int,
     largest: int,
+    ordered: bool,
 ) -> tuple[Tensor, Tensor]:
     """What `fixed_nms` does, by any function that suppresses within sets as `greedy` does.
 
@@ -98,9 +103,10 @@ def suppress_in_slots(
         count: likewise.
         groups: likewise.
         largest: likewise.
+        ordered: likewise.
     """
     batch, boxes_per_image = scores.shape
-    slot = _slots(scores, group, groups, largest)
+    slot = _slots(scores, group, groups, largest, ordered)
     size = groups * largest
     table = boxes.new_zeros((batch, size, 4)).scatter(1, slot[..., None].expand(-1, -1, 4), boxes)
     alive = boxes.new_zeros((batch, size)).scatter(1, slot, valid.to(boxes.dtype))
@@ -115,16 +121,18 @@ def suppress_in_slots(
     return torch.nn.functional.pad(order, (0, count - most)), survivors.clamp(max=count)
 
 
-def _slots(scores: Tensor, group: Tensor, groups: int, largest: int) -> Tensor:
+def _slots(scores: Tensor, group: Tensor, groups: int, largest: int, ordered: bool) -> Tensor:
     """Each box's place, [B, N] in [0, G * M): its group's first, by falling score from there."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
-    by_group = group.gather(1, order)
+    order, by_group = None, group
+    if not ordered:
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
+        by_group = group.gather(1, order)
     every = torch.arange(groups, device=group.device)
     sizes = (group[..., None] == every).sum(dim=1)
     first = (sizes.cumsum(dim=1) - sizes).gather(1, by_group)
-    rank = torch.arange(group.shape[1], device=group.device) - first
-    return torch.empty_like(order).scatter(1, order, by_group * largest + rank)
+    slot = by_group * largest + torch.arange(group.shape[1], device=group.device) - first
+    return slot if order is None else torch.empty_like(order).scatter(1, order, slot)
 
 
 def greedy(boxes: Tensor, valid: Tensor, iou: float) -> Tensor:
@@ -142,36 +150,28 @@ def greedy(boxes: Tensor, valid: Tensor, iou: float) -> Tensor:
     width = block_size(sets, size)
     padding = -size % width
     boxes = torch.nn.functional.pad(boxes, (0, 0, 0, padding))
-    valid = torch.nn.functional.pad(valid, (0, padding))[..., None]
     overlaps = _overlaps(boxes, iou)
     outcomes = _outcomes(width, boxes)
-    constant, slope = _violations(overlaps, outcomes)
-    keep = torch.zeros_like(valid)
+    worth = _worth(overlaps, outcomes)
+    # How often each box is ruled out already; those of the padding are.
+    out = torch.nn.functional.pad(1 - valid, (0, padding), value=1.0)
+    cost = outcomes.t() * -(2.0**width)
+    kept = []
     for number, first in enumerate(range(0, size, width)):
-        block = slice(first, first + width)
-        alive = _not_suppressed(valid, keep, overlaps, block)
-        violations = torch.baddbmm(constant, slope[:, number], alive)
-        right = violations[..., 0].argmin(dim=1)
-        keep[:, block] = outcomes[right][..., None]
-    return keep[:, :size, 0]
+        block, later = slice(first, first + width), slice(first + width, None)
+        best = torch.addmm(worth[number], out[:, block], cost).argmax(dim=1)
+        kept.append(outcomes.index_select(0, best))
+        if first + width < size:
+            out[:, None, later].baddbmm_(kept[-1][:, None], overlaps[:, block, later])
+    return torch.cat(kept, dim=1)[:, :size]
 
 
 def block_size(sets: int, size: int) -> int:
     """Boxes of a block: as many as the memory for their 2**m outcomes allows."""
     width = min(LARGEST_BLOCK, size)
-    while width > 1 and sets * -(-size // width) * width * 2**width > MOST_COEFFICIENTS:
+    while width > 1 and sets * -(-size // width) * 2**width > MOST_OUTCOMES:
         width -= 1
     return width
-
-
-def _not_suppressed(valid: Tensor, keep: Tensor, overlaps: Tensor, block: slice) -> Tensor:
-    """[S, m, 1], 1 or 0: a block's valid boxes that no survivor of the blocks before overlaps."""
-    alive = valid[:, block]
-    if block.start == 0:
-        return alive
-    before = slice(0, block.start)
-    suppressed_by = overlaps[:, before, block].transpose(1, 2)
-    return torch.baddbmm(alive, suppressed_by, keep[:, before], alpha=-1).clamp_(min=0)
 
 
 def _overlaps(boxes: Tensor, iou: float) -> Tensor:
@@ -202,27 +202,25 @@ def just_below(iou: float) -> float:
 
 
 def _outcomes(width: int, like: Tensor) -> Tensor:
-    """[2**m, m]: every set of survivors that a block may have, as 1 and 0."""
-    number = torch.arange(2**width, device=like.device)
-    bit = torch.arange(width, device=like.device)
-    return (torch.bitwise_right_shift(number[:, None], bit) & 1).to(like.dtype)
+    """[2**m, m]: every set of survivors that a block may have, as 1 and 0, best box first."""
+    number = torch.arange(2**width, device=like.device)[:, None]
+    bit = 2 ** torch.arange(width - 1, -1, -1, device=like.device)
+    return (number // bit % 2).to(like.dtype)
 
 
-def _violations(overlaps: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
-    """How many equations each outcome c of each block violates: constant + slope @ alive.
+def _worth(overlaps: Tensor, outcomes: Tensor) -> Tensor:
+    """Each outcome's number, less 2**m for every two of its boxes that overlap.
 
-    Box j's equation is c[j] = alive[j] * free[j], where free[j] says that no box of c before
-    it overlaps it: of c, alive and free known to be 1 or 0, the violation is
-    c[j] + alive[j] * free[j] * (1 - 2 * c[j]).
+    All are whole: those that break no rule are exact, and no others come near them.
 
     Returns:
-        [S, 2**m, 1], the same for all blocks, and [S, blocks, 2**m, m].
+        [blocks, S, 2**m].
     """
     sets, size, _ = overlaps.shape
-    width = outcomes.shape[1]
+    number, width = torch.arange(len(outcomes), device=outcomes.device), outcomes.shape[1]
     blocks = size // width
     within = overlaps.unflatten(2, (blocks, width)).unflatten(1, (blocks, width))
-    within = within.diagonal(dim1=1, dim2=3).movedim(-1, 1)
-    free = (torch.matmul(outcomes, within) < 0.5).to(overlaps.dtype)
-    constant = outcomes.sum(dim=1)[:, None].expand(sets, -1, 1)
-    return constant, free * (1 - 2 * outcomes)
+    within = within.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2).reshape(blocks * sets, -1)
+    both = (outcomes[:, :, None] * outcomes[:, None]).flatten(1)
+    worth = torch.addmm(number.to(both.dtype), within, both.t(), alpha=-(2.0**width))
+    return worth.unflatten(0, (blocks, sets))

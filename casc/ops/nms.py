@@ -33,6 +33,7 @@ def batched_nms(
     count: int,
     groups: int = 1,
     largest: int | None = None,
+    ordered: bool = False,
     kernel: NmsKernel = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Suppress within groups (levels or classes), best score first.
@@ -50,6 +51,7 @@ def batched_nms(
         groups: how many groups there can be, and `largest` of how many boxes each; without
             them all boxes are compared with all, which comes to the same.
         largest: most boxes of a group, valid or not.
+        ordered: the boxes come group by group, each by falling score; they needn't be sorted then.
         kernel: greedy walks from survivor to survivor, which is fast on the CPU. fixed takes
             a fixed number of launches of plain ATen, triton two of its kernels. auto is greedy
             on the CPU and else fixed; `casc.model.choose_compute` puts triton in its place
@@ -70,7 +72,9 @@ def batched_nms(
         ids = torch.zeros_like(group) if largest is None else group
         sizes = (1, boxes.shape[1]) if largest is None else (groups, min(largest, boxes.shape[1]))
         suppress = _triton_nms() if kernel == "triton" else fixed_nms
-        index, survivors = suppress(shifted, scores, ids, valid, iou, count, *sizes)
+        # All as one are in no order.
+        ordered = ordered and largest is not None
+        index, survivors = suppress(shifted, scores, ids, valid, iou, count, *sizes, ordered)
     slot = torch.arange(count, device=boxes.device)
     return index, slot < survivors[:, None]
 

@@ -34,6 +34,7 @@ def triton_nms(
     count: int,
     groups: int,
     largest: int,
+    ordered: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`fixed_nms` by Triton kernels; takes and returns the same."""
     return suppress_in_slots(
@@ -45,6 +46,7 @@ def triton_nms(
         count,
         groups,
         largest,
+        ordered,
     )
 
 

@@ -218,30 +218,33 @@ def _native(
 ) -> Tensor:
     kernels = roi_kernels(rois.device)
     result = levels[0].new_empty((rois.shape[0], levels[0].shape[1], cells, cells))
+    cell = _cell(rois)
     for i, (features, scale) in enumerate(zip(levels, scales, strict=True)):
-        rows, own = _of_level(rois, level, i, scale)
+        here = level == i
+        rows, own = _of_level(rois, here, cell / scale)
         aligned = kernels.forward(features.float().contiguous(), own, scale, cells, grid)
         if rows is None:
-            here = (level == i)[:, None, None, None]
-            result = torch.where(here, aligned.to(result.dtype), result)
+            result = torch.where(here[:, None, None, None], aligned.to(result.dtype), result)
         else:
             result[rows] = aligned.to(result.dtype)
     return result
 
 
-def _of_level(
-    rois: Tensor, level: Tensor, index: int, scale: float
-) -> tuple[Tensor | None, Tensor]:
+def _cell(rois: Tensor) -> Tensor:
+    """The RoI of the first image's first cell, in cells: 0, 0, 0, 1, 1."""
+    return (torch.arange(5, device=rois.device) // 3).to(rois.dtype)
+
+
+def _of_level(rois: Tensor, here: Tensor, small: Tensor) -> tuple[Tensor | None, Tensor]:
     """The rows of a level's RoIs, and the RoIs.
 
     Where their number mustn't be read there are no rows: all RoIs, those of other levels
     replaced by a small one, which costs little and whose result isn't used.
     """
     if traits(rois.device).select_rois:
-        rows = (level == index).nonzero()[:, 0]
+        rows = here.nonzero()[:, 0]
         return rows, rois[rows]
-    side = torch.arange(5, device=rois.device) // 3 / scale  # 0, 0, 0, 1 cell, 1 cell
-    return None, torch.where((level == index)[:, None], rois, side.to(rois.dtype))
+    return None, torch.where(here[:, None], rois, small)
 
 
 @_native.register_fake
@@ -261,12 +264,11 @@ def _native_backward(
 ) -> list[Tensor]:
     kernels = roi_kernels(rois.device)
     grads = []
+    cell = _cell(rois)
     for i, scale in enumerate(scales):
-        rows, own = _of_level(rois, level, i, scale)
-        if rows is None:
-            part = torch.where((level == i)[:, None, None, None], grad, 0.0)
-        else:
-            part = grad[rows]
+        here = level == i
+        rows, own = _of_level(rois, here, cell / scale)
+        part = torch.where(here[:, None, None, None], grad, 0.0) if rows is None else grad[rows]
         features = [*shape[:2], *shape[2 + 2 * i : 4 + 2 * i]]
         made = kernels.backward(part.float().contiguous(), own, features, scale, cells, grid)
         grads.append(made.to(grad.dtype))

@@ -134,7 +134,7 @@ def _mask_capacity(sizes: Sizes, count: int, dtype: torch.dtype, device: torch.d
     packed = pack(rois, count)
 
     def mean_loss(chosen: MaskRois) -> Tensor:
-        total, cells = mask_branch(params, config, 0, pyramid, chosen, targets)
+        ((total, cells),) = mask_branch(params, config, (0,), pyramid, [chosen], targets)
         return total / cells
 
     return Case(

@@ -40,10 +40,11 @@ def test_layers_are_torchs(mode):
     image, wide, rows = randn(2, 6, 9, 12), randn(2, 64, 4, 5), randn(3, 5)
 
     def run(params, image, wide, rows):
+        norms = layers.frozen_norms(params, params, image.dtype)
         return (
             layers.conv(params, "conv", image, 2, 1),
             layers.conv(params, "no_bias", image, 2, 1),
-            layers.conv_frozen_bn(params, params, "no_bias", "bn", image, 2, 1),
+            layers.conv_affine(params, "no_bias", norms["bn"], image, 2, 1),
             layers.group_norm(params, "gn", wide),
             layers.group_norm(params, "few", wide[:, :24]),
             layers.linear(params, "linear", rows),
@@ -70,12 +71,24 @@ def test_frozen_bn_has_batch_norms_gradients():
         k: params[k].clone().requires_grad_() for k in ("conv.weight", "bn.weight", "bn.bias")
     }
     weight = randn(2, 8, 5, 6, seed=3)
-    made = layers.conv_frozen_bn(leaves, params, "conv", "bn", randn(2, 6, 9, 12), 2, 1)
+    norms = layers.frozen_norms(leaves, params, torch.float32)
+    made = layers.conv_affine(leaves, "conv", norms["bn"], randn(2, 6, 9, 12), 2, 1)
     (made * weight).sum().backward()
     (bn(conv(randn(2, 6, 9, 12))) * weight).sum().backward()
     theirs = dict(conv.named_parameters("conv")) | dict(bn.named_parameters("bn"))
     for name, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, theirs[name].grad, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_that_do_not_train_get_no_gradient():
+    params = {"a.weight": torch.ones(3), "b.weight": torch.ones(2).requires_grad_()}
+    params |= {"a.bias": torch.zeros(3), "b.bias": torch.zeros(2).requires_grad_()}
+    stats = {f"{n}.running_mean": torch.zeros(c) for n, c in (("a", 3), ("b", 2))}
+    stats |= {f"{n}.running_var": torch.ones(c) for n, c in (("a", 3), ("b", 2))}
+    norms = layers.frozen_norms(params, stats, torch.bfloat16)
+    made = [t for name in "ab" for t in norms[name] if t is not None]
+    assert [t.requires_grad for t in made] == [False, False, True, True]
+    assert [t.dtype for t in made[2:]] == [torch.float32, torch.bfloat16]
 
 
 def test_the_inputs_dtype_decides():
@@ -118,3 +131,14 @@ def test_fills_follow_the_generator():
             fill(tensor, torch.Generator().manual_seed(seed))
         assert torch.equal(made[0], made[1])
         assert not torch.equal(made[0], made[2])
+
+
+def test_weights_cast_together_are_those_cast_alone():
+    params = {"a": randn(3, 4).requires_grad_(), "b": randn(5, seed=1).requires_grad_()}
+    made = layers.cast_together(params, ["a"], torch.bfloat16)
+    assert torch.equal(made["a"], params["a"].bfloat16())
+    assert made["b"] is params["b"]
+    weight = randn(3, 4, seed=2).bfloat16()
+    (grad,) = torch.autograd.grad((made["a"] * weight).sum(), params["a"])
+    assert torch.equal(grad, weight.float())
+    assert layers.cast_together(params, ["b"], torch.float32) is params

@@ -101,8 +101,10 @@ def test_bfloat16_gives_float32_logits():
 def test_the_loss_is_the_mean_over_the_valid(mode, objects):
     logits = randn(5, 8, 8).requires_grad_()
     targets, valid = randn(5, 8, 8, seed=1) > 0, torch.arange(5) < objects
-    total, cells = mode(heads.mask_loss)(logits, targets, valid)
-    assert cells == 64 * objects
+    sizes = [2, 3]  # of two stages
+    found = mode(heads.mask_losses)(*(t.split(sizes) for t in (logits, targets, valid)))
+    assert [cells for _, cells in found] == [64 * min(objects, 2), 64 * max(objects - 2, 0)]
+    total, cells = (torch.stack(column).sum() for column in zip(*found, strict=True))
     made = total / cells.clamp(min=1)
     made.backward()
     if objects:

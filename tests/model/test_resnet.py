@@ -200,3 +200,26 @@ def test_recomputing_keeps_less():
             resnet(params, buffers, config, torch.randn(1, 3, 128, 128))
         kept.append(bytes_kept)
     assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_wait_for_each_other_are_the_same(dtype, monkeypatch):
+    """As a step compiled for an accelerator folds its norms: the same bits."""
+    config = ResNetConfig(depth=50, width=8)
+    params, buffers = named(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in buffers.items():
+        if not name.endswith("tracked"):
+            value.copy_(0.5 + torch.rand(value.shape, generator=generator))
+    leaves = [p.requires_grad_() for name, p in params.items() if not is_frozen(config, name)]
+    image = torch.randn(1, 3, 64, 64, generator=generator).to(dtype)
+
+    def run() -> list[Tensor]:
+        maps = resnet(params, buffers, config, image)
+        total = torch.stack([x.float().square().mean() for x in maps]).sum()
+        return [*maps, *torch.autograd.grad(total, leaves)]
+
+    apart = run()
+    monkeypatch.setattr("casc.model.resnet.gathers_gradients", lambda x: True)
+    for made, expected in zip(run(), apart, strict=True):
+        assert torch.equal(made, expected)

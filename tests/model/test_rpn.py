@@ -228,7 +228,9 @@ def torchvision_proposals(
 
 
 def proposals(output: RPNOutput, anchors: list[Tensor], size: Tensor, train: bool) -> Proposals:
-    return propose(CONFIG, candidates(CONFIG, output, anchors, size, train=train), train=train)
+    lengths = [len(level) for level in anchors]
+    found = candidates(CONFIG, output, torch.cat(anchors), lengths, size, train=train)
+    return propose(CONFIG, found, train=train)
 
 
 @pytest.mark.parametrize("train", [True, False])

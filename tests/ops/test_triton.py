@@ -186,3 +186,42 @@ def test_roi_align_compiles_with_wide_loads(capability, monkeypatch, tmp_path):
         grid | {"grad": "*bf16", "later": "*bf16", "total": "*fp32"} | dict.fromkeys(names, "i32"),
         constants | {"TILE": 8, "ROIS": 32, "CELLS": 32, "CHANNELS": 64},
     )
+
+
+@needs_ptxas
+def test_no_index_overflows_32_bits_at_64_images_per_device(monkeypatch, tmp_path):
+    """What grows with the batch is 64 bits wide from its first use; all else stays small."""
+    from casc.ops import nms_triton
+    from casc.ops import roi_align_triton as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    images, side, channels, cells = 64, 1344, 256, 14 * 14
+    pixels = images * sum((side // stride) ** 2 for stride in (4, 8, 16, 32))
+    assert pixels * channels > 2**31  # so it matters
+    grid = {"start": "*i64", "first": "*fp32", "step": "*fp32"}
+    maps = {"pixels": "*bf16", "made": "*bf16", "grad": "*bf16", "later": "*bf16", "total": "*fp32"}
+    sizes = dict.fromkeys(("rois", "height", "width", "skip", "per_image", "words", "count"), "i32")
+    nms = {"boxes": "*fp32", "area": "*fp32", "valid": "*fp32", "keep": "*fp32", "iou": "fp32"}
+    known = grid | maps | sizes | nms | {"overlaps": "*i64"}
+    by_cell = {"SIDE": 14, "GRID": 2, "C": channels, "CELLS": 8, "CHANNELS": 256}
+    by_tile = by_cell | {"TILE": 8, "ROIS": 32, "CELLS": 32, "CHANNELS": 64}
+    walk = {"BLOCK": 64, "WORDS": 32, "ROWS": 64}
+    # The axis of the grid that counts RoIs, images or sets of boxes; most programs on the others.
+    most = {"x": (side // 4 // 8) ** 2, "y": cells // 8 + 1, "z": channels // 64}
+    for kernel, axis, constants, size in (
+        (kernels._read, "x", by_cell, "*i64"),
+        (kernels._add, "x", by_cell, "*i64"),
+        (kernels._gather, "y", by_tile, "i32"),
+        (nms_triton._overlaps, "x", {"BLOCK": 64}, "i32"),
+        (nms_triton._sweep, "x", walk, "i32"),
+    ):
+        taken = {name: kind for name, kind in known.items() if name in kernel.arg_names}
+        taken |= {"size": size} if "size" in kernel.arg_names else {}
+        lines = cubin(kernel, 90, taken, constants)["ttir"].splitlines()
+        (made,) = (line for line in lines if f"get_program_id {axis} " in line)
+        name = re.escape(made.split("=")[0].strip())
+        uses = [line for line in lines if re.search(rf"{name}\b", line) and line != made]
+        assert [("arith.extsi" in use, "to i64" in use) for use in uses] == [(True, True)]
+        # What is left in 32 bits: a program's number on another axis by a block, within a row.
+        for other in set("xyz") - {axis}:
+            assert most[other] * 256 * channels < 2**31
