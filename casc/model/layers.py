@@ -106,12 +106,13 @@ def conv_affine(
 
 
 def gathers_gradients(x: Tensor) -> bool:
-    """Whether a step with these activations is compiled for an accelerator, to be trained.
+    """Whether a step with these activations is compiled for a GPU, to be trained.
 
     There `fold_together` and `cast_together` pay. On a CPU launches are cheap, and the weights
-    made of parameters had better be made again for the backward pass.
+    made of parameters had better be made again for the backward pass. On an NPU functions of lists
+    are as many launches as the lists are long.
     """
-    return torch.compiler.is_compiling() and torch.is_grad_enabled() and not x.is_cpu
+    return torch.compiler.is_compiling() and torch.is_grad_enabled() and x.is_cuda
 
 
 def fold_together(
