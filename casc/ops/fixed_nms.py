@@ -204,8 +204,8 @@ def just_below(iou: float) -> float:
 def _outcomes(width: int, like: Tensor) -> Tensor:
     """[2**m, m]: every set of survivors that a block may have, as 1 and 0, best box first."""
     number = torch.arange(2**width, device=like.device)[:, None]
-    bit = 2 ** torch.arange(width - 1, -1, -1, device=like.device)
-    return (number // bit % 2).to(like.dtype)
+    bit = torch.arange(width - 1, -1, -1, device=like.device)
+    return (torch.bitwise_right_shift(number, bit) & 1).to(like.dtype)
 
 
 def _worth(overlaps: Tensor, outcomes: Tensor) -> Tensor:
