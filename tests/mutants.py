@@ -153,7 +153,7 @@ MUTANTS = (
     Mutant("background in front", "model/detector.py", "logits.softmax(dim=-1)[..., :-1]", "logits.softmax(dim=-1)[..., 1:]"),
     Mutant("the score threshold", "model/detector.py", "score_threshold: float = 0.05", "score_threshold: float = 0.1"),
     Mutant("detections' suppression", "model/detector.py", "nms_iou: float = 0.5", "nms_iou: float = 0.7"),
-    Mutant("labels by the wrong factor", "model/detector.py", "torch.where(kept, index % classes, 0)", "torch.where(kept, index // classes, 0)"),
+    Mutant("labels by the wrong factor", "model/detector.py", "torch.arange(classes, device=scores.device).repeat(proposals)", "torch.arange(classes, device=scores.device).repeat_interleave(proposals)"),
     Mutant("boxes not scaled back", "model/detector.py", "config.inference, logits, boxes / inputs.scale[:, None], proposals.valid, probe", "config.inference, logits, boxes, proposals.valid, probe"),
     Mutant("masks at the stored image's scale", "model/detector.py", "rois = probe(\"mask.rois\", boxes * inputs.scale[:, None])", "rois = probe(\"mask.rois\", boxes)"),
     # ---- suppression ----
