@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import tyro
 
+from casc.printing import plain, say
+
 _FLAG = re.compile(r"--?[a-zA-Z]")
 
 
@@ -48,7 +50,7 @@ def parse_arguments(
     except SystemExit as stop:
         # What tyro takes for a missing argument may follow from a flag that there isn't.
         if not stop.code or not (unknown := _unknown_flags(kind, arguments, options)):
-            sys.stderr.write(said.getvalue())
+            say(said.getvalue().rstrip("\n"), sys.stderr)
             raise
         refuse(prog, _unknown(unknown, _known_flags(kind, arguments, options)))
     flags = [text for text in unknown if _FLAG.match(text)]
@@ -75,7 +77,7 @@ def reader_may_leave() -> Iterator[None]:
 
 def refuse(prog: str | None, text: str) -> NoReturn:
     """End the program for wrong usage: one line, exit status 2."""
-    print(f"{prog or 'error'}: {text}; --help lists what there is", file=sys.stderr)
+    say(plain(f"{prog or 'error'}: {text}; --help lists what there is"), sys.stderr)
     sys.exit(2)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from casc.errors import UserError
+from casc.printing import redacted
 
 T = TypeVar("T")
 
@@ -17,7 +18,8 @@ def to_json(value: Any) -> Any:
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (tuple, list)):
         return [to_json(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
+    # What is stored is published too: it has no passwords and signatures of addresses.
+    return redacted(str(value)) if isinstance(value, (Path, str)) else value
 
 
 def from_json(kind: type[T], value: Any, where: str = "") -> T:

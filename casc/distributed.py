@@ -67,7 +67,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[torch.device]:
     """Join the other ranks; gives this rank's own device.
 
     Raises:
-        TransientError: they can't be reached.
+        TransientError: they can't be reached, or one is lost inside.
     """
     if ranks.world == 1:
         yield device
@@ -100,8 +100,26 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[torch.device]:
         set_timeout(_TIMEOUT)
     try:
         yield device
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise TransientError(
+            f"rank {ranks.rank} of {ranks.world}: lost touch with another rank"
+            f" ({str(error).splitlines()[0]}); what it printed says why it ended"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+# How torch.distributed's backends word that another process is no longer there.
+_LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting",
+         "connection refused", "timeout(ms)", "watchdog", "remote process exited")  # fmt: skip
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error means that another rank is no longer there."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _LOST)
 
 
 class Exchange:
@@ -154,6 +172,11 @@ class _Holder(torch.nn.Module):
 
     def forward(self, loss: Tensor) -> Tensor:
         return loss
+
+
+def meeting_point() -> Any:
+    """The store in which the ranks found each other: texts by key, which all of them see."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def mean(values: Tensor, ranks: Ranks) -> Tensor:

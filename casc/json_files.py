@@ -1,10 +1,12 @@
 """JSON that we read: typed, limited in size and depth, with errors that name the file."""
 
+import errno
 import json
 import os
+import stat
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn, TypeVar, cast, get_args, get_origin
+from typing import Any, BinaryIO, NoReturn, TypeVar, cast, get_args, get_origin
 
 from casc.errors import UserError
 
@@ -15,6 +17,23 @@ MOST_BYTES = 256 * 2**20
 MOST_COCO_BYTES = 8 * 2**30
 """Of annotations and results in COCO's formats; those of COCO itself have half a gigabyte."""
 MOST_DEPTH = 64
+
+
+def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file to be read; a pipe or a device, on which reading may never end, isn't one.
+
+    Raises:
+        OSError: it can't be opened, or isn't a plain file.
+    """
+    # Opening a pipe would wait for whoever writes into it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def parse_json(
@@ -78,7 +97,7 @@ def read_json(
         UserError: naming the file: it isn't there, can't be read, or as `parse_json` says.
     """
     try:
-        with Path(path).open("rb") as file:
+        with open_plain(path) as file:
             data = file.read(most_bytes + 1)
         text = data.decode("utf-8") if len(data) <= most_bytes else data
     except FileNotFoundError:

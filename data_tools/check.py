@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from casc.data.decode import decode_image
@@ -16,6 +15,8 @@ from casc.data.remote import FetchError, is_local, join, location
 from casc.data.sample import annotations_edges, edge_room, iter_tar
 from casc.data.status import Status
 from casc.errors import UserError
+from casc.json_files import open_plain
+from casc.printing import plain
 from data_tools.parallel import map_tasks
 from data_tools.plan import order_key
 
@@ -177,7 +178,7 @@ def _check_shard(task: _Task) -> Checked:
     place = join(task.root, shard.name)
     try:
         if is_local(place):
-            stream = Path(place).open("rb")  # noqa: SIM115
+            stream = open_plain(place)
         else:
             stream, place, _ = remote_shard(place, shard, task.loading, status)
         with stream:
@@ -217,7 +218,7 @@ def _check_content(task: _Task, source: _Counted, place: str) -> Checked:
 
 
 def _without(place: str, error: UserError) -> str:
-    return str(error).removeprefix(f"{place}: ")
+    return str(error).removeprefix(plain(f"{place}: "))
 
 
 def _check_sample(task: _Task, key: str, image: bytes, text: bytes, before: Checked) -> Checked:

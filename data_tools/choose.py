@@ -85,9 +85,9 @@ def _any(
         shard = bisect.bisect_right(ends, number)
         wanted.setdefault(shard, set()).add(number - (ends[shard] - shards[shard].samples))
     return [
-        (image, parse_record(record))
+        (image, parse_record(record, f"{shards[shard].name}: {key}"))
         for shard in sorted(wanted)
-        for i, (_, image, record) in enumerate(read_shard(folder, shards[shard], loading))
+        for i, (key, image, record) in enumerate(read_shard(folder, shards[shard], loading))
         if i in wanted[shard]
     ]
 
@@ -107,8 +107,8 @@ def _search(
     for shard in rng.permutation(len(shards)).tolist():
         here = [
             (shard, i, image, record)
-            for i, (_, image, data) in enumerate(read_shard(folder, shards[shard], loading))
-            if fits(record := parse_record(data))
+            for i, (key, image, data) in enumerate(read_shard(folder, shards[shard], loading))
+            if fits(record := parse_record(data, f"{shards[shard].name}: {key}"))
         ]
         order = rng.permutation(len(here))[: count - len(found)].tolist()
         found += [here[i] for i in order]

@@ -14,6 +14,7 @@ from casc.data.index import ASPECTS, Index
 from casc.data.loader_config import RemoteConfig, check_loading
 from casc.data.status import warn_on_stderr
 from casc.errors import UserError
+from casc.printing import plain, say
 from data_tools.parallel import default_workers, interrupt_once
 from data_tools.report import format_findings, format_table
 
@@ -81,7 +82,7 @@ class ShardCommand:
 
         root = self.coco or (self.annotations.parent if self.annotations else None)
         if root is None:
-            print("data_tools shard: give the data set's folder, or --annotations", file=sys.stderr)
+            say("data_tools shard: give the data set's folder, or --annotations", sys.stderr)
             return 2
         _check_workers(self.workers)
         settings = Settings(
@@ -96,7 +97,7 @@ class ShardCommand:
             val_share=self.val_share,
             val_seed=self.val_seed,
         )
-        run = Run(workers=self.workers, progress=self.progress, say=_say)
+        run = Run(workers=self.workers, progress=self.progress, say=say)
         parts = None
         if self.annotations is not None:
             if self.splits:
@@ -108,8 +109,8 @@ class ShardCommand:
         if self.val_share and splits:
             splits = [*splits, "val"]
         index = shard_dataset(root, self.out, self.splits or None, settings, run, parts)
-        _say(_describe(index, splits))
-        _say(f"shards are in {self.out}")
+        say(_describe(index, splits))
+        say(f"shards are in {self.out}")
         return _verdict(index, splits, self.allow_missing)
 
 
@@ -145,13 +146,13 @@ class CheckCommand:
         )
         faults = fault_lines(checks)
         for fault in faults:
-            print(fault, file=sys.stderr)
+            say(plain(fault), sys.stderr)
         rows = [["split", "shards", "images", "annotations", "faults"]]
         for name, check in checks.items():
             counts = check.shards, check.samples, check.annotations, len(check.faults)
             rows.append([name, *(f"{count:,}" for count in counts)])
-        _say(format_table(rows, right=[1, 2, 3, 4]))
-        _say(f"{len(faults)} faults" if faults else "all well")
+        say(format_table(rows, right=[1, 2, 3, 4]))
+        say(f"{len(faults)} faults" if faults else "all well")
         return 1 if faults else 0
 
 
@@ -192,8 +193,8 @@ class SynthCommand:
         )
         counts = {"train2017": self.train, "val2017": self.val}
         for line in synthesise(self.out, counts, settings, progress=self.progress):
-            _say(line)
-        _say(f"the data set is in {self.out}")
+            say(line)
+        say(f"the data set is in {self.out}")
         return 0
 
 
@@ -240,7 +241,7 @@ class ShowCommand:
             cell=self.cell,
             loading=self.loading,
         )
-        _say(f"{len(captions)} samples are on {self.out}")
+        say(f"{len(captions)} samples are on {self.out}")
         return 0
 
 
@@ -273,18 +274,14 @@ def _main(arguments: Sequence[str] | None) -> NoReturn:
     except BrokenPipeError:
         raise
     except (UserError, OSError) as error:
-        print(f"data_tools: {error}", file=sys.stderr)
+        say(plain(f"data_tools: {error}"), sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print("data_tools: interrupted; the same command takes it up again", file=sys.stderr)
+        say("data_tools: interrupted; the same command takes it up again", sys.stderr)
         sys.exit(130)  # deaf to further interrupts
     signal.signal(signal.SIGINT, before)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(code)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def _check_workers(workers: int) -> None:
@@ -303,13 +300,13 @@ def _verdict(index: Index, splits: Sequence[str], allow_missing: bool) -> int:
             findings.get(kind, {}).get("count", 0) for kind in ("missing_file", "unreadable")
         )
         if not split.report["annotations"]["trained"]:
-            print(f"{name}: nothing of it can be trained on, see its findings", file=sys.stderr)
+            say(f"{name}: nothing of it can be trained on, see its findings", sys.stderr)
         if lost:
             failed = lost > 0.01 * images and not allow_missing
             remedy = "; mend the paths, or say --allow-missing" if failed else ""
-            print(
+            say(
                 f"{name}: {lost:,} of {images:,} images are lost, missing or unreadable{remedy}",
-                file=sys.stderr,
+                sys.stderr,
             )
             code = max(code, int(failed))
     return code

@@ -27,6 +27,10 @@ FARTHEST = 1_000_000
 """Largest coordinate of a box in pixels; the largest photographs have a tenth of that."""
 
 
+MOST_PIXELS = 2**28
+"""Of an image, by the annotation file: masks of its size are made."""
+
+
 class ImageEntry(NamedTuple):
     """An entry of `images`."""
 
@@ -256,6 +260,11 @@ class _Images:
             width=int(_field(entry, "width", file, place, _is_size, "a whole number of pixels")),
             height=int(_field(entry, "height", file, place, _is_size, "a whole number of pixels")),
         )
+        if image.width * image.height > MOST_PIXELS:
+            raise UserError(
+                f"{file}: {place}: {image.width} x {image.height} is too large, expected at most"
+                f" {MOST_PIXELS:,} pixels; mend it, or leave the image out"
+            )
         fault = _path_fault(image.file_name)
         if fault:
             shown = _shown(image.file_name)

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from casc.json_files import open_plain
+
 _CHUNK = 2**22
 """Bytes read at a time."""
 _SPACE = " \t\n\r"
@@ -34,7 +36,7 @@ class JsonLists:
             TypeError: when it isn't an object.
             OSError: when it can't be read.
         """
-        with self._path.open("rb") as self._stream:
+        with open_plain(self._path) as self._stream:
             self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
             self._text, self._start, self._at, self._before, self._end = "", 0, 0, 0, False
             if self._peek() != "{":

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from casc.device.signals import end_with_parent
 from casc.errors import UserError
+from casc.printing import plain
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -51,7 +52,7 @@ def map_tasks(
     """
     weights = [1] * len(tasks) if weights is None else weights
     disable = None if progress else True  # None: tqdm looks whether it is a terminal
-    bar = tqdm(total=sum(weights), desc=title, unit=unit, disable=disable, leave=False)
+    bar = tqdm(total=sum(weights), desc=plain(title), unit=unit, disable=disable, leave=False)
     workers = min(workers, len(tasks))
     with bar:
         if workers <= 1:

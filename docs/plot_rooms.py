@@ -24,7 +24,7 @@ PLACES = {
     "casc.device": (2.5, 8),
 }  # fmt: skip
 # Every room may import these; their arrows would say nothing.
-GROUND = ("casc.arguments", "casc.config", "casc.json_files", "casc.errors")
+GROUND = ("casc.arguments", "casc.config", "casc.json_files", "casc.errors", "casc.printing")
 
 
 def imports() -> dict[str, set[str]]:
@@ -86,7 +86,7 @@ def draw() -> str:
                 f' {tip:g}" fill="none" stroke="#78909c" marker-end="url(#tip)"/>\n'
             )
     parts += [box(room, *place) for room, place in at.items()]
-    parts += [box(room, COLUMN * (i + 1), ground) for i, room in enumerate(GROUND)]
+    parts += [box(room, COLUMN * (i + 0.5), ground) for i, room in enumerate(GROUND)]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {COLUMN * 5} {ground + 50}"'
         f' width="{COLUMN * 5}" font-family="sans-serif" font-size="13">\n'

@@ -27,6 +27,7 @@ from casc.model.mask_head import MaskHeadConfig
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import ResNetConfig
 from casc.model.rpn import RPNConfig
+from casc.printing import say
 from casc.train.launch import errors_in_one_line, launch
 from casc.train.loop import PICTURE
 from casc.train.optim import Optim
@@ -95,7 +96,7 @@ def draw(recipe: Recipe) -> None:
     pictures = recipe.folder / "pictures"
     if chosen:
         PredictCommand(str(recipe.folder), tuple(map(str, chosen)), out=pictures).run()
-        print(f"look at {pictures.absolute()} and {(recipe.folder / PICTURE).absolute()}")
+        say(f"look at {pictures.absolute()} and {(recipe.folder / PICTURE).absolute()}")
 
 
 def images_of(recipe: Recipe) -> Path:

@@ -321,6 +321,9 @@ def prune(
 ) -> None:
     """Delete what isn't among the newest `keep_last`, nor the best; point `best` there.
 
+    The last from before the first update that was skipped is kept too: what follows may be what
+    the run has to be taken back from.
+
     What is damaged counts for neither, so that the last whole checkpoint is never deleted on its
     account.
 
@@ -337,12 +340,40 @@ def prune(
     if keep_last:
         there = list_checkpoints(folder)
         first = there.index(newest) if newest in there else 0
+        sound = next((path for path in there[first:] if _skipped(path) == 0), None)
         kept = 0
         for path in there[first:]:
             if kept < keep_last:
                 kept += _is_whole(path, hashes=False)
-            elif not found or path != found[0]:
+            elif path != sound and (not found or path != found[0]):
                 shutil.rmtree(_hide(path))
+
+
+def set_aside(folder: Path, step: int) -> Path | None:
+    """Move the checkpoints after a step into a folder of their own; gives it, if there are any."""
+    name = path_of(folder, step).name
+    later = [p for p in list_checkpoints(folder) if (len(p.name), p.name) > (len(name), name)]
+    if not later:
+        return None
+    number = 1
+    while (aside := folder / f"set-aside-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in later:
+        path.rename(aside / path.name)
+    if not (folder / BEST).exists():
+        (folder / BEST).unlink(missing_ok=True)  # it was among them
+    sync_folder(folder)
+    return aside
+
+
+def _skipped(checkpoint: Path) -> int | None:
+    """How many updates had been skipped when this was saved; None where that can't be read."""
+    try:
+        with safetensors.safe_open(checkpoint / STATE, "pt") as file:
+            return int(file.get_tensor(f"{_GUARD}skipped"))
+    except (OSError, safetensors.SafetensorError, ValueError):
+        return None
 
 
 def remove_partial(folder: Path) -> None:

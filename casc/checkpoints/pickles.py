@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from casc.errors import UserError
+from casc.json_files import open_plain
 
 # MMDetection 3 saves its log of losses beside the weights. These parts of a checkpoint are
 # replaced by objects that do nothing, whatever the pickle wants of them.
@@ -31,14 +32,21 @@ def load_torch(path: Path) -> Any:
         UserError: it isn't such a file, is damaged, or holds something else.
     """
     try:
+        open_plain(path).close()  # not a pipe, on which reading might never end
         names = []
         if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > 4 * path.stat().st_size + 2**20:
+                raise UserError(f"{path}: unpacks to {unpacked:,} bytes, which no weights do")
             names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         for name in names:
             if not name.startswith(_IGNORED):
                 raise _refusal(path, name)
         with torch.serialization.safe_globals([(_Nothing, name) for name in names]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        _check_extent(loaded)
+        return loaded
     except UserError:
         raise
     except Exception as error:  # the reader raises all sorts of things on damaged files
@@ -64,8 +72,10 @@ def load_pickle(path: Path) -> Any:
         UserError: it isn't a pickle, is damaged, or asks for anything else.
     """
     try:
-        with path.open("rb") as file:
-            return _with_tensors(_Restricted(file, encoding="latin1").load())
+        with open_plain(path) as file:
+            loaded = _Restricted(file, encoding="latin1").load()
+        _check_extent(loaded)
+        return _with_tensors(loaded)
     except _ForbiddenError as error:
         raise _refusal(path, str(error)) from None
     except Exception as error:
@@ -84,6 +94,40 @@ def _refusal(path: Path, name: str) -> UserError:
         f"{path}: its pickle asks for {name}, which no weights need: nothing of it was run or"
         " read; save the state_dict alone where it comes from"
     )
+
+
+MOST_VALUES = 2_000_000
+"""In a checkpoint of another program; those of MMDetection's logs have some thousands."""
+
+
+def _check_extent(value: Any) -> None:
+    """Refuse what is small in a file and endless once it is gone through.
+
+    A pickle may hold one list many times, lists of such lists, and itself; a tensor may show
+    one number as a billion.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    sizes: dict[int, int] = {}
+    stack: list[tuple[Any, bool]] = [(value, False)]
+    while stack:
+        entry, done = stack.pop()
+        if isinstance(entry, Tensor):
+            shown, stored = entry.numel() * entry.element_size(), entry.untyped_storage().nbytes()
+            if shown > stored:
+                raise ValueError(f"a tensor of shape {tuple(entry.shape)} has {stored} bytes")
+        if not isinstance(entry, (dict, list, tuple, set, frozenset)):
+            continue
+        inner = [*entry.keys(), *entry.values()] if isinstance(entry, dict) else list(entry)
+        if done:
+            sizes[id(entry)] = 1 + sum(sizes.get(id(part), 1) for part in inner)
+            if sizes[id(entry)] > MOST_VALUES:
+                raise ValueError(f"lists in lists that come to more than {MOST_VALUES:,} values")
+        elif id(entry) not in sizes:
+            sizes[id(entry)] = MOST_VALUES  # until it is known: a list in itself is refused
+            stack.append((entry, True))
+            stack += [(part, False) for part in inner]
 
 
 class _Nothing:

@@ -32,13 +32,18 @@ from casc.checkpoints.torchvision_resnet import CLASSIFIER, is_torchvision
 from casc.config import to_json
 from casc.data.index import Category
 from casc.data.loader_config import RemoteConfig
-from casc.data.remote import FetchError, open_remote
+from casc.data.remote import FetchError, check_address, open_remote
 from casc.errors import UserError
-from casc.json_files import parse_json
+from casc.json_files import open_plain, parse_json
 from casc.model.detector import DetectorConfig
 from casc.model.layers import Params
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import PREFIX
+from casc.printing import redacted
+
+MOST_TENSORS = 20_000
+MOST_HEADER = 2**25
+"""Bytes of a safetensors file's header, names and metadata together."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def read_weights(source: str) -> Weights:
 
         return replace(_from_safetensors(fetch(source)), source=source)
     if "://" in source:
-        return replace(_from_file(download_weights(source)), source=source)
+        return replace(_from_file(download_weights(source)), source=redacted(source))
     path = Path(source).expanduser()
     if path.is_dir():
         path = _in_folder(path)
@@ -174,6 +179,7 @@ def _in_folder(path: Path) -> Path:
 
 def _from_safetensors(path: Path) -> Weights:
     try:
+        _check_header(path)
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         if int(metadata.get("version", checkpoint.VERSION)) > checkpoint.VERSION:
@@ -198,6 +204,18 @@ def _from_safetensors(path: Path) -> Weights:
     if recipe is None:
         return replace(_from_torch(str(path), tensors), categories=categories)
     return Weights(str(path), "casc", tensors, categories, recipe, step, origin=origin)
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that is long to parse. Raises UserError, or OSError as `open_plain`."""
+    with open_plain(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        count = file.read(min(size, MOST_HEADER)).count(b'"data_offsets"')
+    if count > MOST_TENSORS or MOST_HEADER < size < path.stat().st_size:
+        raise UserError(
+            f"{path}: has {count:,} tensors in the first {min(size, MOST_HEADER):,} bytes of its"
+            " header; a detector has some hundreds"
+        )
 
 
 def _from_torch(source: str, data: Any) -> Weights:
@@ -250,6 +268,7 @@ def download_weights(url: str) -> Path:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
         raise UserError(f"{url}: only http(s) URLs are downloaded; give a local file by its path")
+    check_address(url)
     base = Path(parts.path).name or "weights"
     named = re.search(r"-([0-9a-f]{8,64})\.", base)
     name = base if named else f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{base}"

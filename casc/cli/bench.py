@@ -14,6 +14,7 @@ import tyro
 
 from casc.cli.card import CardCommand
 from casc.errors import UserError
+from casc.printing import say
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
     from casc.bench.batch import Job, What
@@ -119,10 +120,10 @@ class GraphCommand:
         command = [sys.executable, "-m", "casc.bench.graph", json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            print(done.stderr, file=sys.stderr)
+            say(done.stderr, sys.stderr)
             raise UserError("casc bench graph: the step can't be lowered; what torch says is above")
         report = json.loads(done.stdout.splitlines()[-1])
-        print(json.dumps(report) if self.json else as_table(report), flush=True)
+        say(json.dumps(report) if self.json else as_table(report))
         return 0
 
 
@@ -160,7 +161,7 @@ class LoaderCommand:
             seconds=self.seconds,
             generated=self.samples,
         )
-        print(json.dumps(report) if self.json else as_table(report), flush=True)
+        say(json.dumps(report) if self.json else as_table(report))
         return 0
 
 
@@ -195,7 +196,7 @@ class BenchCommand:
 
 def _run(what: "What", command: StepCommand, positives: int | None) -> int:
     report = _measure(what, command, positives)
-    print(json.dumps(report) if command.json else as_table(report), flush=True)
+    say(json.dumps(report) if command.json else as_table(report))
     return 0
 
 
@@ -313,7 +314,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, sys.stderr)
 
 
 def with_default(arguments: Sequence[str]) -> list[str]:

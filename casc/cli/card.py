@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from casc.errors import UserError
+from casc.printing import say
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class CardCommand:
             steps=steps,
             seconds=60 * self.minutes,
         )
-        report = measure_card(plan, lambda line: print(line, flush=True))
+        report = measure_card(plan, say)
         failed = [row["name"] for row in report["steps"] if "error" in row]
-        print(f"the page is {self.out / 'card.html'}, the figures {self.out / 'card.json'}")
+        say(f"the page is {self.out / 'card.html'}, the figures {self.out / 'card.json'}")
         return int(bool(failed) or (goldens is not None and not report["verify"]["passed"]))

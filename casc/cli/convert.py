@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from casc.printing import say
+
 
 @dataclass(frozen=True)
 class ConvertCommand:
@@ -83,5 +85,5 @@ class ConvertCommand:
         )
         if self.report:
             self.report.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
-        print(report, flush=True)
+        say(report)
         return 0

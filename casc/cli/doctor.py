@@ -17,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from casc.printing import say
+
 State = Literal["ok", "note", "missing"]
 PACKAGES = ("casc", "torch", "torchvision", "torch-npu", "triton", "triton-ascend", "pycocotools")
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -52,9 +54,9 @@ class DoctorCommand:
         findings, usable = examine()
         if self.json:
             report = {"usable": usable, "findings": [f._asdict() for f in findings]}
-            print(json.dumps(report, indent=1))
+            say(json.dumps(report, indent=1))
         else:
-            print("\n".join(lines(findings, usable)))
+            say("\n".join(lines(findings, usable)))
         return 0 if usable else 1
 
 

@@ -9,6 +9,7 @@ import tyro
 from casc.data.loader_config import EvalLoaderConfig
 from casc.errors import UserError
 from casc.inference.settings import Settings
+from casc.printing import say
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class EvalCommand:
         split = self.split or detector.split
         dtype = str(detector.compute.dtype).removeprefix("torch.")
         where = location(self.shards)
-        _say(f"{detector.source} on {split} of {where}, {detector.device}, {dtype}")
+        say(f"{detector.source} on {split} of {where}, {detector.device}, {dtype}")
         with tqdm(unit="image", disable=None, leave=False) as bar:
             evaluation = evaluate(
                 detector,
@@ -79,12 +80,8 @@ class EvalCommand:
                 loading=self.loading,
                 watch=bar.update,
             )
-        _say(format_table(evaluation, per_class=self.per_class))
+        say(format_table(evaluation, per_class=self.per_class))
         if self.out:
             write_evaluation(evaluation, self.out)
-            _say(f"all figures are in {self.out}")
+            say(f"all figures are in {self.out}")
         return 0
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -11,6 +11,7 @@ import tyro
 
 from casc.errors import UserError
 from casc.inference.settings import Settings
+from casc.printing import say
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
     from casc.checkpoints.model import Trained
@@ -77,11 +78,11 @@ class ExportCommand:
             program = capture(trained.params, trained.buffers, model, image, shape)
             write(program, path, self.format, metadata)
             seconds = time.perf_counter() - begin
-            _say(f"{self.out}: {path.stat().st_size / 2**20:.1f} MiB, made in {seconds:.0f} s")
+            say(f"{self.out}: {path.stat().st_size / 2**20:.1f} MiB, made in {seconds:.0f} s")
             if self.check:
                 found, agrees = self._compare(path, trained, shape)
                 if not agrees:
-                    _say(f"{self.out} is not kept: it differs from casc's own inference")
+                    say(f"{self.out} is not kept: it differs from casc's own inference")
                     return 1
                 metadata["check"] = found
             beside = Path(folder) / f"{self.out.name}.json"
@@ -170,17 +171,13 @@ class ExportCommand:
             trained.model.inference,
             tolerances,
         )
-        _say(found.table(tolerances))
+        say(found.table(tolerances))
         each = {name: seconds / len(pictures) for name, seconds in spent.items()}
         for name, seconds in each.items():
-            _say(f"  {name:6}  {seconds:.3g} s per image, {torch.get_num_threads()} threads")
+            say(f"  {name:6}  {seconds:.3g} s per image, {torch.get_num_threads()} threads")
         result = {
             "images": "given" if self.images else "generated",
             "found": to_json(found),
             "tolerances": to_json(tolerances),
         }
         return result, found.within(tolerances)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -23,6 +23,7 @@ from casc.cli.report import ReportCommand
 from casc.cli.verify import VerifyCommand
 from casc.cli.weights import WeightsCommand
 from casc.errors import UserError
+from casc.printing import plain, say
 
 Command = (
     Annotated[TrainCommand, tyro.conf.subcommand("train")]
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
-        print(f"casc {casc.__version__}")
+        say(f"casc {casc.__version__}")
         return 0
     if arguments[:1] == ["train"] and arguments[1:] and not arguments[1].startswith("-"):
         train(arguments[1], arguments[2:])
@@ -65,7 +66,7 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (UserError, OSError) as error:
-        print(f"casc: {error}", file=sys.stderr)
+        say(plain(f"casc: {error}"), sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

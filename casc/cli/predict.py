@@ -9,6 +9,7 @@ import tyro
 
 from casc.errors import UserError
 from casc.inference.settings import Settings
+from casc.printing import say
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,6 @@ class PredictCommand:
         detector = detector.with_settings(replace(self.settings, threshold=None))
         if threshold is None:
             threshold = detector.model.inference.score_threshold
-        done = predict(detector, images, self.out, threshold=threshold, ids=ids, log=_say)
-        _say(f"{len(done.pictures)} pictures and {done.results_file.name} are in {self.out}")
+        done = predict(detector, images, self.out, threshold=threshold, ids=ids, log=say)
+        say(f"{len(done.pictures)} pictures and {done.results_file.name} are in {self.out}")
         return done.exit_code
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import tyro
 
+from casc.printing import say
+
 
 @dataclass(frozen=True)
 class PushCommand:
@@ -30,5 +32,5 @@ class PushCommand:
 
         weights = read_weights(self.checkpoint)
         url = push(weights, figures_beside(weights), self.name, private=self.private)
-        print(f"{weights.source} is at {url}; load it as hf://{self.name}", flush=True)
+        say(f"{weights.source} is at {url}; load it as hf://{self.name}")
         return 0

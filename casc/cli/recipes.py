@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from casc.arguments import refuse
+from casc.printing import say
 
 _PACKAGE = "casc.recipes"
 
@@ -26,13 +27,13 @@ class RecipesCommand:
     def run(self) -> int:
         """List them."""
         for name, text in descriptions().items():
-            print(name)
+            say(name)
             paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
-            print(f"    {paragraphs[0]}")
+            say(f"    {paragraphs[0]}")
             for wanted in ("What it costs:", "What to expect:"):
                 for part in paragraphs:
                     if part.startswith(wanted):
-                        print(f"    {part[5].upper()}{part[6:]}")
+                        say(f"    {part[5].upper()}{part[6:]}")
         return 0
 
 

@@ -8,6 +8,7 @@ import tyro
 
 from casc.data.loader_config import EvalLoaderConfig, check_loading
 from casc.errors import UserError
+from casc.printing import say
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
     from casc.report.error_analysis import ErrorAnalysis
@@ -72,14 +73,14 @@ class ReportCommand:
             analysis = self._analyse(history)
             without = "the run has no checkpoint yet."
             if analysis is None:
-                print(f"{self.folder}: no checkpoint yet, so the page has no images", flush=True)
+                say(f"{self.folder}: no checkpoint yet, so the page has no images")
         page = report_page(history, evaluated, analysis, threshold=self.threshold, without=without)
         out = self.out or self.folder / REPORT
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.tmp")
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(out)
-        print(f"the report is in {out}", flush=True)
+        say(f"the report is in {out}")
         return 0
 
     def _analyse(self, history: "History") -> "tuple[int, ErrorAnalysis] | None":
@@ -109,7 +110,7 @@ class ReportCommand:
         detector = ready_detector(trained, self.device, self.dtype, self.compile)
         detector.check_classes(index.categories, root)
         total = part_of(index.splits[split], self.limit).samples
-        print(f"{trained.weights.source} on {total:,} images of {split} of {root}", flush=True)
+        say(f"{trained.weights.source} on {total:,} images of {split} of {root}")
         with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
             analysis = analyse(
                 detector,

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from casc.errors import UserError
+from casc.printing import say
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class WeightsCommand:
                 raise UserError(f"{name}: isn't known; `casc weights` lists the names")
         if not self.names:
             width = max(map(len, PUBLISHED))
-            print(f"{'name':{width}}  box AP  mask AP  licence  (as published, on COCO val2017)")
+            say(f"{'name':{width}}  box AP  mask AP  licence  (as published, on COCO val2017)")
             for name, entry in PUBLISHED.items():
                 figures = f"{entry.box_ap:6.1f}  {entry.mask_ap:7.1f}"
-                print(f"{name:{width}}  {figures}  {entry.licence}")
+                say(f"{name:{width}}  {figures}  {entry.licence}")
         for name in self.names:
             _fetch(name)
         return 0
@@ -47,7 +48,7 @@ def _fetch(name: str) -> None:
     from casc.checkpoints.report import Report
 
     entry = PUBLISHED[name]
-    print(f"{name}: {entry.url}, {entry.licence}", flush=True)
+    say(f"{name}: {entry.url}, {entry.licence}")
     file: Path = download_weights(entry.url)
     kind, (_, rows, conventions) = read_any(str(file), Stated())
-    print(Report(f"{file} ({kind})", name, rows, conventions, [], []), flush=True)
+    say(Report(f"{file} ({kind})", name, rows, conventions, [], []))

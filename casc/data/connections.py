@@ -3,7 +3,9 @@
 Each raises what it likes when a connection breaks; `casc.data.remote` tries again.
 """
 
+import base64
 import http.client
+import netrc
 import os
 import queue
 import re
@@ -12,6 +14,7 @@ import ssl
 import subprocess
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -60,8 +63,12 @@ def open_http(url: str, at: int, timeout: float) -> Connection:
     if at:
         headers["Range"] = f"bytes={at}-"
     try:
-        response: http.client.HTTPResponse = urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=timeout
+        request = urllib.request.Request(url, headers=headers)
+        if login := _login(request.host):
+            # Whoever the server points to doesn't get it.
+            request.add_unredirected_header("Authorization", login)
+        response: http.client.HTTPResponse = urllib.request.build_opener(_Redirects).open(
+            request, timeout=timeout
         )
     except urllib.error.HTTPError as error:
         error.close()
@@ -86,6 +93,37 @@ def open_http(url: str, at: int, timeout: float) -> Connection:
             raise OSError("the server sent another part than was asked for")
         begins, total = at, None if match[2] == "*" else int(match[2])
     return Connection(response.read1, response.close, begins, total)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http(s) only, and from https to https only."""
+
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str):
+        before, after = (urllib.parse.urlsplit(u).scheme.lower() for u in (req.full_url, newurl))
+        if after not in ("http", "https") or (before, after) == ("https", "http"):
+            raise RefusedError(f"the server redirects from {before} to {after}: {newurl}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    # urllib itself refuses some schemes, and with another error.
+    def http_error_302(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any) -> Any:
+        target = urllib.parse.urljoin(req.full_url, headers.get("location", headers.get("uri", "")))
+        if urllib.parse.urlsplit(target).scheme.lower() not in ("http", "https"):
+            return self.redirect_request(req, fp, code, msg, headers, target)
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+def _login(host: str) -> str | None:
+    """What ~/.netrc (or $NETRC) says for a host, as a header of HTTP."""
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return None
+    found = hosts.get(host) or hosts.get(host.rpartition(":")[0] or host)
+    if found is None:  # "default" is for no host in particular: it isn't sent to any
+        return None
+    return "Basic " + base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()
 
 
 def open_fsspec(place: str, at: int, timeout: float) -> Connection:

@@ -6,6 +6,7 @@ outweigh another dependency (docs/performance.md).
 """
 
 import io
+import os
 import warnings
 from typing import Any
 
@@ -14,8 +15,22 @@ from PIL import Image
 
 from casc.errors import UserError
 
-MAX_PIXELS = 2**27
-"""Larger images are refused: a small file may claim a size that fills the memory."""
+MEGAPIXELS = "CASC_MAX_MEGAPIXELS"
+"""The environment variable with the largest image, in 2**20 pixels, in place of 64; at most 170,
+which is what Pillow opens."""
+
+
+def max_pixels() -> int:
+    """The most pixels of an image: a small file may claim a size that fills the memory.
+
+    Raises:
+        UserError: the environment variable isn't a number that can be honoured.
+    """
+    said = os.environ.get(MEGAPIXELS, "64")
+    if not said.isascii() or not said.isdecimal() or not 1 <= int(said[:9]) <= 170:
+        raise UserError(f"{MEGAPIXELS}={said}: expected a whole number from 1 to 170")
+    return int(said) * 2**20
+
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What Pillow may try. Shards hold the first three; the others are converted when sharding."""
@@ -73,15 +88,19 @@ def open_image(data: bytes) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise ImageError(f"not an image in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
-        raise ImageError(f"is too large (more than {MAX_PIXELS} pixels)") from None
+        raise ImageError(_too_large("more than Pillow opens")) from None
     except Exception as error:
         raise ImageError(f"can't be opened: {_reason(error)}") from None
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"has no pixels ({width} x {height})")
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"is too large ({width} x {height}, more than {MAX_PIXELS} pixels)")
+    if width * height > max_pixels():
+        raise ImageError(_too_large(f"{width} x {height}, more than {max_pixels()} pixels"))
     return image
+
+
+def _too_large(why: str) -> str:
+    return f"is too large ({why}; {MEGAPIXELS} in the environment sets the limit)"
 
 
 def orient(array: np.ndarray, orientation: int) -> np.ndarray:

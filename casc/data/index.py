@@ -7,6 +7,7 @@ about the data only; where the folder lies is known to whoever opened it.
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +16,21 @@ from casc.data.files import sync_folder
 from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.remote import is_local, join, location, read_remote
 from casc.errors import UserError
-from casc.json_files import parse_json
+from casc.json_files import MOST_BYTES, open_plain, parse_json
+from casc.printing import redacted
 
 FORMAT = "casc-shards"
 VERSION = 2
 INDEX_NAME = "index.json"
 ASPECTS = (1 / 1.52, 1 / 1.36, 1.0, 1.36, 1.52)
 """Where the buckets meet that sharding makes by default: width over height, ascending."""
+LARGEST = 2**53
+"""Of numbers: what JSON's readers all have exactly."""
+MOST_EDGES = 2**28
+"""Of an image's capacity, instances x edges: four gigabytes."""
+LONGEST_SIDE = 1_000_000
+_HALVES = re.compile("[\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _REMEDY = "make the shards again with `data_tools shard`"
 
 
@@ -107,12 +116,14 @@ def read_index(path: str | os.PathLike[str], loading: RemoteConfig = DEFAULT_LOA
     if not is_local(place):
         if not place.endswith(f"/{INDEX_NAME}"):
             place = join(place, INDEX_NAME)
-        return parse_index(read_remote(place, loading).decode("utf-8", "replace"), place)
+        return parse_index(read_remote(place, loading).decode("utf-8", "replace"), redacted(place))
     file = Path(place)
     if file.is_dir():
         file = file / INDEX_NAME
     try:
-        text = file.read_text(encoding="utf-8")
+        with open_plain(file) as opened:
+            data = opened.read(MOST_BYTES + 1)
+        text = data.decode("utf-8") if len(data) <= MOST_BYTES else data
     except FileNotFoundError:
         raise UserError(f"{file}: not found; make shards with `data_tools shard COCO`") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -120,7 +131,7 @@ def read_index(path: str | os.PathLike[str], loading: RemoteConfig = DEFAULT_LOA
     return parse_index(text, str(file))
 
 
-def parse_index(text: str, name: str = INDEX_NAME) -> Index:
+def parse_index(text: str | bytes, name: str = INDEX_NAME) -> Index:
     """Parse the text of an index; `name` is what errors call the file.
 
     Raises:
@@ -232,8 +243,12 @@ class _Fields:
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self.error(key, kind.__name__, value)
-        if least is not None and not (math.isfinite(value) and value >= least):
+        if least is not None and not least <= value < math.inf:
             raise self.error(key, f"at least {least}", value)
+        if isinstance(value, (int, float)) and abs(value) > LARGEST:
+            raise self.error(key, f"at most {LARGEST:,}", value)
+        if isinstance(value, str) and not value.isascii() and _HALVES.search(value):
+            raise self.error(key, "a text of whole characters", value)
         return value
 
     def list(self, key: str) -> "list[_Fields]":
@@ -276,6 +291,13 @@ def _bucket(fields: _Fields) -> Bucket:
     high = None if last else fields.get("max_aspect", float, least=0)
     if high is not None and high <= low:
         raise fields.error("max_aspect", f"more than min_aspect {low}", high)
+    capacity = fields.get("instances", int, least=1) * fields.get("edges", int, least=1)
+    if capacity > MOST_EDGES:
+        found = f"{fields.data['instances']} x {fields.data['edges']}"
+        raise fields.error("instances x edges", f"at most {MOST_EDGES:,}", found)
+    side = max(fields.get("height", int, least=1), fields.get("width", int, least=1))
+    if side > LONGEST_SIDE:
+        raise fields.error("height or width", f"at most {LONGEST_SIDE:,} pixels", side)
     return Bucket(
         name=fields.get("name", str),
         min_aspect=low,
@@ -291,16 +313,20 @@ def _bucket(fields: _Fields) -> Bucket:
 def _shard(fields: _Fields, buckets: int) -> Shard:
     name = fields.get("name", str)
     # An index may come from elsewhere; it must not make anybody read outside its folder.
-    if not name or "\\" in name or name.startswith("/") or ".." in name.split("/"):
+    printable = name.isprintable() or not _CONTROL.search(name)
+    if not printable or not name or "\\" in name or name.startswith("/") or ".." in name.split("/"):
         raise fields.error("name", "a path inside the folder", name)
     bucket = fields.get("bucket", int, least=0)
     if bucket >= buckets:
         raise fields.error("bucket", f"less than {buckets}, the number of buckets", bucket)
+    sha256 = fields.get("sha256", str)
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise fields.error("sha256", "64 hexadecimal digits", sha256)
     return Shard(
         name=name,
         bucket=bucket,
         train=fields.get("train", bool),
         samples=fields.get("samples", int, least=1),
         bytes=fields.get("bytes", int, least=1),
-        sha256=fields.get("sha256", str),
+        sha256=sha256,
     )

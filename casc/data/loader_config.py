@@ -16,6 +16,8 @@ class RemoteConfig:
     byte more in between, before the run ends."""
     timeout: float = 30.0
     """Seconds that a server may take to accept a connection, and to send the next bytes."""
+    deadline: float = 300.0
+    """Seconds that the index may take in all, retries and a server that trickles included."""
     backoff: float = 0.5
     """Seconds before the first retry; each further one waits twice as long, up to 60."""
     cache: Path | None = None
@@ -58,7 +60,12 @@ def check_loading(loading: RemoteConfig) -> None:
         value = getattr(loading, name, least)
         if value < least:
             raise UserError(f"--loading.{name} {value}: must be at least {least}")
-    for name, zero in (("timeout", False), ("backoff", True), ("cache_gb", False)):
+    for name, zero in (
+        ("timeout", False),
+        ("deadline", False),
+        ("backoff", True),
+        ("cache_gb", False),
+    ):
         value = getattr(loading, name)
         if not (0 <= value < math.inf) or (value == 0 and not zero):
             flag = name.replace("_", "-")

@@ -20,6 +20,8 @@ from casc.data.remote import REPAIR, FetchError, is_local, join, location, open_
 from casc.data.sample import iter_tar
 from casc.data.status import OPENING, READING, Status, warn_on_stderr
 from casc.errors import UserError
+from casc.json_files import open_plain
+from casc.printing import plain
 
 Pair = tuple[str, bytes, bytes]
 """Key, image bytes, JSON bytes."""
@@ -99,7 +101,7 @@ class OpenShard:
             pass
         found = self._source.digest.hexdigest()
         if found != self.shard.sha256:
-            seen = because.removeprefix(f"{self.place}: ")
+            seen = because.removeprefix(plain(f"{self.place}: "))
             raise UserError(
                 f"{self.place}: its SHA-256 is {found}, the index says {self.shard.sha256}"
                 + (f" ({seen})" if seen else "")
@@ -119,7 +121,7 @@ class OpenShard:
             self.compared |= compared
             return stream
         try:
-            stream = open(place, "rb")  # noqa: SIM115, PTH123
+            stream = open_plain(place)
         except FileNotFoundError:
             raise UserError(
                 f"{place}: the shard is missing; copy it again from where it was made, or make"

@@ -1,7 +1,10 @@
 """The JSON member of a sample in a shard: `data_tools shard` writes it, all others read it."""
 
 import json
-from typing import Any, NotRequired, TypedDict, cast
+import math
+from typing import Any, NoReturn, NotRequired, TypedDict, cast
+
+from casc.errors import UserError
 
 
 class AnnotationRecord(TypedDict):
@@ -44,10 +47,101 @@ class SampleRecord(TypedDict):
     annotations: list[AnnotationRecord]
 
 
-def parse_record(data: bytes | str) -> SampleRecord:
-    """Parse a sample's JSON member, which the index's hash of its shard vouches for.
+def parse_record(data: bytes | str, name: str = "its JSON") -> SampleRecord:
+    """Parse a sample's JSON member and see that its fields are what they have to be.
+
+    Args:
+        data: the member.
+        name: what errors call it.
 
     Raises:
-        ValueError: when it isn't JSON.
+        UserError: naming the field.
     """
-    return cast(SampleRecord, json.loads(data))
+    try:
+        record = json.loads(data, parse_constant=_no_number)
+    except RecursionError:
+        raise UserError(f"{name}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise UserError(f"{name}: not valid JSON ({error})") from None
+    try:
+        fault = _fault(record)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        fault = f"a field is missing or of another type ({type(error).__name__}: {error})"
+    if fault:
+        raise UserError(f"{name}: {fault}")
+    return cast(SampleRecord, record)
+
+
+MOST_PIXELS = 2**28
+"""Of a mask."""
+FARTHEST = 10_000_000
+"""Largest coordinate, in pixels."""
+
+
+def _fault(record: Any) -> str:
+    """What is wrong with a record, with the field; empty if nothing is."""
+    if not isinstance(record, dict):
+        return "isn't an object"
+    for key, least, most in (
+        ("image_id", -(2**63), 2**63 - 1), ("width", 1, FARTHEST), ("height", 1, FARTHEST),
+        ("orientation", 1, 8),
+    ):  # fmt: skip
+        if type(record.get(key)) is not int or not least <= record[key] <= most:
+            wanted = f"a whole number from {least} to {most}"
+            return f"{key}: expected {wanted}, got {_shown(record, key)}"
+    for key, kind in (("file_name", str), ("train", bool), ("annotations", list)):
+        if type(record.get(key)) is not kind:
+            return f"{key}: expected a {kind.__name__}, got {_shown(record, key)}"
+    for i, entry in enumerate(record["annotations"]):
+        if fault := _annotation_fault(entry):
+            return f"annotations[{i}]{fault}"
+    return ""
+
+
+def _annotation_fault(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return ": isn't an object"
+    # What only evaluation reads may be missing, as in COCO's own files; then it says so.
+    for key in ("label", *(key for key in ("id", "category_id", "iscrowd") if key in entry)):
+        if type(entry.get(key)) is not int or not -(2**63) <= entry[key] < 2**63:
+            return f".{key}: expected a whole number, got {_shown(entry, key)}"
+    if type(entry.get("train")) is not bool:
+        return f".train: expected true or false, got {_shown(entry, 'train')}"
+    if not -1 + entry["train"] <= entry["label"] < 2**31:
+        return f".label: {entry['label']} is no class"
+    for key in ("box", *(key for key in ("bbox",) if key in entry)):
+        if not _are_numbers(entry.get(key)) or len(entry[key]) != 4:
+            return f".{key}: expected 4 finite numbers, got {_shown(entry, key)}"
+    if not _are_numbers([entry.get("area", 0)], most=FARTHEST**2):
+        return f".area: expected a finite number, got {_shown(entry, 'area')}"
+    shape = entry.get("segmentation")
+    if isinstance(shape, dict):
+        sides: Any = shape.get("size")
+        if not _are_numbers(sides) or len(sides) != 2 or not 0 <= math.prod(sides) <= MOST_PIXELS:
+            return f".segmentation.size: expected [height, width], got {_shown(shape, 'size')}"
+        if not isinstance(shape.get("counts", []), (str, list)):
+            return f".segmentation.counts: expected a text or a list, got {_shown(shape, 'counts')}"
+    for key in ("segmentation", "rings"):
+        parts = entry.get(key, [])
+        if isinstance(parts, dict) and key == "segmentation":
+            continue
+        if not isinstance(parts, list):
+            return f".{key}: expected polygons, got {_shown(entry, key)}"
+        for part in parts:
+            if not _are_numbers(part):
+                return f".{key}: expected lists of finite numbers, got {part!r:.60}"
+    return ""
+
+
+def _are_numbers(values: Any, most: int = FARTHEST) -> bool:
+    if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
+        return False
+    return not values or (-most <= min(values) and max(values) <= most)
+
+
+def _shown(entry: dict[str, Any], key: str) -> str:
+    return f"{entry[key]!r:.60}" if key in entry else "nothing"
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")

@@ -6,6 +6,7 @@ after a broken or stalled connection, and ends with an error when that doesn't h
 """
 
 import io
+import math
 import os
 import re
 import shlex
@@ -25,11 +26,14 @@ from casc.data.connections import (
     run_command,
 )
 from casc.data.loader_config import RemoteConfig
-from casc.data.status import OPENING, READING, RETRYING, Status
+from casc.data.status import OPENING, READING, RETRYING, Status, warn_on_stderr
 from casc.errors import TransientError, UserError
+from casc.json_files import MOST_BYTES
+from casc.printing import REDACTED
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _LONGEST_WAIT = 60.0
+_PROGRESS = 10.0
 REPAIR = (
     "it is damaged, or not of this index: copy it again from where it was made, or make the"
     " shards again with `data_tools shard`"
@@ -46,7 +50,7 @@ def location(root: str | os.PathLike[str]) -> str:
     Paths hold URLs too; they make one slash of two after the scheme, which is undone here.
 
     Raises:
-        UserError: a command, given as a path, that has lost slashes so.
+        UserError: a command, given as a path, that has lost slashes so; or as `check_address`.
     """
     text = os.fspath(root)
     if text.startswith(PIPE):
@@ -61,7 +65,32 @@ def location(root: str | os.PathLike[str]) -> str:
         text = f"{scheme}//{rest.removeprefix('/')}"
         if scheme.lower() == "file:":
             text = url2pathname(urlsplit(text if rest.startswith("/") else f"file:///{rest}").path)
+        else:
+            check_address(text)
     return text
+
+
+def check_address(url: str) -> None:
+    """Refuse a URL with a password in it, and one whose signature is left out.
+
+    What stands in an address is kept wherever it goes: by the shell, by proxies, in messages.
+
+    Raises:
+        UserError: naming another way.
+    """
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    web = parts.scheme.lower() in ("http", "https")
+    if REDACTED in url:
+        raise UserError(f"{url}: its signature isn't stored with a run; give the whole URL again")
+    if at and (web or ":" in user):
+        mend = (
+            "leave it out, and name the machine, login and password in ~/.netrc"
+            if web
+            else "leave it out, and set the storage's own environment variables (such as"
+            " AWS_ACCESS_KEY_ID), or fsspec's configuration in ~/.config/fsspec"
+        )
+        raise UserError(f"{url}: has a user or password in it; {mend}")
 
 
 def is_local(place: str) -> bool:
@@ -103,19 +132,51 @@ def open_remote(
         UserError: it is a command, and those aren't allowed. Reading raises UserError when
             the file isn't there, has another size, or retries don't help.
     """
-    if place.startswith(PIPE) and not loading.allow_commands:
-        raise UserError(
-            f"{place}: this would run a command in a shell; if you trust it,"
-            " add --loading.allow-commands"
-        )
+    _check_allowed(place, loading)
     raw = Resuming(place, size, _connector(place, loading), loading, status or Status(), start)
     return io.BufferedReader(raw, 2**20)
 
 
 def read_remote(place: str, loading: RemoteConfig) -> bytes:
-    """All of a small file, such as the index. Raises as `open_remote` and its reading."""
-    with open_remote(place, None, loading) as stream:
-        return stream.read()
+    """All of a small file, such as the index; on stderr, what goes wrong and how far it is.
+
+    Raises:
+        UserError: as `open_remote` and its reading; or it is larger than `MOST_BYTES`, or takes
+            longer than `loading.deadline`.
+    """
+    status, data, said = _Loud(), bytearray(), time.monotonic()
+    raw = Resuming(place, None, _connector(place, loading), loading, status)
+    raw.until = time.monotonic() + loading.deadline
+    with raw:
+        _check_allowed(place, loading)
+        block = memoryview(bytearray(2**20))
+        while count := raw.readinto(block):
+            data += block[:count]
+            if len(data) > MOST_BYTES or (raw.size or 0) > MOST_BYTES:
+                raise UserError(
+                    f"{place}: is larger than {MOST_BYTES:,} bytes, which no such file of ours is;"
+                    " --data must name the folder that `data_tools shard` made"
+                )
+            if time.monotonic() - said >= _PROGRESS:
+                said = time.monotonic()
+                of = f" of {raw.size:,}" if raw.size else ""
+                status.note(f"{place}: still being read, {len(data):,} bytes{of} so far")
+    return bytes(data)
+
+
+def _check_allowed(place: str, loading: RemoteConfig) -> None:
+    if place.startswith(PIPE) and not loading.allow_commands:
+        raise UserError(
+            f"{place}: this would run a command in a shell; if you trust it,"
+            " add --loading.allow-commands"
+        )
+
+
+class _Loud(Status):
+    """Nobody asks for the notes of what is read before there are workers."""
+
+    def note(self, text: str) -> None:
+        warn_on_stderr(text)
 
 
 class Resuming(io.RawIOBase):
@@ -132,6 +193,8 @@ class Resuming(io.RawIOBase):
     ) -> None:
         self.place, self.size, self.loading, self.status = place, size, loading, status
         self.at = start
+        self.until = math.inf
+        """When, by `time.monotonic`, all of it has to have been read."""
         self._connect = connect
         self._connection: Connection | None = None
         self._failures = 0
@@ -148,6 +211,7 @@ class Resuming(io.RawIOBase):
                 wanted = min(wanted, self.size - self.at)
             if not wanted:
                 return 0
+            self._check_time(0.0)
             try:
                 data = self._open().read(wanted)
                 if not data and self.size is not None:
@@ -210,6 +274,7 @@ class Resuming(io.RawIOBase):
         spread = 1 + os.getpid() % 16 / 16
         wait = min(loading.backoff * 2**self._failures * spread, _LONGEST_WAIT)
         wait = max(wait, min(getattr(error, "retry_after", 0.0), _LONGEST_WAIT))
+        self._check_time(wait)
         self._failures += 1
         self.status.set(RETRYING, byte=self.at)
         self.status.note(
@@ -217,6 +282,13 @@ class Resuming(io.RawIOBase):
             f" retry {self._failures} of {loading.retries} in {wait:.1f} s"
         )
         time.sleep(wait)
+
+    def _check_time(self, ahead: float) -> None:
+        if time.monotonic() + ahead > self.until:
+            raise FetchError(
+                f"{self.place}: only {self.at:,} bytes came in --loading.deadline"
+                f" {self.loading.deadline:g} seconds; mend the server or the network, or raise it"
+            )
 
 
 def _reason(error: Exception) -> str:

@@ -27,6 +27,7 @@ import numpy as np
 from casc.data.decode import decode_image
 from casc.data.record import AnnotationRecord, parse_record
 from casc.errors import UserError
+from casc.json_files import open_plain
 
 GRID_LINES = 84
 """Scan lines by which a mask target of 28 cells is rasterised."""
@@ -209,7 +210,7 @@ def iter_tar(
     """
     name = name or ("shard" if hasattr(source, "read") else str(source))
     try:
-        opened = open(source, "rb") if isinstance(source, (str, os.PathLike)) else source  # noqa: SIM115, PTH123
+        opened = open_plain(source) if isinstance(source, (str, os.PathLike)) else source
     except OSError as error:
         raise UserError(f"{name}: can't be opened ({error.strerror})") from None
     stream = _TarStream(opened)
@@ -226,11 +227,76 @@ def iter_tar(
             opened.close()
 
 
+LARGEST_MEMBER = 2**30
+"""Bytes. A larger member of a shard is refused, as a larger image is when sharding."""
+_LONGEST_NAME = 2**12
+_MOST_ATTRIBUTES = 2**16
+
+
+class _Headers:
+    """Looks at the members' headers of a tar that passes by, before they are obeyed.
+
+    A small archive may ask for all memory: by a sparse file, whose holes are made zeros, or by
+    a name or attributes of any length.
+    """
+
+    def __init__(self) -> None:
+        self.part, self.wanted, self.skip = bytearray(), tarfile.BLOCKSIZE, 0
+        self.attributes = False
+
+    def see(self, data: bytes) -> None:
+        """Take the next bytes.
+
+        Raises:
+            tarfile.ReadError: something that no shard has.
+        """
+        at = 0
+        while at < len(data):
+            if self.skip:
+                step = min(self.skip, len(data) - at)
+                self.skip -= step
+                at += step
+                continue
+            new = data[at : at + self.wanted - len(self.part)]
+            self.part += new
+            at += len(new)
+            if len(self.part) == self.wanted:
+                block, self.part = bytes(self.part), bytearray()
+                self._look(block)
+
+    def _look(self, block: bytes) -> None:
+        if self.attributes:
+            self.attributes, self.wanted = False, tarfile.BLOCKSIZE
+            if b" GNU.sparse." in block or b" size=" in block:
+                raise tarfile.ReadError("a member is sparse, or gives its size twice")
+            return
+        try:
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.TarError:  # the end, or damage that is told by whoever reads it
+            self.skip = 2**62
+            return
+        blocks = -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        named = member.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        extended = member.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        if member.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError(f"{member.name[:60]!r} is a sparse file")
+        if member.size < 0 or (named and member.size > _LONGEST_NAME):
+            raise tarfile.ReadError(f"a member's name has {member.size:,} bytes")
+        if extended and member.size > _MOST_ATTRIBUTES:
+            raise tarfile.ReadError(f"a member's attributes have {member.size:,} bytes")
+        if member.size > LARGEST_MEMBER:
+            raise tarfile.ReadError(f"{member.name[:60]!r} has {member.size:,} bytes")
+        if extended and blocks:
+            self.attributes, self.wanted = True, blocks
+        elif member.isreg() or member.type not in tarfile.SUPPORTED_TYPES or named:
+            self.skip = blocks
+
+
 class _TarStream:
-    """What webdataset reads a tar from: counts the bytes, and refuses compressed archives."""
+    """What webdataset reads a tar from: counts the bytes, and refuses what could fill memory."""
 
     def __init__(self, source: Readable) -> None:
-        self.source, self.at = source, 0
+        self.source, self.at, self.headers = source, 0, _Headers()
         self.raised: tuple[Any, ...] = ()
         """Arguments of the error that reading raised."""
 
@@ -247,6 +313,7 @@ class _TarStream:
         if self.at == 0 and data[257:262] != b"ustar":
             raise tarfile.ReadError("it doesn't begin with a tar header")
         self.at += len(data)
+        self.headers.see(data)
         return data
 
 

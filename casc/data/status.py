@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from casc.printing import plain, say
+
 if TYPE_CHECKING:  # sharding's workers start in a moment, without torch
     from torch import Tensor
 
@@ -62,7 +64,7 @@ class Status:
 
 def warn_on_stderr(text: str) -> None:
     """What becomes of a worker's lines where nobody asked for them."""
-    print(f"warning: {text}", file=sys.stderr)
+    say(plain(f"warning: {text}"), sys.stderr)
 
 
 def shared_rows(workers: int) -> "Tensor":

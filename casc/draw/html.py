@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from casc.printing import plain, plain_json
+
 # Whatever slipped through escaping couldn't reach the network either.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def escape(value: object) -> str:
     """Text for HTML's content and its quoted attributes."""
-    return _escape(str(value), quote=True)
+    return _escape(plain(value, lines=True), quote=True)
 
 
 def document(
@@ -164,5 +166,5 @@ def _number(right: bool) -> str:
 
 def _json(data: Mapping[str, Any]) -> str:
     """JSON that can't end the script element that it stands in."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(plain_json(data), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

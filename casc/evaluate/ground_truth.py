@@ -33,9 +33,9 @@ def ground_truth_from_shards(
     if split not in index.splits:
         raise UserError(f"{folder}: no split {split!r}; there is {', '.join(index.splits)}")
     records = (
-        parse_record(record)
+        parse_record(record, f"{shard.name}: {key}")
         for shard in index.splits[split].shards
-        for _, _, record in read_shard(folder, shard, loading)
+        for key, _, record in read_shard(folder, shard, loading)
     )
     return ground_truth_from_samples(records, index.categories)
 

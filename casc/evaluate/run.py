@@ -1,10 +1,11 @@
 """A detector over a split of shards: what its detections are worth."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import takewhile
+from threading import Event
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from casc.data.evaluation_plan import plan_evaluation
 from casc.data.index import Category, Index, canvas, read_index
 from casc.data.loader_config import EvalLoaderConfig, RemoteConfig, check_loading
 from casc.data.reader import read_shard
+from casc.data.record import parse_record
 from casc.data.remote import location
 from casc.data.status import warn_on_stderr
 from casc.data.stream import evaluation_batches, to_device
@@ -162,6 +164,8 @@ def evaluate_split(
     watch: Callable[[int], object] = lambda images: None,
     opened: Callable[[BatchStream], object] = lambda stream: None,
     warn: Callable[[str], object] = warn_on_stderr,
+    point: Callable[[], object] = lambda: None,
+    meet: Callable[[], object] = lambda: None,
     processes: int | None = None,
     max_dets: int = MAX_DETS,
     results: str | os.PathLike[str] | None = None,
@@ -184,6 +188,8 @@ def evaluate_split(
         watch: is told how many images each batch had.
         opened: gets the stream of batches that are going to be read.
         warn: is told of downloads that had to be taken up again; by default stderr is.
+        point: is called at least every second while this waits, and may raise to end it.
+        meet: is called before ranks exchange anything, and may raise.
         processes: that paste and match beside this one; 0 does it in this one, and so does
             None for a split so small that starting them would take longer.
         max_dets: detections that count per image and class.
@@ -216,15 +222,21 @@ def evaluate_split(
     samples = index.splits[split].samples
     if processes is None:
         processes = 2 if samples >= 500 * ranks.world else 0
+    over = Event()
     with stream.explained(), ThreadPoolExecutor(1, thread_name_prefix="truth") as reader:
-        truth = reader.submit(_truth, root, index, split, batch, ranks, loading, warn)
-        tally = evaluate_images(
-            found_in(outputs()),
-            truth,
-            processes=processes,
-            max_dets=max_dets,
-            keep_results=errors or results is not None,
-        )
+        truth = reader.submit(_truth, root, index, split, batch, ranks, loading, warn, over)
+        try:
+            tally = evaluate_images(
+                found_in(outputs()),
+                truth,
+                processes=processes,
+                max_dets=max_dets,
+                keep_results=errors or results is not None,
+                point=point,
+            )
+        finally:
+            over.set()  # nobody waits for the rest
+    meet()
     tallies = gather(tally, ranks)
     if not ranks.main:
         return None
@@ -252,11 +264,13 @@ def _truth(
     ranks: Ranks,
     loading: RemoteConfig,
     warn: Callable[[str], object],
+    over: Event,
 ) -> Truth:
     """The ground truth of all shards in which this rank has images."""
     shards = index.splits[split].shards
     plan = plan_evaluation(index.splits[split], batch=batch, world=ranks.world, rank=ranks.rank)
     mine = sorted({segment.shard for step in plan for segment in step.segments})
     samples = (s for i in mine for s in read_shard(root, shards[i], loading, warn))
-    records = (json.loads(record) for _, _, record in samples)
+    samples = takewhile(lambda _: not over.is_set(), samples)
+    records = (parse_record(record, key) for key, _, record in samples)
     return by_image(ground_truth_from_samples(records, index.categories))

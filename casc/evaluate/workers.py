@@ -6,12 +6,12 @@ it in Python: a thread would hold up the one that feeds the device.
 
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +22,10 @@ from casc.evaluate.coco_results import ImageDetections, image_results
 from casc.evaluate.ground_truth import CocoDict, usable_objects
 from casc.evaluate.metrics import IOU_TYPES
 
+T = TypeVar("T")
+
+_POINTS = 0.5
+"""Seconds between two points at which waiting may be left."""
 _CHUNK = 16
 """Images of a task: enough that its overhead doesn't count."""
 _AHEAD = 4
@@ -58,6 +62,7 @@ def evaluate_images(
     iou_types: Sequence[IouType] = IOU_TYPES,
     max_dets: int = MAX_DETS,
     keep_results: bool = False,
+    point: Callable[[], object] = lambda: None,
 ) -> EvalShard:
     """Match what was found in a stream of images with what is there.
 
@@ -70,29 +75,33 @@ def evaluate_images(
         iou_types: what to measure.
         max_dets: detections that count per image and category.
         keep_results: give the detections too, in COCO's format.
+        point: is called every half a second while this waits, and may raise to end it.
 
     Raises:
         UserError: when a detection isn't finite, its label has no category, or an image
             occurs twice.
     """
+
+    def needed(chunk: Sequence[ImageDetections]) -> Truth:
+        return _part(_awaited(truth, point), [each.image_id for each in chunk])
+
     tasks = (
-        partial(
-            _tally,
-            chunk,
-            _part(truth.result(), [each.image_id for each in chunk]),
-            iou_types,
-            max_dets,
-            keep_results,
-        )
+        partial(_tally, chunk, needed(chunk), iou_types, max_dets, keep_results)
         for chunk in _chunks(found, _CHUNK)
     )
-    tallies = _in_processes(tasks, processes) if processes else [task() for task in tasks]
-    return join(
-        tallies or [_tally([], _part(truth.result(), []), iou_types, max_dets, keep_results)]
-    )
+    tallies = _in_processes(tasks, processes, point) if processes else [task() for task in tasks]
+    return join(tallies or [_tally([], needed([]), iou_types, max_dets, keep_results)])
 
 
-def _in_processes(tasks: Iterable[Callable[[], EvalShard]], processes: int) -> list[EvalShard]:
+def _awaited(future: Future[T], point: Callable[[], object]) -> T:
+    while not wait([future], _POINTS).done:
+        point()
+    return future.result()
+
+
+def _in_processes(
+    tasks: Iterable[Callable[[], EvalShard]], processes: int, point: Callable[[], object]
+) -> list[EvalShard]:
     tallies: list[EvalShard] = []
     waiting: deque[Future[EvalShard]] = deque()
     try:
@@ -101,8 +110,8 @@ def _in_processes(tasks: Iterable[Callable[[], EvalShard]], processes: int) -> l
                 waiting.append(pool.submit(task))
                 # Errors show as early as they can, and memory stays bounded.
                 while waiting and (waiting[0].done() or len(waiting) > _AHEAD * processes):
-                    tallies.append(waiting.popleft().result())
-            tallies += [future.result() for future in waiting]
+                    tallies.append(_awaited(waiting.popleft(), point))
+            tallies += [_awaited(future, point) for future in waiting]
     except BrokenExecutor:
         raise UserError(
             "a process that evaluates was killed, perhaps for want of memory; "

@@ -195,8 +195,8 @@ def _draw(
     for shard in index.splits[split].shards:
         if len(shown) == len(wanted):
             break
-        for _, image, data in read_shard(root, shard, loading):
-            record = parse_record(data)
+        for name, image, data in read_shard(root, shard, loading):
+            record = parse_record(data, f"{shard.name}: {name}")
             key = record["image_id"]
             if key not in wanted or key in shown:
                 continue

@@ -13,7 +13,7 @@ from casc.train.meter import Meter
 from casc.train.results import figures_of
 from casc.train.run import EVALUATIONS, Run
 from casc.train.saving import Saver
-from casc.train.stopping import Stopping
+from casc.train.stopping import SafePoints, Stopping
 from casc.train.watching import Activity
 
 
@@ -59,13 +59,15 @@ class Evaluator:
         Raises:
             StoppedError: on a signal.
         """
-        with self.stopping.between_steps(), self.meter.paused():
+        points = self.stopping.between_steps()
+        with self.meter.paused():
+            points.pass_by()
             began = time.perf_counter()
-            self.latest, self.done = self._detect(state.step), True
+            self.latest, self.done = self._detect(state.step, points), True
             if self.latest is not None:
                 self._record(self.latest, state.step, time.perf_counter() - began)
 
-    def _detect(self, step: int) -> Evaluation | None:
+    def _detect(self, step: int, points: SafePoints) -> Evaluation | None:
         run, recipe, activity = self.run, self.run.recipe, self.activity
         images = run.index.splits[recipe.val_split].samples
         run.log.say(f"evaluating on {recipe.val_split}, {images:,} images")
@@ -75,6 +77,7 @@ class Evaluator:
             def watch(count: int) -> None:
                 activity.set("evaluating", step)
                 shown(count)
+                points.pass_by()
 
             def opened(stream: BatchStream) -> None:
                 activity.detail = stream.stuck_report
@@ -90,6 +93,8 @@ class Evaluator:
                 watch=watch,
                 opened=opened,
                 warn=run.log.warn,
+                point=points.pass_by,
+                meet=points.meet,
             )
         activity.detail = training
         return evaluation

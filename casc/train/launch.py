@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from casc.arguments import reader_may_leave
 from casc.data.index import read_index
 from casc.device.devices import choose_device
 from casc.distributed import ranks_from_environment
 from casc.errors import TransientError, UserError
+from casc.printing import plain, say
 from casc.train.derived import describe
 from casc.train.loop import Summary, train
 from casc.train.recipe import Recipe, parse
@@ -54,7 +56,7 @@ def launch(
         index = read_index(recipe.data, recipe.loading)
         world = ranks_from_environment().world
         check(recipe, index, world)
-        print(describe(recipe, index, choose_device(recipe.device), world))
+        say(describe(recipe, index, choose_device(recipe.device), world))
     return None
 
 
@@ -64,9 +66,14 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except TransientError as error:
-        sys.exit(f"error: {error}; the same command goes on from the newest checkpoint")
+        _end(f"{error}; the same command goes on from the newest checkpoint")
     except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+        _end(str(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        say("interrupted; the same command goes on from the newest checkpoint", sys.stderr)
         sys.exit(130)
+
+
+def _end(text: str) -> NoReturn:
+    # What an error quotes may come from anywhere, also where it isn't ours.
+    sys.exit(plain(f"error: {text}"))

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from casc.errors import UserError
+from casc.printing import plain, redacted, say
 from casc.train.sinks import Sink, tensorboard
 
 LOG, LOGS = "log.jsonl", "logs"
@@ -64,7 +65,7 @@ class RunLog:
     def say(self, text: str, kind: str = "message", **values: Any) -> None:
         """Tell people, and record it."""
         if self.main:
-            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+            tqdm.write(plain(text, lines=True)) if self.bar is not None else say(text)
             self.record(kind, text=text, **values)
 
     def warn(self, text: str) -> None:
@@ -75,7 +76,7 @@ class RunLog:
     def error(self, text: str, kind: str = "error", *, shown: bool = True, **values: Any) -> None:
         """Tell people of what has gone wrong on this rank, whichever it is."""
         if shown:
-            print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True)
+            say(f"rank {self.rank}: {text}", sys.stderr)
         self.record(kind, text=text, **values)
         self.note(kind, text=text, **values)
 
@@ -97,7 +98,7 @@ class RunLog:
         if self.bar is not None:
             self.bar.set_postfix_str(short)
         else:
-            print(f"step {step}/{self.total}  {short}  eta {self._eta(step)}", flush=True)
+            say(f"step {step}/{self.total}  {short}  eta {self._eta(step)}")
 
     @contextmanager
     def progress(self, total: int, title: str) -> Iterator[Callable[[int], object]]:
@@ -186,7 +187,7 @@ class _Lines:
             self.file.write(line)
         except OSError as error:
             if not self.failed:
-                print(f"warning: {self.path}: {error}; training goes on", file=sys.stderr)
+                say(f"warning: {self.path}: {error}; training goes on", sys.stderr)
             self.failed = True
 
     def close(self) -> None:
@@ -201,4 +202,4 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return str(value) if isinstance(value, Path) else value
+    return redacted(str(value)) if isinstance(value, (Path, str)) else value

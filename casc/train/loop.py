@@ -8,6 +8,7 @@ from typing import NamedTuple, NoReturn
 from casc.checkpoints.state import State
 from casc.data.batch import Batch
 from casc.device.devices import peak_memory
+from casc.errors import UserError
 from casc.evaluate.metrics import Evaluation
 from casc.train.evaluation import Evaluator
 from casc.train.meter import Meter, watch_positives
@@ -85,6 +86,7 @@ def _loop(run: Run, state: State, activity: Activity, stopping: Stopping, saver:
                 activity.set("waiting for data", state.step)
                 bucket, batch, on_device = meter.waiting(stream)
                 activity.batch(bucket, batch.image_id)
+                _check_labels(batch, recipe.model.classes)
                 stopping.start_poll()
                 _announce_new(run, state.step, train_step, meter, bucket, batch)
 
@@ -119,6 +121,21 @@ def _loop(run: Run, state: State, activity: Activity, stopping: Stopping, saver:
     if run.ranks.main:
         conclude(run, state.step, speed, evaluator.latest)
     return Summary(recipe, state, speed, evaluator.latest)
+
+
+def _check_labels(batch: Batch, classes: int) -> None:
+    """Refuse labels that no class has: on a device they would be read out of bounds.
+
+    Raises:
+        UserError: naming the image.
+    """
+    wrong = (batch.labels < 0) | (batch.labels >= classes)
+    if bool(wrong.any()):
+        i, k = wrong.nonzero()[0].tolist()
+        raise UserError(
+            f"image {int(batch.image_id[i])}: label: {int(batch.labels[i, k])}, there are"
+            f" {classes} classes, from 0 on; run `data_tools check`"
+        )
 
 
 def _announce_new(

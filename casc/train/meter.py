@@ -117,8 +117,9 @@ class Meter:
             raise UserError(
                 f"step {self.first}: the loss or its gradient is not finite, and {worst} updates"
                 f" in a row were skipped for that; images of the step: {self._bad_images()}."
-                " The weights are as they were before. Lower --optim.lr, set"
-                " --optim.clip-norm, or look at the images with `data_tools show`;"
+                " These updates left the weights alone, but one before may have ruined them: go on"
+                " from an earlier checkpoint with --resume-from STEP --allow optim and a lower"
+                " --optim.lr or --optim.clip-norm, or look at the images with `data_tools show`;"
                 " --optim.max-skips sets how many are borne"
             )
         return skipped

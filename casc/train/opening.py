@@ -1,7 +1,7 @@
 """What is done before the first step: from a recipe to a run and the state that it begins with."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from casc.checkpoints.state import State
 from casc.data.index import read_index
@@ -18,6 +18,7 @@ from casc.train.profile import check_profile
 from casc.train.recipe import Recipe, resolved
 from casc.train.recipe_checks import check
 from casc.train.run import Run, open_log
+from casc.train.run_lock import run_lock
 from casc.train.sinks import Sink
 from casc.train.start import fresh_state, resumed_state
 
@@ -40,7 +41,10 @@ def open_run(recipe: Recipe, sinks: Sequence[Sink]) -> Iterator[tuple[Run, State
     if recipe.deterministic:
         make_deterministic(device)
     derived = facts(recipe, index, ranks.world)
-    with process_group(ranks, device) as device:
+    with (
+        process_group(ranks, device) as device,
+        run_lock(recipe.folder) if ranks.main else nullcontext() as lock,
+    ):
         compute, compute_notes = choose_compute(
             recipe.model,
             device,
@@ -58,7 +62,9 @@ def open_run(recipe: Recipe, sinks: Sequence[Sink]) -> Iterator[tuple[Run, State
         replay = choose_replay(recipe.replay, device, reads_back(recipe.model, compute))
         check_profile(recipe.profile, derived.steps - state.step)
         with open_log(recipe, derived, state, ranks, sinks) as log:
-            run = Run(recipe, index, derived, compute, device, ranks, log, past, replay.replay)
+            run = Run(
+                recipe, index, derived, compute, device, ranks, log, past, replay.replay, lock
+            )
             yield run, state, [*notes, *compute_notes, replay.note]
 
 

@@ -44,6 +44,12 @@ class Recipe:
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue the run in the output folder if there is one, else start. never: refuse
     to touch a folder that has a run. must: refuse to start anew."""
+    resume_from: int | None = None
+    """Go on from the checkpoint of this step instead of the newest. Later ones are moved to
+    checkpoints/set-aside-N, and the same command then goes on with what it saves itself."""
+    allow: tuple[Literal["optim"], ...] = ()
+    """What may differ from the run so far with --resume-from, though it changes what is learnt.
+    optim: all of --optim, after losses that weren't finite, for instance."""
 
     epochs: int = 12
     """Passes over the training split."""
@@ -141,7 +147,8 @@ class Recipe:
 # device, or compiling or not, may round differently.)
 RESUMABLE_CHANGES = frozenset(
     (
-        "name", "data", "out", "init", "resume", "max_steps", "val_split", "device", "compile",
+        "name", "data", "out", "init", "resume", "resume_from", "allow", "max_steps", "val_split",
+        "device", "compile",
         "compile_cache", "compile_backend", "replay", "deterministic", "model.roi_kernel",
         "model.rpn.nms_kernel", "model.inference.nms_kernel", "model.mask_head.capacity", "warm_up",
         "ddp_bucket_mb",

@@ -28,6 +28,7 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
         ("ddp-bucket-mb", recipe.ddp_bucket_mb, 1),
         ("max-steps", recipe.max_steps, 1),
         ("save-steps", recipe.save_steps, 1),
+        ("resume-from", recipe.resume_from, 1),
         ("log-every", recipe.log_every, 1),
         ("evaluate-every", recipe.evaluate_every, 0),
         ("save-every", recipe.save_every, 0),
@@ -44,6 +45,10 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
     ):
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
+    if recipe.allow and recipe.resume_from is None:
+        raise UserError(
+            f"--allow {' '.join(recipe.allow)}: goes with --resume-from STEP, where to go on from"
+        )
     check_loading(recipe.loading)
     _check_image(recipe.image)
     if not recipe.optim.lr > 0:

@@ -25,6 +25,7 @@ from casc.train.environment import environment
 from casc.train.log import LOGS, RunLog, run_log
 from casc.train.recipe import Recipe
 from casc.train.recipe_checks import advice
+from casc.train.run_lock import RunLock
 from casc.train.schedule import learning_rate
 from casc.train.sinks import Sink
 from casc.train.start import CHECKPOINTS, RECIPE
@@ -49,6 +50,8 @@ class Run:
     """How the epoch in which the run goes on began, where that was planned differently."""
     replay: bool = False
     """Whether steps are recorded and replayed."""
+    lock: RunLock | None = None
+    """On the folder; the main rank's."""
 
     @property
     def checkpoints(self) -> Path:

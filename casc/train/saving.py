@@ -60,10 +60,13 @@ class Saver:
         """Take a copy of the state and have it written.
 
         Raises:
-            UserError: the save before this one was needed and failed.
+            UserError: the save before this one was needed and failed, or another run has taken
+                the folder over.
         """
         if not self.active or self.saved == state.step:
             return
+        if self.run.lock is not None:
+            self.run.lock.check()
         began = time.perf_counter()
         if self.write:
             before = self.write.step

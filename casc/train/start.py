@@ -92,7 +92,7 @@ def resumed_state(
                 f"{found / checkpoint.STATE}: position: {name} isn't what casc writes there; choose"
                 " another --out"
             )
-    _check_recipe(recipe, found)
+    changed = _check_recipe(recipe, found)
     past, more = _past(recipe, index, derived, loaded.position)
     params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
     scaled = choose_dtype(recipe.dtype, device) == torch.float16
@@ -102,7 +102,11 @@ def resumed_state(
         moments=moments_of(recipe.optim), scaled=scaled, averaged=averaged,
     )  # fmt: skip
     state = checkpoint.restore(state, loaded, found)
-    notes += [f"continuing from {found} at step {state.step:,}", *more]
+    notes += [f"continuing from {found} at step {state.step:,}", *more, *changed]
+    if recipe.resume_from == state.step and ranks.main:
+        aside = checkpoint.set_aside(recipe.folder / CHECKPOINTS, state.step)
+        if aside is not None:
+            notes.append(f"--resume-from {state.step}: later checkpoints are in {aside}")
     return state, past, notes
 
 
@@ -161,6 +165,17 @@ def _find(recipe: Recipe) -> tuple[Path | None, list[str]]:
         )
     notes: list[str] = []
     found = checkpoint.newest(folder / CHECKPOINTS, lambda text: notes.append(f"warning: {text}"))
+    if recipe.resume_from is not None and not _is_continued(recipe, found):
+        found = checkpoint.path_of(folder / CHECKPOINTS, recipe.resume_from)
+        if not found.is_dir():
+            there = checkpoint.list_checkpoints(folder / CHECKPOINTS)
+            steps = ", ".join(path.name.rpartition("-")[2].lstrip("0") for path in there)
+            raise UserError(
+                f"--resume-from {recipe.resume_from}: {folder / CHECKPOINTS} has no checkpoint of"
+                f" that step; it has {steps or 'none'}"
+            )
+        checkpoint.verify(found)
+        return found, notes
     if found is None and notes:
         raise UserError(
             f"{folder}: no checkpoint is whole, so the run can't go on ({notes[0]});"
@@ -171,20 +186,45 @@ def _find(recipe: Recipe) -> tuple[Path | None, list[str]]:
     return found, notes
 
 
-def _check_recipe(recipe: Recipe, found: Path) -> None:
-    """Refuse to continue with settings that change what is learnt."""
+def _is_continued(recipe: Recipe, newest: Path | None) -> bool:
+    """Whether the newest checkpoint is of this very command, started once more."""
+    if newest is None:
+        return False
+    before, now = checkpoint.recipe_of(newest), to_json(recipe)
+    return isinstance(before, dict) and all(
+        before.get(name) == now[name] for name in ("resume_from", "allow", "optim")
+    )
+
+
+def _check_recipe(recipe: Recipe, found: Path) -> list[str]:
+    """Refuse to continue with settings that change what is learnt, unless they are allowed to.
+
+    Returns:
+        What there is to say of those that are.
+    """
     before = from_json(Recipe, checkpoint.recipe_of(found), str(found))
     # That batch and accumulate make the same step is seen to by `_past`.
     free = RESUMABLE_CHANGES | {"batch", "accumulate"}
     if recipe.schedule.kind == "step":
         free |= {"epochs"}
+    notes: list[str] = []
     for name, (old, new) in differences(to_json(before), to_json(recipe)).items():
         if name not in free and not name.startswith("loading."):
-            flag = name.replace("_", "-")
+            flag, part = name.replace("_", "-"), name.partition(".")[0]
+            if recipe.resume_from is not None and part in recipe.allow:
+                notes.append(f"--allow {part}: --{flag} was {old}, from here on it is {new}")
+                continue
+            if part == "optim":
+                raise UserError(
+                    f"--{flag}: the run in {recipe.folder} has {old}, now it is {new}; leave it as"
+                    " it was, go on from one of its checkpoints with --resume-from STEP --allow"
+                    " optim, or choose another --out for a new run"
+                )
             raise UserError(
                 f"--{flag}: the run in {recipe.folder} has {old}, now it is {new}; leave it as it"
                 " was to continue that run, or choose another --out for a new one"
             )
+    return notes
 
 
 def _phase(recipe: Recipe, derived: Facts, stop: int) -> Phase:

@@ -4,6 +4,7 @@ SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask for it. One that comes again, later tha
 repeat what the scheduler has sent to everyone, ends the process at once.
 """
 
+import math
 import os
 import signal
 import threading
@@ -17,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 from casc.device.signals import ENDS
-from casc.distributed import Ranks
+from casc.distributed import Ranks, meeting_point
 
+LOOK = 0.5
+"""Seconds between looks at whether another rank was asked to end."""
 REPEAT = 2.0
 """Seconds within which another signal is taken for the same request."""
 
@@ -43,6 +46,7 @@ class Stopping:
         self.number = 0
         self.asked_at = 0.0
         self.at_once = False
+        self.parts = 0
         self.before: dict[signal.Signals, Any] = {}
         # Between the hosts: devices have no say in it.
         self.group: Any = None
@@ -79,8 +83,8 @@ class Stopping:
         return int(self.flag)
 
     @contextmanager
-    def between_steps(self) -> Iterator[None]:
-        """What takes minutes and can be done again: a signal ends it where it is.
+    def compiling(self) -> Iterator[None]:
+        """What runs for minutes without a safe point and leaves nothing: a signal ends it there.
 
         Raises:
             StoppedError: on a signal.
@@ -92,6 +96,11 @@ class Stopping:
             yield
         finally:
             self.at_once = False
+
+    def between_steps(self) -> "SafePoints":
+        """For what takes minutes and can be done again; all ranks call this alike."""
+        self.parts += 1
+        return SafePoints(self, self.parts)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
@@ -105,3 +114,50 @@ class Stopping:
             os.write(2, f"{name}: leaving after the step; again to leave at once\n".encode())
         if self.at_once:
             raise StoppedError(number)
+
+
+class SafePoints:
+    """Points at which work between steps may be left; a signal to one rank ends it on all.
+
+    Ranks are at different points at one time, so they leave word for each other in the store
+    that they met at, and meet once more before they exchange anything.
+    """
+
+    def __init__(self, stopping: Stopping, part: int):
+        self.stopping, self.key, self.looked = stopping, f"casc stop {part}", -math.inf
+
+    def pass_by(self) -> None:
+        """A point where the work may be left: call it every second or so.
+
+        Raises:
+            StoppedError: some rank was asked to end.
+        """
+        number = self.stopping.number
+        if self.stopping.group is None:
+            if number:
+                raise StoppedError(number)
+            return
+        if not number and time.monotonic() - self.looked < LOOK:
+            return
+        self.looked, store = time.monotonic(), meeting_point()
+        if number:
+            store.set(self.key, str(number))
+        if store.check([self.key]):
+            raise StoppedError(int(store.get(self.key)))
+
+    def meet(self) -> None:
+        """Wait for all ranks to have come this far: from here on nobody leaves.
+
+        Raises:
+            StoppedError: some rank was asked to end before it was here.
+        """
+        self.looked = -math.inf
+        self.pass_by()
+        if self.stopping.group is None:
+            return
+        store, done = meeting_point(), f"{self.key}: done"
+        store.add(done, 1)
+        while store.add(done, 0) < self.stopping.ranks.world:
+            if store.check([self.key]):
+                raise StoppedError(int(store.get(self.key)))
+            time.sleep(LOOK / 5)

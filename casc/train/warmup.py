@@ -41,7 +41,7 @@ def compiled_ahead(
         # Workers read ahead meanwhile, and data that can't be read says so before.
         activity.set("waiting for data")
         stream = chain([next(batches)], batches)
-        with stopping.between_steps():
+        with stopping.compiling():
             warm_up(run, state, step, activity)
     return ahead(stream, run.device, copy_stream=traits(run.device).copy_stream)
 

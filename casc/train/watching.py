@@ -15,13 +15,11 @@ from torch import Tensor
 
 import casc
 from casc.config import to_json
+from casc.distributed import is_lost
 from casc.errors import UserError
+from casc.printing import plain
 from casc.train.log import LOGS, RunLog
 from casc.train.run import Run
-
-# How torch.distributed's backends word that another process is no longer there.
-_LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting",
-         "connection refused", "timeout(ms)", "watchdog", "remote process exited")  # fmt: skip
 
 
 class Activity:
@@ -61,7 +59,7 @@ def watching(run: Run, step: int) -> Iterator[Activity]:
         with watchdog(activity, run.log, run.recipe.watchdog_minutes * 60, run.recipe.folder):
             yield activity
     except Exception as error:
-        lost = run.ranks.world > 1 and _is_lost(error)
+        lost = run.ranks.world > 1 and is_lost(error)
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         report = _write_report(run, activity, error)
         where = f"; see {report}" if report else ""
@@ -141,12 +139,7 @@ versions  casc {casc.__version__}, torch {torch.__version__}, Python {platform.p
 recipe    {json.dumps(to_json(run.recipe), indent=1)}
 """
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(plain(text, lines=True), encoding="utf-8")
     except OSError:
         return None
     return path
-
-
-def _is_lost(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _LOST)

@@ -19,6 +19,7 @@ from casc.data.decode import (
     rgb,
     stored_size,
 )
+from casc.errors import UserError
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -188,9 +189,21 @@ def test_image_bombs_are_refused_before_they_are_decoded(monkeypatch: pytest.Mon
         open_image(png(60_000, 60_000, 8, 0, rows))
     with pytest.raises(ImageError, match="too large"):
         open_image(png(12_000, 12_000, 8, 0, rows))
-    monkeypatch.setattr(decode, "MAX_PIXELS", 599)
+    monkeypatch.setattr(decode, "max_pixels", lambda: 599)
     with pytest.raises(ImageError, match="30 x 20"):
         decode_image(encode(Image.fromarray(COLOUR)))
+
+
+def test_the_limit_is_a_setting(monkeypatch: pytest.MonkeyPatch):
+    large = png(9_000, 8_000, 8, 0, b"\0")
+    with pytest.raises(ImageError, match=r"9000 x 8000, more .* CASC_MAX_MEGAPIXELS"):
+        open_image(large)
+    monkeypatch.setenv("CASC_MAX_MEGAPIXELS", "80")
+    assert open_image(large).size == (9_000, 8_000)
+    for wrong in ("0", "-1", "x", "1.5", "171", "9" * 5000, ""):
+        monkeypatch.setenv("CASC_MAX_MEGAPIXELS", wrong)
+        with pytest.raises(UserError, match="expected a whole number from 1 to 170"):
+            open_image(large)
 
 
 def test_numbers_without_a_range_are_refused():

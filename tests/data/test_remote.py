@@ -368,3 +368,43 @@ def test_a_status_in_words():
     assert status.row[1] == 0
     status.set(RETRYING, shard=1, byte=5)
     assert status.row[:3].tolist() == [1, RETRYING, 5]
+
+
+def test_an_index_that_trickles_or_never_ends(server, monkeypatch):
+    server.behave = lambda request: Answer(drop_after=10)  # 10 bytes a connection, 300,000 in all
+    quick = TrainLoaderConfig(timeout=5, backoff=0.0, retries=3, deadline=0.5)
+    with pytest.raises(UserError, match=r"only [\d,]+ bytes came in --loading.deadline 0.5 sec"):
+        read_remote(f"{server.url}/file", quick)
+    server.behave = lambda request: Answer()
+    monkeypatch.setattr("casc.data.remote.MOST_BYTES", 100_000)
+    with pytest.raises(UserError, match="is larger than 100,000 bytes"):
+        read_remote(f"{server.url}/file", QUICK)
+
+
+def test_retries_of_the_index_are_told(server, capsys):
+    server.behave = lambda request: Answer(status=503 if request.number == 1 else None)
+    assert read_remote(f"{server.url}/file", QUICK) == CONTENT
+    assert "warning: http" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1/x", "file:///etc/passwd", "data:,x"])
+def test_redirects_lead_to_http_only(server, target):
+    server.behave = lambda request: Answer(status=302, headers={"Location": target})
+    scheme = target.partition(":")[0]
+    with pytest.raises(UserError, match=rf"/file: the server redirects from http to {scheme}"):
+        read_remote(f"{server.url}/file", QUICK)
+    assert len(server.requests) == 1
+
+
+def test_passwords_come_from_netrc_and_stay_with_their_host(server, tmp_path, monkeypatch):
+    """A redirect to another name of the machine is another host."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password pw\ndefault login all password all\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    elsewhere = server.url.replace("127.0.0.1", "localhost") + "/file"
+    server.behave = lambda request: (
+        Answer(status=302, headers={"Location": elsewhere}) if request.number == 1 else Answer()
+    )
+    assert read_remote(f"{server.url}/file", QUICK) == CONTENT
+    assert [request.login for request in server.requests] == ["Basic bWU6cHc=", None]

@@ -187,8 +187,8 @@ def coco_index(samples=117_266) -> Index:
         Bucket("wide", 1.0, None, 640, 640, 93, 500, samples - samples // 4),
     )
     shards = (
-        Shard("a.tar", 0, True, samples // 4, 1, ""),
-        Shard("b.tar", 1, True, samples - samples // 4, 1, ""),
+        Shard("a.tar", 0, True, samples // 4, 1, "0" * 64),
+        Shard("b.tar", 1, True, samples - samples // 4, 1, "0" * 64),
     )
     split = Split(samples, samples, buckets, shards)
     categories = tuple(Category(i + 1, f"c{i}") for i in range(80))

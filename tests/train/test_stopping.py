@@ -15,7 +15,7 @@ from casc.train import stopping
 from casc.train.launch import errors_in_one_line
 from casc.train.loop import train
 from casc.train.meter import Meter
-from casc.train.stopping import StoppedError, Stopping
+from casc.train.stopping import SafePoints, StoppedError, Stopping
 
 ENDS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 
@@ -23,7 +23,7 @@ ENDS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 @pytest.fixture
 def signalled(monkeypatch):
     """Sends this process a signal in the middle of a step."""
-    add = Meter.add
+    add = Meter.add_images
 
     def at(step, number):
         def watch(meter, now, *rest):
@@ -31,7 +31,7 @@ def signalled(monkeypatch):
                 os.kill(os.getpid(), number)
             add(meter, now, *rest)
 
-        monkeypatch.setattr(Meter, "add", watch)
+        monkeypatch.setattr(Meter, "add_images", watch)
 
     return at
 
@@ -157,13 +157,13 @@ def test_other_processes_go_on_in_the_middle_of_an_epoch(tiny_recipe, tmp_path, 
     loading = replace(recipe.loading, workers=2, window=3)
     train(replace(recipe, max_steps=3, loading=loading))
     seen = []
-    add = Meter.add
+    add = Meter.add_images
 
     def watch(meter, step, image_id, *rest):
         seen.append((step, image_id.tolist()))
         add(meter, step, image_id, *rest)
 
-    monkeypatch.setattr(Meter, "add", watch)
+    monkeypatch.setattr(Meter, "add_images", watch)
     train(replace(recipe, batch=1, accumulate=2))
     monkeypatch.undo()
     assert [step for step, _ in seen] == [3, 4]
@@ -175,3 +175,46 @@ def test_other_processes_go_on_in_the_middle_of_an_epoch(tiny_recipe, tmp_path, 
     ]
     with pytest.raises(UserError, match=r"images_per_step 2, now it is 3; steps, epochs"):
         train(replace(recipe, batch=3))
+
+
+def test_a_signal_inside_an_evaluation_waits_for_a_safe_point(tiny_recipe, monkeypatch):
+    """Handlers only take note: what they interrupt may hold a lock, or swallow what they raise."""
+    recipe = replace(tiny_recipe, max_steps=6, evaluate_every=1)
+    pass_by, at = SafePoints.pass_by, []
+
+    def swallowing(self):
+        at.append(len(at))
+        if len(at) == 2:  # after the first batch
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+            except SystemExit:
+                pytest.fail("raised where the signal came")
+        pass_by(self)
+
+    monkeypatch.setattr(SafePoints, "pass_by", swallowing)
+    with pytest.raises(StoppedError) as stopped:
+        train(recipe)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert len(at) == 2
+    folder = recipe.folder / "checkpoints/step-00000005"
+    assert folder.is_dir()
+    assert not (folder / "metrics.json").exists()
+
+
+def test_a_signal_to_one_rank_ends_an_evaluation_on_all(tiny_recipe, write_shards, tmp_path):
+    write_shards(tiny_recipe.data, {"train": [(0, 6, True)], "val": [(0, 600, True)]})
+    recipe = replace(chaos.hurried(tiny_recipe, steps=2), evaluate_every=1, epochs=1, max_steps=2)
+    ranks = chaos.start(recipe, tmp_path / "output.txt")
+    log, until = recipe.folder / "log.jsonl", time.monotonic() + 60
+    while time.monotonic() < until:
+        if log.exists() and "evaluating on val" in log.read_text():
+            break
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    statuses = chaos.finish(ranks, 60)
+    output = (tmp_path / "output.txt").read_text()
+    assert statuses == [128 + signal.SIGTERM] * 2, output
+    assert "SIGTERM: saved at step 2" in output
+    assert not list((recipe.folder / "evaluations").iterdir())

@@ -66,14 +66,14 @@ def test_progress_keeps_the_watchdog_silent(tmp_path, seconds, clock):
 
 
 def test_a_crash_leaves_a_report(tiny_recipe, monkeypatch, capsys):
-    add = Meter.add
+    add = Meter.add_images
 
     def broken(meter, step, *rest):
         if step == 2:
             raise RuntimeError("CUDA error: device fell off the bus\nmore of it")
         add(meter, step, *rest)
 
-    monkeypatch.setattr(Meter, "add", broken)
+    monkeypatch.setattr(Meter, "add_images", broken)
     recipe = replace(tiny_recipe, save_steps=1)
     with pytest.raises(RuntimeError, match="fell off"):
         train(recipe)

@@ -15,6 +15,8 @@ class Request(NamedTuple):
     """First byte that was asked for."""
     number: int
     """How many requests there have been for this path, from 1."""
+    login: str | None = None
+    """What it says of who asks."""
 
 
 class Answer(NamedTuple):
@@ -37,6 +39,8 @@ class FaultyServer:
         self.behave: Callable[[Request], Answer] = lambda request: Answer()
         self.requests: list[Request] = []
         self.over = threading.Event()
+        self.reason: str | None = None
+        """What it says beside a status; by default what is usual."""
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -61,7 +65,7 @@ class FaultyServer:
         wanted = handler.headers.get("Range", "bytes=0-")
         start = int(wanted.removeprefix("bytes=").split("-")[0])
         before = sum(request.path == handler.path for request in self.requests)
-        request = Request(handler.path, start, before + 1)
+        request = Request(handler.path, start, before + 1, handler.headers.get("Authorization"))
         self.requests.append(request)
         answer = self.behave(request)
         file = self.folder / handler.path.partition("?")[0].lstrip("/")
@@ -72,7 +76,7 @@ class FaultyServer:
             if start and answer.ranges:
                 status, part = 206, f"bytes {start}-{len(body) - 1}/{len(body)}"
                 body = body[start:]
-        handler.send_response(status)
+        handler.send_response(status, self.reason)
         handler.send_header("Content-Length", str(len(body)))
         if part:
             handler.send_header("Content-Range", part)
