@@ -73,7 +73,9 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[torch.device]:
         yield device
         return
     if device.type != "cpu":
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        # Number 0 where `choose_device` left this rank its own device only.
+        alone = torch.accelerator.device_count() == 1
+        device = torch.device(device.type, 0 if alone else int(os.environ["LOCAL_RANK"]))
         torch.accelerator.set_device_index(device.index)
     backend = traits(device).backend
     # gloo connects all ranks here and now, the others when they first exchange something.

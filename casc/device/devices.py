@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -82,6 +83,9 @@ class Traits:
     """Why steps can't be replayed here as things are, in a few words; None if they can."""
     ready: Callable[[], None] = lambda: None
     """What to switch on once per process."""
+    visible: str = ""
+    """Variable that says which devices a program sees, where it is read at the first use of one,
+    not when torch is imported."""
     toolkits: tuple[str, ...] = ()
     """Variables that say where the device's software is."""
     environment: tuple[Setting, ...] = ()
@@ -117,7 +121,7 @@ def _ready_npu() -> None:
 
 
 class _CudaGraph:
-    """`torch.accelerator.Graph`, as far as it is used here, for a torch without it."""
+    """What `torch.accelerator.Graph` is for other devices; of CUDA's it says "not supported"."""
 
     def __init__(self, *, pool: tuple[int, int] | None = None):
         self.graph, self.given = torch.cuda.CUDAGraph(), pool
@@ -125,10 +129,16 @@ class _CudaGraph:
     def __enter__(self) -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        self.graph.capture_begin(pool=self.given)  # type: ignore[arg-type]
+        # What other threads do meanwhile, such as pinning batches, must not spoil it.
+        self.graph.capture_begin(
+            pool=self.given,  # type: ignore[arg-type]
+            capture_error_mode="thread_local",
+        )
 
-    def __exit__(self, *_: object) -> None:
-        self.graph.capture_end()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # An error inside says more than the one that the recording is spoilt.
+        with suppress(RuntimeError) if kind else nullcontext():
+            self.graph.capture_end()
 
     def replay(self) -> None:
         self.graph.replay()
@@ -139,8 +149,7 @@ class _CudaGraph:
 
 def graph_class(device: torch.device) -> Any:
     """What records a device's launches: `with GRAPH(pool=...)`, then `replay()`; None without."""
-    found = getattr(torch.accelerator, "Graph", None)
-    return _CudaGraph if found is None and device.type == "cuda" else found
+    return _CudaGraph if device.type == "cuda" else getattr(torch.accelerator, "Graph", None)
 
 
 TRAITS = {
@@ -176,6 +185,7 @@ TRAITS = {
         select_rois=True,
         bag_backward=True,
         ready=_ready_cuda,
+        visible="CUDA_VISIBLE_DEVICES",
         environment=(Setting("CUBLAS_WORKSPACE_CONFIG", ":4096:8", "for --deterministic", True),),
     ),
     "npu": Traits(
@@ -239,6 +249,7 @@ def choose_device(name: str = "auto") -> torch.device:
     Raises:
         UserError: unknown kind, or this machine has no such device.
     """
+    _see_own_device(name)
     accelerator = (
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     )
@@ -258,6 +269,25 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     traits(device).ready()
     return device
+
+
+def _see_own_device(name: str) -> None:
+    """Of several ranks on a machine each sees its own device only.
+
+    It is number 0 to all of them, so what one of them compiles the others can load, and none
+    leaves a context on another's device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+        return
+    rank = int(os.environ["LOCAL_RANK"])
+    for kind, row in TRAITS.items():
+        if not row.visible or name not in ("auto", kind):
+            continue
+        listed = os.environ.get(row.visible)
+        mine = [str(rank)] if listed is None else listed.split(",")[rank : rank + 1]
+        # A list of one was made for this rank, by this function or by a launcher.
+        if mine and (listed is None or "," in listed):
+            os.environ[row.visible] = mine[0]
 
 
 def traits(device: torch.device) -> Traits:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from casc.device.devices import traits
 from casc.ops.linear import linear as linear_product
 
 Params = dict[str, Tensor]
@@ -112,7 +113,9 @@ def gathers_gradients(x: Tensor) -> bool:
     made of parameters had better be made again for the backward pass. On an NPU functions of lists
     are as many launches as the lists are long.
     """
-    return torch.compiler.is_compiling() and torch.is_grad_enabled() and x.is_cuda
+    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        return False
+    return bool(traits(x.device).triton_kernels)
 
 
 def fold_together(

@@ -99,7 +99,10 @@ def bitmap_targets(bitmaps: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, ce
     return bitmap_coverage(bitmaps, boxes, image, gt, cells) >= 0.5
 
 
-@torch.library.custom_op("casc::bitmap_coverage", mutates_args=())
+# It reads how many there are, so no graph of a device's may hold it.
+@torch.library.custom_op(
+    "casc::bitmap_coverage", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def bitmap_coverage(
     bitmaps: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, cells: int
 ) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from casc.data.batch import Batch
 from casc.device.compile_cache import aot_cached
 from casc.device.compute import Compute
+from casc.device.devices import traits
 from casc.device.versions import compile_apart
 from casc.model import detector
 from casc.model.anchors import AnchorConfig, grid_anchors
@@ -26,6 +27,7 @@ from casc.model.preprocess import ImageConfig, prepare, random_view
 from casc.model.targets import Targets
 from casc.ops.probe import Probe, Recorder, recorded, unwatched
 from casc.ops.pyramid import Pyramid
+from casc.ops.roi_align import is_native
 
 LossStep = Callable[[Params, Params, Batch], LossSums]
 """See `make_loss_step`."""
@@ -222,11 +224,28 @@ def _with_anchors(step: Callable, config: DetectorConfig, canvas: tuple[int, int
     return call
 
 
-def reads_back(config: DetectorConfig, compute: Compute) -> str | None:
-    """What of a training step the host must wait for, in a few words; None if nothing."""
+def reads_back(
+    config: DetectorConfig, compute: Compute, device: torch.device, *, training: bool = True
+) -> str | None:
+    """What of a step the host must wait for, in a few words; None if nothing.
+
+    Args:
+        config: the detector.
+        compute: of the step.
+        device: where it runs.
+        training: the training step's losses; else detection.
+    """
     config = resolve_auto(config, compute)
-    if config.mask_head.capacity == "counted":
+    if training and config.mask_head.capacity == "counted":
         return "mask heads run on a counted number of RoIs; --model.mask-head.capacity full doesn't"
+    suppression = config.rpn.nms_kernel, config.inference.nms_kernel
+    if "greedy" in (suppression[:1] if training else suppression):
+        return "suppression by the greedy kernel reads how many boxes survive"
+    if traits(device).select_rois:
+        if is_native(config.roi_align, config.roi_kernel):
+            return f"{traits(device).roi_align}'s RoIAlign reads how many RoIs a level has"
+        if training and config.mask_head.target == "bitmap":
+            return "mask targets from bitmaps read which objects are asked for"
     return None
 
 

@@ -85,7 +85,8 @@ def _triton_nms() -> Callable[..., tuple[Tensor, Tensor]]:
     return triton_nms
 
 
-@torch.library.custom_op("casc::nms", mutates_args=())
+# It reads how many there are, so no graph of a device's may hold it.
+@torch.library.custom_op("casc::nms", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def nms(
     boxes: Tensor, scores: Tensor, group: Tensor, valid: Tensor, iou: float, count: int
 ) -> tuple[Tensor, Tensor]:

@@ -207,7 +207,10 @@ def _axis_taps(first: Tensor, step: Tensor, size: Tensor, cells: int) -> tuple[T
 
 
 # The RoIs of one level are as many as the data has it: that stays inside the operator.
-@torch.library.custom_op("casc::roi_align_adaptive", mutates_args=())
+# It reads how many there are, so no graph of a device's may hold it.
+@torch.library.custom_op(
+    "casc::roi_align_adaptive", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def _native(
     levels: list[Tensor],
     rois: Tensor,
@@ -252,7 +255,10 @@ def _(levels, rois, level, scales, cells, grid=0):
     return levels[0].new_empty((rois.shape[0], levels[0].shape[1], cells, cells))
 
 
-@torch.library.custom_op("casc::roi_align_adaptive_backward", mutates_args=())
+# It reads how many there are, so no graph of a device's may hold it.
+@torch.library.custom_op(
+    "casc::roi_align_adaptive_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def _native_backward(
     grad: Tensor,
     rois: Tensor,

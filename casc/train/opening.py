@@ -59,7 +59,7 @@ def open_run(recipe: Recipe, sinks: Sequence[Sink]) -> Iterator[tuple[Run, State
         if state is None:
             state, more = fresh_state(recipe, index, device, compute.memory_format)
             notes += more
-        replay = choose_replay(recipe.replay, device, reads_back(recipe.model, compute))
+        replay = choose_replay(recipe.replay, device, reads_back(recipe.model, compute, device))
         check_profile(recipe.profile, derived.steps - state.step)
         with open_log(recipe, derived, state, ranks, sinks) as log:
             run = Run(

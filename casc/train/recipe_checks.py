@@ -7,6 +7,7 @@ from casc.data.loader_config import check_loading
 from casc.device.devices import TRAITS
 from casc.errors import UserError
 from casc.model.preprocess import ImageConfig
+from casc.train.optim import Optim
 from casc.train.recipe import IMAGENET, RANDOM, Recipe
 
 
@@ -53,6 +54,7 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
     _check_image(recipe.image)
     if not recipe.optim.lr > 0:
         raise UserError(f"--optim.lr {recipe.optim.lr}: must be more than 0")
+    _check_moments(recipe.optim)
     for part in ("backbone", "neck", "heads"):
         factor = getattr(recipe.optim, f"{part}_lr")
         if not 0 < factor < math.inf:
@@ -118,6 +120,18 @@ def advice(recipe: Recipe) -> list[str]:
     if recipe.schedule.kind == "step" and late:
         found.append(f"the learning rate's drops after epochs {late} come after the run's end")
     return found
+
+
+def _check_moments(optim: Optim) -> None:
+    if not 0 <= optim.momentum < 1:
+        raise UserError(f"--optim.momentum {optim.momentum}: must be from 0 to less than 1")
+    if not all(0 < beta < 1 for beta in optim.betas):
+        first, second = optim.betas
+        raise UserError(f"--optim.betas {first} {second}: each must be between 0 and 1")
+    if not 0 < optim.eps < math.inf:
+        raise UserError(f"--optim.eps {optim.eps}: must be more than 0")
+    if not 0 <= optim.weight_decay < math.inf:
+        raise UserError(f"--optim.weight-decay {optim.weight_decay}: must not be negative")
 
 
 def _check_image(image: ImageConfig) -> None:

@@ -16,7 +16,7 @@ from casc.data.index import Split
 from casc.data.plan import plan_epoch, steps_per_epoch
 from casc.data.stream import ahead, to_device
 from casc.data.workers import BatchStream
-from casc.device.devices import synchronize, traits
+from casc.device.devices import is_accelerator, synchronize, traits
 from casc.distributed import Ranks
 from casc.model.losses import mean_losses
 from casc.train.log import RunLog
@@ -114,10 +114,10 @@ def buckets_ahead(recipe: Recipe, split: Split, world: int, steps: range) -> lis
 def _one_rank_first(ranks: Ranks, device: torch.device, log: RunLog) -> Iterator[None]:
     """On each machine one rank compiles, then the others load what it has made.
 
-    Accelerators are left out: compiled code knows the number of its device, so no rank has
-    a use for another's, and all compile at once.
+    Compiled code knows the number of its device. Where ranks see all accelerators each has
+    another, so none has a use for another's code, and all compile at once.
     """
-    if ranks.world == 1 or device.index is not None:
+    if ranks.world == 1 or (is_accelerator(device) and torch.accelerator.device_count() > 1):
         yield
         return
     first = int(os.environ["LOCAL_RANK"]) == 0

@@ -1,5 +1,8 @@
 """What decides whether steps are replayed. That replayed ones are right is shown in tests/npu."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -76,14 +79,14 @@ def test_an_accelerator_does_unless_something_reads():
     assert choose_replay("auto", CUDA, None).replay
     assert choose_replay("on", CUDA, None).replay
     assert not choose_replay("off", CUDA, None).replay
-    reads = reads_back(DetectorConfig(), Compute(mask_capacity="counted"))
+    reads = reads_back(DetectorConfig(), Compute(mask_capacity="counted"), CUDA)
     assert reads is not None
     found = choose_replay("auto", CUDA, reads)
     assert not found.replay
     assert "--model.mask-head.capacity full" in found.note
     with pytest.raises(UserError, match="--replay on: mask heads run on a counted number"):
         choose_replay("on", CUDA, reads)
-    assert reads_back(DetectorConfig(), Compute(mask_capacity="full")) is None
+    assert reads_back(DetectorConfig(), Compute(mask_capacity="full"), CUDA) is None
 
 
 def test_the_queue_mode_that_forbids_it_is_named(monkeypatch):
@@ -100,6 +103,34 @@ def test_the_queue_mode_that_forbids_it_is_named(monkeypatch):
 def test_a_torch_without_graphs_says_so(monkeypatch):
     monkeypatch.setattr(replay, "graph_class", lambda device: None)
     assert "records no graphs of cuda" in choose_replay("auto", CUDA, None).note
+
+
+def test_gpus_have_a_class_of_their_own(monkeypatch):
+    """torch.accelerator.Graph of torch 2.14 says "Graph is not supported on device type: cuda"."""
+    if hasattr(torch.accelerator, "Graph"):
+        assert graph_class(CUDA) is not torch.accelerator.Graph
+        other: Any = SimpleNamespace(type="npu")
+        assert graph_class(other) is torch.accelerator.Graph
+    begun, ended = [], []
+
+    class Recorder:
+        def capture_begin(self, **how):
+            begun.append(how)
+
+        def capture_end(self):
+            ended.append(True)
+            raise RuntimeError("the recording is spoilt")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    with pytest.raises(RuntimeError, match="it reads"), graph_class(CUDA)(pool=(0, 1)):
+        raise RuntimeError("it reads")
+    with pytest.raises(RuntimeError, match="spoilt"), graph_class(CUDA)():
+        pass
+    # Loaders pin batches meanwhile, in threads that a global recording would fail in.
+    assert begun[0] == {"pool": (0, 1), "capture_error_mode": "thread_local"}
+    assert len(ended) == 2
 
 
 def test_an_older_torch_has_cudas_own(monkeypatch):
