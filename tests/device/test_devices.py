@@ -2,6 +2,8 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from casc.errors import UserError
 from casc.model import steps
 from casc.model.detector import DetectorConfig, reference_settings
 
-CUDA, NPU = torch.device("cuda"), torch.device("npu")
+CUDA: Any = torch.device("cuda")
+# torch knows the name only where the package of these devices is.
+NPU: Any = SimpleNamespace(type="npu")
 FULL = Compute(mask_capacity="full")
 
 
