@@ -20,7 +20,7 @@ from casc.device.compute import Compute
 from casc.device.devices import is_accelerator
 from casc.device.versions import compile_apart
 from casc.model.layers import Params
-from casc.train.flat import as_vector, buffer_of, spans
+from casc.train.flat import ROW, as_vector, buffer_of, spans
 from casc.train.guard import SCALE, UPDATES, follow
 
 
@@ -178,6 +178,12 @@ class Optimizer:
         torch.cat(parts, out=self.gradient)
         return [self.gradient]
 
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The gradients' total norm, a scalar."""
+        (gradient,) = gradients
+        rows = torch.linalg.vector_norm(gradient.view(-1, ROW), dim=1)
+        return torch.linalg.vector_norm(rows)
+
     @torch.no_grad()
     def step(
         self, rate: Tensor, loss_scale: Tensor | None, clip: Tensor | None, finite: Tensor,
@@ -235,6 +241,10 @@ class FusedOptimizer(Optimizer):
         """The parameters' gradients."""
         return [param.grad for param in self.trained.values() if param.grad is not None]
 
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """As `Optimizer.norm`."""
+        return torch.nn.utils.get_total_norm(gradients)
+
     @torch.no_grad()
     def step(
         self, rate: Tensor, loss_scale: Tensor | None, clip: Tensor | None, finite: Tensor,
@@ -290,7 +300,7 @@ def update(
     """
     if gradients is None:
         gradients = optimizer.gradients()
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = optimizer.norm(gradients)
     loss_scale, limit = guard.get(SCALE), optimizer.config.clip_norm
     if loss_scale is not None:
         norm = norm / loss_scale

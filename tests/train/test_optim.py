@@ -250,6 +250,15 @@ def test_nothing_is_read_back(kind, monkeypatch):
     update(optimizer, torch.empty((), device="meta"), state.guard, torch.empty((), device="meta"))
 
 
+def test_the_norm_of_a_large_buffer_is_exact(monkeypatch):
+    values = {"a": torch.full((3_000_017,), 0.1)}
+    params, momentum = flatten(values), flatten({k: torch.zeros_like(v) for k, v in values.items()})
+    params["a"].requires_grad_().grad = values["a"].clone()
+    state = State(0, params, {}, momentum, new_guard(torch.device("cpu"), scaled=False))
+    norm = update(optimizer_of(state, True, monkeypatch), rate_of(0.0), state.guard)
+    assert norm.item() == pytest.approx(values["a"].double().norm().item(), rel=1e-6)
+
+
 def test_alike_neighbours_are_one_stretch(monkeypatch):
     state = make_state()
     whole = optimizer_of(state, True, monkeypatch)
