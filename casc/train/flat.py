@@ -7,9 +7,6 @@ from torch import Tensor
 
 from casc.model.layers import Params
 
-ROW = 4096
-"""Buffers are rows of so many numbers: what is summed over one is summed by rows first, in
-float32 without much rounding."""
 _ALIGNMENT = 16
 """In numbers: kernels load 64 bytes at a time, and a view must begin where they may."""
 
@@ -40,7 +37,7 @@ def flatten(tensors: Params) -> Params:
         starts[name] = size
         size += -(-tensors[name].numel() // _ALIGNMENT) * _ALIGNMENT
     example = next(iter(tensors.values()))
-    buffer = torch.zeros(-(-size // ROW) * ROW, dtype=example.dtype, device=example.device)
+    buffer = torch.zeros(size, dtype=example.dtype, device=example.device)
     views = {
         name: buffer.as_strided(value.shape, value.stride(), starts[name])
         for name, value in tensors.items()
