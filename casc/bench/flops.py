@@ -69,7 +69,7 @@ def own_step(config: DetectorConfig, load: Load, positives: Sequence[int]) -> in
         found, pyramid, rois = detector.box_branch(params, config, features, inputs, noise)
         for i, positive in enumerate(positives[: len(rois)]):
             slots = rois[i].valid.shape[0]
-            if config.mask_head.capacity == "counted":
+            if config.mask_head.capacity != "full":
                 slots = mask_capacity(positive, slots, COMPUTE.dynamic_rois)
             packed = MaskRois(*(t[:slots] for t in rois[i]))
             (loss,) = detector.mask_branch(params, config, (i,), pyramid, [packed], inputs.targets)

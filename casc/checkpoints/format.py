@@ -166,7 +166,8 @@ def restore(state: State, loaded: Loaded, source: Path) -> State:
         UserError: a tensor is missing, left over or of another shape.
     """
     guard = loaded.guard
-    if "updates" not in guard and "skipped" in guard:  # earlier versions counted only these
+    # Earlier versions counted only what they skipped.
+    if "updates" in state.guard and "updates" not in guard and "skipped" in guard:
         guard = {**guard, "updates": loaded.position["step"] - guard["skipped"]}
     for target, found in (
         ({**state.params, **state.buffers}, loaded.weights),

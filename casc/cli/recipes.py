@@ -1,8 +1,8 @@
 """`casc recipes` and `casc train NAME`: the recipes by name, and a run of one."""
 
 import ast
+import importlib
 import importlib.util
-import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,9 +65,12 @@ def descriptions() -> dict[str, str]:
 
 
 def train(name: str, arguments: Sequence[str]) -> None:
-    """Run a recipe's file as a program with these arguments."""
+    """Run a recipe with these arguments, as `python -m casc.recipes.NAME` does."""
     known = list(descriptions())
     if name not in known:
         refuse("casc train", f"no recipe {name!r}; there is {', '.join(known)}")
     sys.argv = [f"casc train {name}", *arguments]
-    runpy.run_module(f"{_PACKAGE}.{name}", run_name="__main__", alter_sys=False)
+    from casc.train.launch import launch
+
+    module = importlib.import_module(f"{_PACKAGE}.{name}")
+    launch(getattr(module, name)(), module.__doc__)

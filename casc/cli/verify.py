@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -16,9 +17,9 @@ class VerifyCommand:
     Examples: `casc verify tests/goldens`; `casc verify tests/goldens --device cuda`.
     """
 
-    goldens: tyro.conf.Positional[Path]
+    goldens: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="GOLDENS")]]
     """Folder of golden files, such as the project's tests/goldens."""
-    device: str = "auto"
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """auto: the accelerator if there is one, else the CPU. Or cpu, cuda, npu, ..."""
     compile: bool = False
     """Check the compiled functions."""
