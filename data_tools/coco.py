@@ -106,6 +106,8 @@ def read_annotations(path: Path, *, skip_invalid: bool = False) -> Annotations:
     lists = JsonLists(path, _KEYS)
     try:
         return _gather(lists, lists, str(path), skip_invalid)
+    except UserError:  # which is a ValueError too
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: not found") from None
     except OSError as error:

@@ -255,7 +255,8 @@ def check_refusal(message: str, file: Path) -> None:
     """A refusal is one line, and names the file and, below the top level, the field."""
     assert "\n" not in message
     assert message.isprintable()
-    assert len(message) < 600
+    assert len(message) < 1200  # ten faults at most
+    assert message.count(str(file)) <= 1
     assert message.startswith((str(file), str(file.parent.parent)))
     reason = message.removeprefix(f"{file}: ")
     if reason == message:
@@ -286,13 +287,14 @@ def check_account(index: Index, out: Path, listed: dict[str, Any]) -> bool:
     assert max(images.values()) == 1
     assert max(annotations.values(), default=1) == 1
 
-    left_out = sum(counts.get(k, 0) for k in ("missing_file", "unreadable", "duplicate_image"))
+    lost = ("missing_file", "unreadable", "size_mismatch")
+    left_out = sum(counts.get(kind, 0) for kind in (*lost, "duplicate_image"))
     assert len(listed["images"]) == sum(images.values()) + left_out
     for image in listed["images"]:
-        gone = found.get("missing_file", []) + found.get("unreadable", [])
+        gone = [key for kind in lost for key in found.get(kind, [])]
         assert (image["id"] in images) != (image["id"] in gone)
 
-    kinds = ("image_left_out", "unknown_image", "duplicate_annotation")
+    kinds = ("image_left_out", "unknown_image", "duplicate_annotation", "other_shape")
     left_out = sum(counts.get(kind, 0) for kind in kinds)
     assert len(listed["annotations"]) == sum(annotations.values()) + left_out
     for entry in listed["annotations"]:
