@@ -161,7 +161,7 @@ def test_rows_beyond_32_bits():
 def test_auto_takes_triton_where_it_proves_right(monkeypatch):
     cpu, boxes = torch.device("cpu"), choose_compute._boxes()[26:]
     monkeypatch.setattr(choose_compute, "_boxes", lambda: boxes)
-    row = replace(devices.TRAITS["cpu"], triton_kernels=True)
+    row = replace(devices.TRAITS["cpu"], triton_kernels=("nvidia",))
     monkeypatch.setitem(devices.TRAITS, "cpu", row)
     kernel, notes = choose_compute.choose_roi_kernel("auto", "fixed", cpu)
     assert kernel == "triton"

@@ -153,7 +153,7 @@ def test_data_cant_end_its_script():
     page = document("t", [], data={"x": "</script><!-- <script>\u2028&"})
     text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert text is not None
-    assert json.loads(text.group(1)) == {"x": "</script><!-- <script>\u2028&"}
+    assert json.loads(text.group(1)) == {"x": "</script><!-- <script>\\u2028&"}
     assert "<!--" not in page
 
 
