@@ -113,7 +113,7 @@ def test_parts_that_run_either_way_unite():
 
 
 def test_rings_keep_their_direction_so_that_holes_stay_open():
-    hole = {"rings": [[0, 0, 9, 0, 9, 9, 0, 9], [3, 3, 3, 6, 6, 6, 6, 3]], "segmentation": {}}
+    hole: Any = {"rings": [[0, 0, 9, 0, 9, 9, 0, 9], [3, 3, 3, 6, 6, 6, 6, 3]], "segmentation": {}}
     edges = annotation_edges(hole)
     assert winding(edges, 1, 1) == 1 or winding(edges, 1, 1) == -1
     assert winding(edges, 4.5, 4.5) == 0
@@ -163,7 +163,7 @@ def by_hand(parts: list[list[float]], keep: bool) -> list[tuple[float, ...]]:
 
 @given(st.lists(st.tuples(PARTS, st.booleans()), max_size=5))
 def test_edges_of_many_objects_are_each_objects_own(objects: list[tuple[Any, bool]]):
-    annotations = [
+    annotations: list[Any] = [
         {"rings": parts, "segmentation": {}} if keep else {"segmentation": parts}
         for parts, keep in objects
     ]

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ def test_samples_give_their_annotations_back_verbatim():
         "segmentation": {"size": [48, 64], "counts": [3072]},
     }
     ours = {"label": 0, "train": False, "box": [1, 2, 4.5, 6], "rings": [], "mask_iou": 0.99}
-    sample = {
+    sample: Any = {
         "image_id": 11,
         "file_name": "x.jpg",
         "width": 64,

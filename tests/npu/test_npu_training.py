@@ -78,4 +78,6 @@ def assert_losses_equal(ours: dict, cpus: dict, tolerance: float) -> None:
     checked = [k for k in cpus if "loss" in k or "positives" in k or k == "grad_norm"]
     assert len(checked) >= 12
     for key in checked:
-        assert ours[key] == pytest.approx(cpus[key], rel=tolerance, abs=1e-9), key
+        # The norm of one buffer is summed in another order than that of many tensors.
+        allowed = max(tolerance, 1e-5) if key == "grad_norm" else tolerance
+        assert ours[key] == pytest.approx(cpus[key], rel=allowed, abs=1e-9), key

@@ -4,6 +4,8 @@ Against a loop in numpy that is as plain as the rule, torchvision's operator, an
 plain ATen, which all have to agree to the last tie.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -88,7 +90,8 @@ def test_several_blocks_against_torchvision():
     scores = torch.rand(2, 150, generator=generator)
     group = torch.arange(150).expand(2, -1) % 2
     valid = torch.ones(2, 150, dtype=torch.bool)
-    for sizes in ({}, {"groups": 2, "largest": 75}):
+    every: tuple[dict[str, Any], ...] = ({}, {"groups": 2, "largest": 75})
+    for sizes in every:
         index, kept = batched_nms(
             boxes, scores, group, valid, iou=0.5, count=150, kernel="triton", **sizes
         )
