@@ -72,7 +72,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[torch.device]:
     if ranks.world == 1:
         yield device
         return
-    if device.type != "cpu":
+    if is_accelerator(device):
         # Number 0 where `choose_device` left this rank its own device only.
         alone = torch.accelerator.device_count() == 1
         device = torch.device(device.type, 0 if alone else int(os.environ["LOCAL_RANK"]))

@@ -234,16 +234,20 @@ def format_table(evaluation: Evaluation, *, per_class: bool = False) -> str:
         head += f"\n{evaluation.unmasked} objects have no usable mask: mask AP ignores them"
     blocks = [head, _columns(rows)]
     if per_class:
-        more = ("AP50", "APs", "APm", "APl")
-        columns = [f"{titles.get(t, t)} {key}" for t in types for key in ("AP", *more)]
-        lines = [("in %", "objects", *columns)]
-        for c in evaluation.classes:
-            values = [(c.ap[t], *(c.more.get(t, {}).get(key) for key in more)) for t in types]
-            lines.append((c.name, str(c.instances), *(_percent(v) for vs in values for v in vs)))
-        blocks.append(_columns(lines))
+        blocks += [_class_table(evaluation, t, titles.get(t, t)) for t in evaluation.figures]
     if evaluation.errors:
         blocks += _error_tables(evaluation, titles)
     return "\n\n".join(blocks)
+
+
+def _class_table(evaluation: Evaluation, iou_type: str, title: str) -> str:
+    """Each class's AP, by IoU and by size of objects."""
+    more = ("AP50", "APs", "APm", "APl")
+    lines: list[Sequence[str]] = [(f"{title}, in %", "objects", "AP", *more)]
+    for c in evaluation.classes:
+        values = (c.ap[iou_type], *(c.more.get(iou_type, {}).get(key) for key in more))
+        lines.append((c.name, str(c.instances), *map(_percent, values)))
+    return _columns(lines)
 
 
 def _error_tables(evaluation: Evaluation, titles: Mapping[str, str]) -> list[str]:

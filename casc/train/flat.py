@@ -7,7 +7,7 @@ from torch import Tensor
 
 from casc.model.layers import Params
 
-_ALIGNMENT = 16
+ALIGNMENT = 16
 """In numbers: kernels load 64 bytes at a time, and a view must begin where they may."""
 
 
@@ -35,7 +35,7 @@ def flatten(tensors: Params) -> Params:
     starts, size = {}, 0
     for name in order:
         starts[name] = size
-        size += -(-tensors[name].numel() // _ALIGNMENT) * _ALIGNMENT
+        size += -(-tensors[name].numel() // ALIGNMENT) * ALIGNMENT
     example = next(iter(tensors.values()))
     buffer = torch.zeros(size, dtype=example.dtype, device=example.device)
     views = {

@@ -19,8 +19,9 @@ from casc.checkpoints.state import State
 from casc.device.compute import Compute
 from casc.device.devices import is_accelerator
 from casc.device.versions import compile_apart
+from casc.distributed import ALONE, Ranks, mean_
 from casc.model.layers import Params
-from casc.train.flat import as_vector, buffer_of, spans
+from casc.train.flat import ALIGNMENT, as_vector, buffer_of, spans
 from casc.train.guard import SCALE, UPDATES, follow
 
 
@@ -143,7 +144,7 @@ class Stretch(NamedTuple):
     decay: float
 
 
-class Optimizer:
+class FlatOptimizer:
     """Updates a state's tensors in place: from one buffer of gradients, as accelerators want it."""
 
     def __init__(self, config: Optim, state: State, *, compute: Compute | None = None):
@@ -158,7 +159,8 @@ class Optimizer:
         self.trained = {name: state.params[name] for name in state.momentum}
         self.spans = spans(self.trained)
         # Gradients come one by one; side by side they are exchanged and measured at once.
-        self.gradient: Tensor | None = torch.zeros_like(buffer_of(self.trained))
+        self.gradient = torch.zeros_like(buffer_of(self.trained))
+        self.gaps = self.gradient.new_zeros(ALIGNMENT)
         self.stretches = _stretches(config, self.trained, _moments(config, state))
         self._apply = _apply
         if compute is not None and compute.compile:
@@ -166,23 +168,17 @@ class Optimizer:
             stretches = max(len(self.stretches), 1)
             self._apply = compile_apart(_apply, backend=compute.backend, recompile_limit=stretches)
 
-    def gradients(self) -> list[Tensor]:
-        """The parameters' gradients, in one tensor of all."""
-        assert self.gradient is not None
-        parts, end = [], 0
+    def gather(self, ranks: Ranks) -> Tensor:
+        """Put the gradients side by side, as their mean over the ranks; gives their total norm."""
+        parts = []
         for name, start, stop in self.spans:
-            parts += [self.gradient.new_zeros(start - end)] if start > end else []
             parts.append(_gradient_of(self.trained[name]))
-            end = stop
-        parts += [self.gradient.new_zeros(len(self.gradient) - end)] * (len(self.gradient) > end)
+            if gap := (start - stop) % ALIGNMENT:
+                parts.append(self.gaps[:gap])
         torch.cat(parts, out=self.gradient)
-        return [self.gradient]
-
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The gradients' total norm, a scalar."""
-        (gradient,) = gradients
+        mean_(self.gradient, ranks)
         # vector_norm adds so many numbers up one after the other; sum by halves, so it rounds less.
-        return gradient.square().sum().sqrt()
+        return self.gradient.square().sum().sqrt()
 
     @torch.no_grad()
     def step(
@@ -201,7 +197,6 @@ class Optimizer:
         scale = clip
         if loss_scale is not None:
             scale = 1 / loss_scale if clip is None else clip / loss_scale
-        assert self.gradient is not None
         gradients = self.gradient.split([len(stretch.param) for stretch in self.stretches])
         for gradient, stretch in zip(gradients, self.stretches, strict=True):
             own_rate = rate if stretch.factor == 1 else rate * stretch.factor
@@ -209,12 +204,12 @@ class Optimizer:
             self._apply(self.config, stretch.decay, own_rate, scale, finite, number, *columns)
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer:
     """The same on a CPU, one parameter after the other, by torch.optim."""
 
     def __init__(self, config: Optim, state: State):
         """Prepare."""
-        self.config, self.gradient = config, None
+        self.config = config
         self.trained = {name: state.params[name] for name in state.momentum}
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, param in self.trained.items():
@@ -224,7 +219,6 @@ class FusedOptimizer(Optimizer):
             {"params": params, "factor": factor, "weight_decay": decay}
             for (factor, decay), params in groups.items()
         ]
-        self.steps = torch.zeros(())
         if config.kind == "adamw":
             self.torch: torch.optim.Optimizer = torch.optim.AdamW(
                 columns, lr=0.0, betas=config.betas, eps=config.eps, fused=True
@@ -237,23 +231,19 @@ class FusedOptimizer(Optimizer):
             for key, moment in zip(keys, _moments(config, state), strict=False):
                 self.torch.state[param][key] = moment[name]
 
-    def gradients(self) -> list[Tensor]:
-        """The parameters' gradients."""
-        return [param.grad for param in self.trained.values() if param.grad is not None]
-
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """As `Optimizer.norm`."""
-        return torch.nn.utils.get_total_norm(gradients)
+    def gather(self, ranks: Ranks) -> Tensor:
+        """The gradients' total norm; DistributedDataParallel has taken their mean already."""
+        return torch.nn.utils.get_total_norm(self._gradients())
 
     @torch.no_grad()
     def step(
         self, rate: Tensor, loss_scale: Tensor | None, clip: Tensor | None, finite: Tensor,
         number: Tensor,
     ) -> None:  # fmt: skip
-        """As `Optimizer.step`."""
+        """As `FlatOptimizer.step`."""
         if clip is not None:
             # By a factor, so it doesn't matter that the gradients are still scaled.
-            for gradient in self.gradients():
+            for gradient in self._gradients():
                 gradient *= clip
         for group in self.torch.param_groups:
             group["lr"] = rate.item() * group["factor"]
@@ -265,12 +255,18 @@ class FusedOptimizer(Optimizer):
         self.torch.grad_scale = loss_scale  # type: ignore[attr-defined]
         self.torch.step()
 
+    def _gradients(self) -> list[Tensor]:
+        return [_there(param) for param in self.trained.values()]
+
+
+Optimizer = FlatOptimizer | FusedOptimizer
+
 
 def make_optimizer(config: Optim, state: State, *, compute: Compute | None = None) -> Optimizer:
-    """The optimizer of a state, as its device wants it. Arguments are `Optimizer`'s."""
+    """The optimizer of a state, as its device wants it. Arguments are `FlatOptimizer`'s."""
     device = next(iter(state.momentum.values())).device
     if is_accelerator(device):
-        return Optimizer(config, state, compute=compute)
+        return FlatOptimizer(config, state, compute=compute)
     return FusedOptimizer(config, state)
 
 
@@ -279,8 +275,7 @@ def update(
     rate: Tensor,
     guard: Params,
     loss: Tensor | None = None,
-    *,
-    gradients: Sequence[Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Apply the gradients and clear them, without reading anything back.
 
@@ -293,14 +288,12 @@ def update(
         guard: counts what is made and skipped; its loss scale, if any, is taken out of the
             gradients.
         loss: of the step, a mean over all ranks.
-        gradients: from `Optimizer.gradients`, where they have been gathered already.
+        ranks: whose gradients are averaged.
 
     Returns:
         The gradients' total norm before clipping, a float32 scalar.
     """
-    if gradients is None:
-        gradients = optimizer.gradients()
-    norm = optimizer.norm(gradients)
+    norm = optimizer.gather(ranks)
     loss_scale, limit = guard.get(SCALE), optimizer.config.clip_norm
     if loss_scale is not None:
         norm = norm / loss_scale
@@ -358,8 +351,13 @@ def _stretches(config: Optim, trained: Params, moments: Sequence[Params]) -> lis
 
 def _gradient_of(param: Tensor) -> Tensor:
     """A parameter's gradient in the order of the parameter's memory, `[n]`."""
-    gradient = param.grad
-    assert gradient is not None
+    gradient = _there(param)
     if gradient.stride() != param.stride():
         gradient = torch.empty_like(param).copy_(gradient)
     return as_vector(gradient)
+
+
+def _there(param: Tensor) -> Tensor:
+    # Every loss reaches every parameter that trains, so a missing gradient is a mistake.
+    assert param.grad is not None
+    return param.grad

@@ -6,7 +6,7 @@ from torch import Tensor
 from casc.checkpoints.state import State
 from casc.data.batch import Batch
 from casc.device.replay import Pool, Replay
-from casc.distributed import Exchange, mean_
+from casc.distributed import Exchange
 from casc.model.steps import LossStep, make_loss_step
 from casc.train.accumulate import backward
 from casc.train.ema import average, decay_at
@@ -81,10 +81,7 @@ class TrainStep:
             self.loss_step(bucket), state, batch, self.exchange, run.ranks,
             recipe.accumulate, recipe.normalise,
         )  # fmt: skip
-        gradients = self.optimizer.gradients()
-        if self.optimizer.gradient is not None:
-            mean_(self.optimizer.gradient, run.ranks)
-        norm = update(self.optimizer, self.rate, state.guard, loss, gradients=gradients)
+        norm = update(self.optimizer, self.rate, state.guard, loss, run.ranks)
         if recipe.ema.decay is not None:
             average(state.ema, self.trained, self.share)
         figures = {"loss": loss, "grad_norm": norm, **scale_of(state.guard), **measures}

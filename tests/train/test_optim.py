@@ -14,7 +14,7 @@ from casc.checkpoints.state import State
 from casc.device.compute import Compute
 from casc.train.flat import buffer_of, flatten, spans
 from casc.train.guard import follow, new_guard, scaled_loss
-from casc.train.optim import Optim, Optimizer, adamw, make_optimizer, sgd, update
+from casc.train.optim import FlatOptimizer, Optim, Optimizer, adamw, make_optimizer, sgd, update
 
 FLAT = pytest.mark.parametrize("flat", [False, True], ids=["one by one", "flat"])
 """What a CPU does, and what accelerators do."""
@@ -45,7 +45,7 @@ def make_state(seed=0, *, scaled=False, device="cpu") -> State:
 def optimizer_of(state, flat, monkeypatch, **settings) -> Optimizer:
     monkeypatch.setattr("casc.train.optim.is_accelerator", lambda device: flat)
     optimizer = make_optimizer(Optim(**settings), state)
-    assert (optimizer.gradient is not None) == flat
+    assert isinstance(optimizer, FlatOptimizer) == flat
     return optimizer
 
 
@@ -63,6 +63,7 @@ def test_the_update_is_compiled_by_what_compiles_the_step(monkeypatch):
     backward(state)
     before = {name: value.detach().clone() for name, value in state.params.items()}
     update(optimizer, rate_of(0.1), state.guard, torch.ones(()))
+    assert isinstance(optimizer, FlatOptimizer)
     assert len(seen) == len(optimizer.stretches)
     assert not any(torch.equal(before[name], value) for name, value in state.params.items())
 
@@ -262,8 +263,10 @@ def test_the_norm_of_a_large_buffer_is_exact(monkeypatch):
 def test_alike_neighbours_are_one_stretch(monkeypatch):
     state = make_state()
     whole = optimizer_of(state, True, monkeypatch)
+    assert isinstance(whole, FlatOptimizer)
     assert len(whole.stretches) == 1
     parts = optimizer_of(state, True, monkeypatch, decay_vectors=False, backbone_lr=0.1)
+    assert isinstance(parts, FlatOptimizer)
     # Weights, then vectors, each of the backbone and of the rest.
     assert [(s.factor, s.decay) for s in parts.stretches] == [
         (0.1, 1e-4), (1.0, 1e-4), (0.1, 0.0), (1.0, 0.0)
