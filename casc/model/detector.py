@@ -386,7 +386,7 @@ def cascade_losses(
         stages.append(add_prefix(f"s{i}.", stage_losses))
         deltas = output.deltas
         if config.box_head.class_specific:
-            deltas = _chosen_deltas(output, rois.labels)
+            deltas = _chosen_deltas(output, rois.labels.shape, rois.labels)
         boxes = refine(stage, rois.boxes, deltas, inputs.size)
         # Ground truth is added afresh by each stage; its own refinement would come twice.
         valid = rois.valid & ~rois.from_gt
@@ -486,7 +486,7 @@ def cascade_scores(
         logits.append(output.logits.reshape(*boxes.shape[:2], -1))
         deltas = output.deltas
         if config.box_head.class_specific and i + 1 < len(config.stages):
-            deltas = _chosen_deltas(output, boxes.new_full(boxes.shape[:2], config.classes).long())
+            deltas = _chosen_deltas(output, boxes.shape[:2], None)
         elif config.box_head.class_specific:
             boxes = boxes.repeat_interleave(config.classes, dim=1)
         boxes = refine(stage, boxes, deltas, size)
@@ -594,9 +594,9 @@ def _align(config: DetectorConfig, pyramid: Pyramid, boxes: Tensor, cells: int) 
     return roi_align(pyramid, *_flat(boxes), cells, config.roi_align, config.roi_kernel)
 
 
-def _chosen_deltas(output: BoxOutput, labels: Tensor) -> Tensor:
-    """The deltas [B, N, 4] of the class that `regressed_class` chooses."""
-    logits, deltas = (x.reshape(*labels.shape, -1) for x in output)
+def _chosen_deltas(output: BoxOutput, shape: torch.Size, labels: Tensor | None) -> Tensor:
+    """The deltas [B, N, 4] of the class that `regressed_class` chooses; `shape` is [B, N]."""
+    logits, deltas = (x.reshape(*shape, -1) for x in output)
     return own_deltas(deltas, regressed_class(logits, labels))
 
 

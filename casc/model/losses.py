@@ -150,8 +150,9 @@ def iou_loss(
     Returns:
         Scalar float32.
     """
-    # Padded rows become the unit square, whose loss and gradient are finite.
-    unit = torch.tensor([0.0, 0.0, 1.0, 1.0], device=target.device)
+    # Padded rows become the unit square, whose loss and gradient are finite. It is computed: a
+    # list would be copied to the device at every step.
+    unit = (torch.arange(4, device=target.device) >= 2).to(target.dtype)
     a, b = (torch.where(mask[..., None], boxes, unit) for boxes in (prediction, target))
     sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     intersection = sides.clamp(min=0).prod(dim=-1)

@@ -129,3 +129,13 @@ def test_box_overlap_losses_are_torchvisions(mode, kind):
     assert (wild.grad[~mask] == 0).all()
     nothing = losses.iou_loss(kind, wild, target, torch.zeros_like(mask))
     assert nothing == 0
+
+
+@pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
+def test_no_constant_is_copied_to_the_device(kind, monkeypatch):
+    """A list that becomes a tensor is a copy that waits, at every step."""
+    boxes = torch.tensor([[0.0, 0, 4, 4], [1.0, 1, 3, 5]])
+    mask = torch.tensor([True, False])
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a constant is copied"))
+    loss = losses.iou_loss(kind, boxes, boxes + 1, mask)
+    assert loss.isfinite()
