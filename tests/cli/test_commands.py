@@ -19,9 +19,9 @@ from casc.cli.bench import with_default
 from casc.cli.main import main
 from casc.cli.recipes import descriptions
 from casc.config import to_json
-from casc.recipes.coco_mini import coco_mini
 from casc.train.recipe import parse
 from data_tools import cli as data_tools
+from recipes.coco_mini import coco_mini
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(f.stem for f in (ROOT / "recipes").glob("[!_]*.py"))

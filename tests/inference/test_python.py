@@ -27,10 +27,10 @@ from casc.inference.images import Picture, read_image
 from casc.inference.results import Results
 from casc.inference.settings import Settings
 from casc.model.detector import init
-from casc.recipes.demo import demo
 from casc.train.state import new_state
 from data_tools.shapes import CLASSES
 from data_tools.synth import SynthSettings, synthesise
+from recipes.demo import demo
 
 ROOT = Path(__file__).resolve().parents[2]
 
