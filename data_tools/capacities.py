@@ -35,8 +35,8 @@ def make_bucket(
     needs = [need for _, result in own for need in result.needs]
     ids = [item.image.id for item in items]
     columns = {
-        "many_objects": [objects for objects, _ in needs],
-        "many_edges": [edges for _, edges in needs],
+        "many_objects": [need[0] for need in needs],
+        "many_edges": [need[1] for need in needs],
         "large_image": [item.width * item.height for item in items],
     }
     made = Bucket(
@@ -48,6 +48,8 @@ def make_bucket(
         instances=max(1, *columns["many_objects"]),
         edges=max(1, *columns["many_edges"]),
         samples=len(items),
+        boxes=max(1, *(need[2] for need in needs)),
+        regions=max(1, *(need[3] for need in needs)),
     )
     found = [finding for kind, values in columns.items() for finding in _far(kind, ids, values)]
     return made, found

@@ -12,13 +12,14 @@ from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.reader import remote_shard
 from casc.data.record import SampleRecord
 from casc.data.remote import FetchError, is_local, join, location
-from casc.data.sample import annotations_edges, edge_room, iter_tar
+from casc.data.sample import annotations_edges, iter_tar
 from casc.data.status import Status
 from casc.errors import UserError
 from casc.json_files import open_plain
 from casc.printing import plain
 from data_tools.parallel import map_tasks
 from data_tools.plan import order_key
+from data_tools.write import sample_needs
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "image_id": int,
@@ -50,6 +51,8 @@ class Checked(NamedTuple):
     annotations: int
     trained: int
     """Annotations that can be trained on, on images that are."""
+    boxes: int = 0
+    """The same where no masks are trained."""
     notes: tuple[str, ...] = ()
     """What is no fault: downloads that had to be taken up again."""
 
@@ -133,6 +136,7 @@ def _check_split(
             "annotations": {
                 "stored": sum(result.annotations for result in results),
                 "trained": sum(result.trained for result in results),
+                "trained_without_masks": sum(result.boxes for result in results),
             },
         }
         faults += _compare_report(name, split.report, found)
@@ -237,10 +241,13 @@ def _check_sample(task: _Task, key: str, image: bytes, text: bytes, before: Chec
         return before
     before.image_ids.append(record["image_id"])
     before.faults.extend(f"{place}: {fault}" for fault in _sample_faults(task, record, image))
-    objects = [entry for entry in record["annotations"] if entry["train"]]
+    objects = sum(entry["train"] for entry in record["annotations"])
+    more = sum(entry.get("box_only", False) for entry in record["annotations"])
+    shard = task.shard
     return before._replace(
         annotations=before.annotations + len(record["annotations"]),
-        trained=before.trained + (len(objects) if record["train"] else 0),
+        trained=before.trained + (objects if shard.train else 0),
+        boxes=before.boxes + (objects + more if shard.train or shard.maskless else 0),
     )
 
 
@@ -263,8 +270,14 @@ def _sample_faults(task: _Task, record: SampleRecord, image: bytes) -> list[str]
     if record["train"] != task.shard.train:
         faults.append("its `train` isn't its shard's")
     objects = [entry for entry in record["annotations"] if entry["train"]]
-    if len(objects) > bucket.instances:
-        faults.append(f"{len(objects)} objects, its bucket has room for {bucket.instances}")
+    count, room, boxes, regions = sample_needs(record)
+    for needed, held, what in (
+        (count, bucket.instances, "objects"),
+        (boxes, bucket.boxes, "objects without masks"),
+        (regions, bucket.regions, "regions to ignore"),
+    ):
+        if held is not None and needed > held:
+            faults.append(f"{needed} {what}, its bucket has room for {held}")
     for entry in record["annotations"]:
         if entry["label"] != task.labels.get(entry["category_id"], -1):
             faults.append(f"annotation {entry['id']}: its label isn't its category's")
@@ -274,7 +287,6 @@ def _sample_faults(task: _Task, record: SampleRecord, image: bytes) -> list[str]
         for entry, edges in zip(objects, outlines, strict=True)
         if not len(edges)
     ]
-    room = edge_room(outlines)
     if room > bucket.edges:
         faults.append(f"edges need a room of {room}, its bucket has {bucket.edges}")
     return faults

@@ -18,6 +18,8 @@ RAGGED_EDGES = 500
 """Edges from which on a traced outline is simplified, unless a tolerance is given."""
 LEAST_IOU = 0.99
 """With the mask, that a simplified outline has to keep."""
+_IGNORED = {"crowd", "ignore", "no_mask"}
+"""Why an annotation isn't trained on, though there may be something that looks like an object."""
 _BEYOND = 0.5
 """Pixels that a box may reach out of the image without being reported."""
 
@@ -99,6 +101,10 @@ def make_record(
     }
     if annotation.get("ignore"):
         entry["ignore"] = 1
+    if reasons == ["no_mask"]:
+        entry["box_only"] = True
+    if reasons and set(reasons) <= _IGNORED:
+        entry["region"] = True
     if mask.rings is not None:
         entry["rings"] = [
             [int(v) if v.is_integer() else v for v in ring.reshape(-1).tolist()]

@@ -26,6 +26,8 @@ class Journal:
         self._probes: dict[str, tuple[list[int], Probe]] = {}
         self._shards: dict[str, tuple[str, ShardResult]] = {}
         for kind, name, stamp, values in _lines(self._path):
+            if len(values) != len((Probe if kind == _PROBE else ShardResult)._fields):
+                continue  # of another version
             if kind == _PROBE:
                 self._probes[name] = stamp, Probe(*values[:-1], traits=tuple(values[-1]))
             elif kind == _SHARD:

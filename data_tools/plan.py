@@ -52,6 +52,8 @@ class Item(NamedTuple):
     """As stored, upright."""
     height: int
     train: bool
+    maskless: bool
+    """Whether it is trained on where no masks are, and there only."""
     annotations: tuple[bytes, ...]
     """For `data_tools.coco.unpack_annotation`."""
 
@@ -62,6 +64,7 @@ class PlannedShard(NamedTuple):
     name: str
     bucket: int
     train: bool
+    maskless: bool
     items: list[Item]
 
 
@@ -124,8 +127,9 @@ def plan_items(
         findings += [Finding(reason, image.id) for reason, holds in reasons.items() if holds]
         if (width, height) != turned:
             findings.append(Finding("reduced", image.id))
+        maskless = [reason for reason, holds in reasons.items() if holds] == ["only_maskless"]
         train = not any(reasons.values())
-        items.append(Item(image, probe, orientation, width, height, train, packed))
+        items.append(Item(image, probe, orientation, width, height, train, maskless, packed))
     return items, findings
 
 
@@ -150,27 +154,29 @@ def find_bucket(buckets: Sequence[PlannedBucket], width: int, height: int) -> in
 def plan_shards(
     split: str, items: Sequence[Item], settings: Settings
 ) -> tuple[list[PlannedBucket], list[PlannedShard]]:
-    """Distribute images over shards: one bucket, and either training or evaluation, in each.
+    """Distribute images over shards: one bucket, and one use in training, in each.
 
     Within its bucket the order is mixed, by a hash of the image id, so that a shard is a fair
     sample even where a data set is sorted by scene or by class. Buckets without images are
     left out.
     """
     every = plan_buckets(settings.aspects)
-    groups: dict[tuple[int, bool], list[Item]] = {}
+    groups: dict[tuple[int, int], list[Item]] = {}
     for item in sorted(items, key=lambda item: order_key(item.image.id)):
-        group = find_bucket(every, item.width, item.height), item.train
+        use = 0 if item.train else 1 if item.maskless else 2
+        group = find_bucket(every, item.width, item.height), use
         groups.setdefault(group, []).append(item)
     used = sorted({bucket for bucket, _ in groups})
     shards = [
         PlannedShard(
-            name=f"{split}/{every[bucket].name}{'' if train else '-eval'}-{i:06d}.tar",
+            name=f"{split}/{every[bucket].name}{('', '-boxes', '-eval')[use]}-{i:06d}.tar",
             bucket=used.index(bucket),
-            train=train,
+            train=use == 0,
+            maskless=use == 1,
             items=chunk,
         )
-        for bucket, train in sorted(groups, key=lambda group: (group[0], not group[1]))
-        for i, chunk in enumerate(_chunks(groups[bucket, train], settings))
+        for bucket, use in sorted(groups)
+        for i, chunk in enumerate(_chunks(groups[bucket, use], settings))
     ]
     return [every[bucket] for bucket in used], shards
 

@@ -32,13 +32,13 @@ KINDS: dict[str, Kind] = {
     # In the shards, but not trained on.
     "too_small": Kind("image", "evaluation only", "a side is shorter than 32 pixels"),
     "no_annotations": Kind("image", "evaluation only", "nothing of a known category on it"),
-    "only_maskless": Kind("image", "evaluation only", "it has objects, but masks of none"),
+    "only_maskless": Kind("image", "evaluation only", "objects without masks, as below"),
     "crowd": Kind("annotation", "evaluation only", "crowd"),
     "ignore": Kind("annotation", "evaluation only", "marked as ignore"),
     "unknown_category": Kind("annotation", "evaluation only", "its category isn't listed"),
     "degenerate_box": Kind("annotation", "evaluation only", "box under 1 pixel or area 0"),
     "outside_image": Kind("annotation", "evaluation only", "box outside the image"),
-    "no_mask": Kind("annotation", "evaluation only", "no usable mask"),
+    "no_mask": Kind("annotation", "evaluation only", "no usable mask, unless --model.masks none"),
     "bad_rle": Kind("annotation", "mask emptied", "its RLE can't be decoded"),
     # Repaired.
     "rescaled": Kind("image", "annotations scaled", "of another size than annotated, same shape"),

@@ -194,6 +194,7 @@ def _make_split(
                 name=shard.name,
                 bucket=shard.bucket,
                 train=shard.train,
+                maskless=shard.maskless,
                 samples=len(shard.items),
                 bytes=result.bytes,
                 sha256=result.sha256,
@@ -309,6 +310,9 @@ def _report(
             "image_left_out", "unknown_image", "duplicate_annotation", "invalid", "other_shape"
         ),
     }
+    boxes = sum(result.trained_without_masks for result in results)
+    if boxes != objects["trained"]:
+        objects["trained_without_masks"] = boxes
     for total in (images, objects):
         # Whatever is listed must be in the shards or in the report.
         if total["listed"] != total["stored"] + total["left_out"]:

@@ -17,7 +17,7 @@ from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
 from data_tools.report import Finding
 
-_CONTENT_VERSION = 3
+_CONTENT_VERSION = 4
 """Raised when the same input gives other shards than before, so that old ones aren't reused."""
 
 
@@ -174,6 +174,7 @@ def source_digest(source: Source, images: Sequence[str]) -> str:
 def plan_digest(source: Source, shard: PlannedShard) -> str:
     """Give the digest of all that a shard comes from."""
     images = [
-        [item.image.id, item.probe.sha256, item.orientation, item.train] for item in shard.items
+        [item.image.id, item.probe.sha256, item.orientation, item.train, item.maskless]
+        for item in shard.items
     ]
     return hashlib.sha256(json.dumps([source.digest, shard.name, images]).encode()).hexdigest()

@@ -35,8 +35,11 @@ class ShardResult(NamedTuple):
     annotations: int
     trained_annotations: int
     """Those that can be trained on and are on images that are."""
+    trained_without_masks: int
+    """The same where no masks are trained."""
     needs: list[list[int]]
-    """Of each image, in the shard's order: trainable annotations, and the room for their edges."""
+    """Of each image, in the shard's order: trainable annotations, the room for their edges,
+    trainable annotations where no masks are, and regions to ignore."""
     findings: list[Finding]
 
 
@@ -59,16 +62,16 @@ def write_shard(task: ShardTask) -> ShardResult:
         OSError: when the shard can't be written.
     """
     findings: list[Finding] = []
-    counts: list[tuple[bool, int, int, int]] = []
+    listed = 0
+    needs: list[list[int]] = []
 
     def members() -> Iterator[tuple[str, str, bytes]]:
+        nonlocal listed
         for item in task.shard.items:
             sample = make_sample(item, task)
             findings.extend(sample.findings)
-            objects = [entry for entry in sample.record["annotations"] if entry["train"]]
-            edges = edge_room(annotations_edges(objects))
-            listed = len(sample.record["annotations"])
-            counts.append((sample.record["train"], listed, len(objects), edges))
+            listed += len(sample.record["annotations"])
+            needs.append(sample_needs(sample.record))
             yield sample.key, sample.extension, sample.image
             # Compact, and the same on every run; keys stay in the order of the code.
             text = json.dumps(sample.record, separators=(",", ":"), allow_nan=False)
@@ -83,11 +86,23 @@ def write_shard(task: ShardTask) -> ShardResult:
     return ShardResult(
         bytes=written.bytes,
         sha256=written.sha256,
-        annotations=sum(listed for _, listed, _, _ in counts),
-        trained_annotations=sum(objects for train, _, objects, _ in counts if train),
-        needs=[[objects, edges] for _, _, objects, edges in counts],
+        annotations=listed,
+        trained_annotations=sum(need[0] for need in needs) if task.shard.train else 0,
+        trained_without_masks=sum(need[2] for need in needs)
+        if task.shard.train or task.shard.maskless
+        else 0,
+        needs=needs,
         findings=findings,
     )
+
+
+def sample_needs(record: SampleRecord) -> list[int]:
+    """What a sample needs room for in a batch: see `ShardResult.needs`."""
+    every = record["annotations"]
+    objects = [entry for entry in every if entry["train"]]
+    boxes = len(objects) + sum(entry.get("box_only", False) for entry in every)
+    regions = sum(entry.get("region", False) for entry in every)
+    return [len(objects), edge_room(annotations_edges(objects)), boxes, regions]
 
 
 def make_sample(item: Item, task: ShardTask) -> SampleMembers:

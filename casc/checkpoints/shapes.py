@@ -86,6 +86,15 @@ def _heads(tensors: Mapping[str, Tensor], backbone: ResNetConfig) -> DetectorCon
     classes = tensors[f"{BOX}.0.fc_cls.weight"].shape[0] - 1
     if anchors != len(reference.anchors.ratios) or classes < 1:
         raise ValueError(f"{anchors} anchors in each cell, {classes} classes")
+    if not any(name.startswith(f"{MASK}.") for name in tensors):
+        reference = replace(reference, masks="none")
+    else:
+        mask_head = MaskHeadConfig(
+            convs=_count(tensors, f"{MASK}.0.convs."),
+            channels=tensors[f"{MASK}.0.upsample.weight"].shape[1],
+            norm=_norm(tensors, f"{MASK}.0.convs.0"),
+        )
+        reference = replace(reference, mask_head=mask_head)
     return replace(
         reference,
         classes=classes,
@@ -94,11 +103,6 @@ def _heads(tensors: Mapping[str, Tensor], backbone: ResNetConfig) -> DetectorCon
         rpn=replace(reference.rpn, channels=tensors[f"{RPN}.rpn_conv.weight"].shape[0]),
         stages=_stages(reference.stages, _count(tensors, f"{BOX}.")),
         box_head=BoxHeadConfig(channels=fc.shape[0], cells=isqrt(fc.shape[1] // channels)),
-        mask_head=MaskHeadConfig(
-            convs=_count(tensors, f"{MASK}.0.convs."),
-            channels=tensors[f"{MASK}.0.upsample.weight"].shape[1],
-            norm=_norm(tensors, f"{MASK}.0.convs.0"),
-        ),
     )
 
 

@@ -1,6 +1,7 @@
 """The batch: what a loader worker hands to the device, all of fixed shape.
 
-Legend: B images, G ground-truth capacity, E edge capacity of an image, Hi x Wi input canvas.
+Legend: B images, G ground-truth capacity, E edge capacity of an image, R capacity for
+regions to ignore, Hi x Wi input canvas.
 Boxes and edges are in pixels of the stored image, x to the right and y down.
 """
 
@@ -37,3 +38,5 @@ class Batch(NamedTuple):
     """[B] int64 in [0, 2**31), from (run seed, epoch, image id): all of an image's noise."""
     bitmaps: Tensor | None = None
     """[B, G, Hi, Wi] uint8 masks at stored size, only for `mask_target="bitmap"`."""
+    regions: Tensor | None = None
+    """[B, R, 4] float32 xyxy, 0 where padded, only for `model.ignore="crowds"`."""

@@ -3,7 +3,8 @@
 A batch is one block of memory, and its columns are views of it: between processes and into
 pinned memory it moves in one piece.
 
-Legend: B images, G ground-truth capacity, E edge capacity of an image, Hi x Wi input canvas.
+Legend: B images, G ground-truth capacity, E edge capacity of an image, R capacity for
+regions to ignore, Hi x Wi input canvas.
 """
 
 import math
@@ -30,6 +31,7 @@ def collate(
     batch: int | None = None,
     seeds: Sequence[int] | None = None,
     bitmaps: bool = False,
+    regions: bool = False,
     block: Tensor | None = None,
 ) -> Batch:
     """Pad samples of one bucket and stack them.
@@ -41,6 +43,7 @@ def collate(
             By default there are none.
         seeds: each sample's noise seed; 0 by default, for inference.
         bitmaps: also rasterise the masks at stored size, as the reference does.
+        regions: also hand over the samples' regions to ignore, which the bucket has room for.
         block: memory to use, `[n]` uint8 of any content, n at least `block_size`. By default
             it is allocated.
 
@@ -51,8 +54,9 @@ def collate(
     if len(samples) > B:
         raise ValueError(f"{len(samples)} samples don't fit a batch of {B}")
     if block is None:
-        block = torch.empty(block_size(bucket, B, bitmaps=bitmaps), dtype=torch.uint8)
-    made = unpack(block, bucket, B, bitmaps=bitmaps)
+        size = block_size(bucket, B, bitmaps=bitmaps, regions=regions)
+        block = torch.empty(size, dtype=torch.uint8)
+    made = unpack(block, bucket, B, bitmaps=bitmaps, regions=regions)
     columns = {k: v.numpy() for k, v in made._asdict().items() if v is not None}
     # The memory is as it comes. The images are most of it, so only their padding is cleared.
     for name, column in columns.items():
@@ -78,19 +82,23 @@ def collate(
         columns["image_id"][i] = sample.image_id
         if seeds is not None:
             columns["seed"][i] = seeds[i]
+        if regions and sample.regions is not None:
+            columns["regions"][i, : len(sample.regions)] = sample.regions
         if bitmaps:
             for k, segmentation in enumerate(sample.segmentations):
                 columns["bitmaps"][i, k, :h, :w] = _bitmap(segmentation, h, w)
     return made
 
 
-def block_size(bucket: Bucket, batch: int, *, bitmaps: bool = False) -> int:
+def block_size(bucket: Bucket, batch: int, *, bitmaps: bool = False, regions: bool = False) -> int:
     """Bytes of a batch."""
-    columns = _columns(bucket, batch, bitmaps).values()
+    columns = _columns(bucket, batch, bitmaps, regions).values()
     return sum(_round_up(dtype.itemsize * math.prod(shape)) for dtype, shape in columns)
 
 
-def unpack(block: Tensor, bucket: Bucket, batch: int, *, bitmaps: bool = False) -> Batch:
+def unpack(
+    block: Tensor, bucket: Bucket, batch: int, *, bitmaps: bool = False, regions: bool = False
+) -> Batch:
     """Give the batch whose memory is `block`.
 
     Args:
@@ -98,9 +106,10 @@ def unpack(block: Tensor, bucket: Bucket, batch: int, *, bitmaps: bool = False) 
         bucket: whose capacities make the columns' shapes.
         batch: B.
         bitmaps: whether there are any.
+        regions: likewise.
     """
     storage, at, columns = block.untyped_storage(), block.storage_offset(), {}
-    for name, (dtype, shape) in _columns(bucket, batch, bitmaps).items():
+    for name, (dtype, shape) in _columns(bucket, batch, bitmaps, regions).items():
         column = torch.empty(0, dtype=dtype)
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         columns[name] = column.set_(storage, at // dtype.itemsize, shape, stride)
@@ -113,7 +122,7 @@ _FILL = {"size": 1, "image_id": -1}
 
 
 def _columns(
-    bucket: Bucket, B: int, bitmaps: bool
+    bucket: Bucket, B: int, bitmaps: bool, regions: bool
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     G, E, H, W = bucket.instances, bucket.edges, bucket.height, bucket.width
     columns = {
@@ -127,7 +136,11 @@ def _columns(
         "image_id": (torch.int64, (B,)),
         "seed": (torch.int64, (B,)),
     }
-    return {**columns, "bitmaps": (torch.uint8, (B, G, H, W))} if bitmaps else columns
+    if bitmaps:
+        columns["bitmaps"] = torch.uint8, (B, G, H, W)
+    if regions:
+        columns["regions"] = torch.float32, (B, bucket.regions or 1, 4)
+    return columns
 
 
 def _round_up(size: int) -> int:
@@ -140,9 +153,10 @@ def _check(sample: Sample, bucket: Bucket) -> None:
         "width": sample.image.shape[1],
         "instances": len(sample.boxes),
         "edges": sum(len(lines) for lines in sample.edges),
+        "regions": 0 if sample.regions is None else len(sample.regions),
     }
     for name, value in found.items():
-        if value > getattr(bucket, name):
+        if value > (getattr(bucket, name) or 0):
             raise UserError(
                 f"image {sample.image_id}: {name} is {value}, but the index records at most"
                 f" {getattr(bucket, name)} for bucket {bucket.name}: index and shards don't belong"

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,6 +63,12 @@ class Bucket:
     E, see `casc.data.sample.edge_room`."""
     samples: int
     """Images of the bucket, evaluation-only ones included."""
+    boxes: int | None = None
+    """Most objects in one image where no masks are trained, at least 1: those without a usable
+    mask are trained on too. None: the shards were made before casc looked for them."""
+    regions: int | None = None
+    """Most regions to ignore in one image, at least 1: crowds, what is marked as ignore, and what
+    has no usable mask. None as above."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
+    maskless: bool = False
+    """Its images have objects, but masks of none: they are trained on where no masks are."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,41 @@ class Split:
     """What sharding dropped or repaired, as counts and ids."""
     source: str = ""
     """Digest of the annotation file, the images and the settings that the shards come from."""
+
+
+def training_split(split: Split, *, masks: bool = True, regions: bool = False) -> Split:
+    """What of a split is trained on: as it is with masks; else objects and images without, too.
+
+    Args:
+        split: as the index has it.
+        masks: whether masks are trained.
+        regions: whether there are to be regions to ignore.
+
+    Raises:
+        UserError: what is asked for was found when sharding, but the shards don't say where, since
+            they were made before casc wrote that down.
+    """
+    found = split.report.get("findings", {})
+    for flag, wanted, name, kinds in (
+        ("--model.masks none", not masks, "boxes", {"no_mask"}),
+        ("--model.ignore crowds", regions, "regions", {"no_mask", "crowd", "ignore"}),
+    ):
+        known = all(getattr(bucket, name) is not None for bucket in split.buckets)
+        if wanted and not known and kinds & set(found):
+            raise UserError(
+                f"{flag}: the shards are of an earlier casc, which didn't write down what of their"
+                f" crowds and objects without a mask that needs; {_REMEDY}"
+            )
+    if masks:
+        return split
+    buckets = [replace(b, instances=b.boxes or b.instances, edges=1) for b in split.buckets]
+    shards = tuple(replace(shard, train=shard.train or shard.maskless) for shard in split.shards)
+    return replace(
+        split,
+        train_samples=sum(shard.samples for shard in shards if shard.train),
+        buckets=tuple(buckets),
+        shards=shards,
+    )
 
 
 @dataclass(frozen=True)
@@ -307,6 +350,11 @@ def _bucket(fields: _Fields) -> Bucket:
         instances=fields.get("instances", int, least=1),
         edges=fields.get("edges", int, least=1),
         samples=fields.get("samples", int, least=0),
+        **{
+            key: fields.get(key, int, least=1)
+            for key in ("boxes", "regions")
+            if fields.data.get(key) is not None
+        },
     )
 
 
@@ -329,4 +377,5 @@ def _shard(fields: _Fields, buckets: int) -> Shard:
         samples=fields.get("samples", int, least=1),
         bytes=fields.get("bytes", int, least=1),
         sha256=sha256,
+        maskless=fields.get("maskless", bool) if "maskless" in fields.data else False,
     )

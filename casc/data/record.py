@@ -23,6 +23,10 @@ class AnnotationRecord(TypedDict):
     """0-based, from the category; -1 where the index doesn't have it."""
     train: bool
     """Whether it is trained on."""
+    box_only: NotRequired[bool]
+    """Whether its mask alone is amiss: it is trained on where no masks are."""
+    region: NotRequired[bool]
+    """Whether it may become a region to ignore: a crowd, marked as ignore, or without a mask."""
     box: list[float]
     """xyxy, not clipped to the image."""
     rings: NotRequired[list[list[float]]]
@@ -107,7 +111,11 @@ def _annotation_fault(entry: Any) -> str:
             return f".{key}: expected a whole number, got {_shown(entry, key)}"
     if type(entry.get("train")) is not bool:
         return f".train: expected true or false, got {_shown(entry, 'train')}"
-    if not -1 + entry["train"] <= entry["label"] < 2**31:
+    for key in ("box_only", "region"):
+        if type(entry.get(key, False)) is not bool:
+            return f".{key}: expected true or false, got {_shown(entry, key)}"
+    trained = entry["train"] or entry.get("box_only", False)
+    if not -1 + trained <= entry["label"] < 2**31:
         return f".label: {entry['label']} is no class"
     for key in ("box", *(key for key in ("bbox",) if key in entry)):
         if not _are_numbers(entry.get(key)) or len(entry[key]) != 4:

@@ -8,11 +8,14 @@ digits: the image's own bytes, and a JSON with its annotations:
         id, category_id, bbox, area, iscrowd, segmentation: COCO's own, for evaluation
         label: 0-based, -1 where the category is unknown
         train: false where the annotation isn't trained on (crowds, degenerate boxes ...)
+        box_only: true where training without masks has it all the same
+        region: true where it may become a region to ignore
         box: [x0, y0, x1, y1] in pixels
         rings: only where segmentation is an RLE: the mask's boundaries [[x, y, ...], ...]
         mask_iou: of the rings with the RLE
 
-Legend: g trainable objects of an image, e polygon edges of an object, h x w stored size.
+Legend: g trainable objects of an image, e polygon edges of an object, h x w stored size,
+r regions to ignore.
 """
 
 import io
@@ -57,10 +60,22 @@ class Sample(NamedTuple):
     segmentations: list[Any]
     """g COCO segmentations (polygon lists or RLE dicts), for mask targets from bitmaps."""
     image_id: int
+    regions: np.ndarray | None = None
+    """[r, 4] float32 xyxy, where they are asked for."""
 
 
-def read_sample(image_bytes: bytes, json_bytes: bytes) -> Sample:
-    """Decode a sample's two members; crowds and all else that isn't trained on are left out.
+def read_sample(
+    image_bytes: bytes, json_bytes: bytes, *, masks: bool = True, regions: bool = False
+) -> Sample:
+    """Decode a sample's two members; all that isn't trained on is left out.
+
+    Args:
+        image_bytes: the image's file.
+        json_bytes: its annotations.
+        masks: whether masks are trained. Otherwise objects have no edges, and those that lack
+            nothing but a mask are among them.
+        regions: also give what is to be ignored: crowds, what is marked so, and with `masks`
+            what has no usable one.
 
     Raises:
         ImageError: when the image can't be decoded or has another size than the JSON says.
@@ -72,14 +87,19 @@ def read_sample(image_bytes: bytes, json_bytes: bytes) -> Sample:
             f"{record['file_name']}: decodes to {image.shape[1]} x {image.shape[0]}, its JSON "
             f"says {record['width']} x {record['height']}; run `data_tools check`"
         )
-    objects = [a for a in record["annotations"] if a["train"]]
+    every = record["annotations"]
+    objects = [a for a in every if a["train"] or (not masks and a.get("box_only"))]
+    ignored = [a["box"] for a in every if a.get("region") and (masks or not a.get("box_only"))]
     return Sample(
         image=image,
         boxes=np.array([a["box"] for a in objects], np.float32).reshape(-1, 4),
         labels=np.array([a["label"] for a in objects], np.int64),
-        edges=annotations_edges(objects),
-        segmentations=[a["segmentation"] for a in objects],
+        edges=annotations_edges(objects)
+        if masks
+        else [np.zeros((0, 4), np.float32)] * len(objects),
+        segmentations=[a["segmentation"] for a in objects] if masks else [],
         image_id=record["image_id"],
+        regions=np.array(ignored, np.float32).reshape(-1, 4) if regions else None,
     )
 
 

@@ -54,6 +54,8 @@ def training_batches(
     past: EpochHistory = NO_HISTORY,
     pin_memory: bool = False,
     bitmaps: bool = False,
+    masks: bool = True,
+    regions: bool = False,
     warn: Callable[[str], object] | None = None,
 ) -> BatchStream:
     """Yield (bucket, batch) of the steps of a run, counted over its epochs.
@@ -70,6 +72,8 @@ def training_batches(
         past: see `plan_epoch`.
         pin_memory: hand out batches in pinned memory.
         bitmaps: see `collate`.
+        masks: see `read_sample`; without, the split is what `training_split` makes of it.
+        regions: see `collate`.
         warn: is told of downloads that had to be taken up again; by default stderr is.
 
     Raises:
@@ -78,9 +82,9 @@ def training_batches(
     walk = partial(
         _walk_training, root, split,
         seed=seed, steps=steps, batch=batch, world=world, rank=rank,
-        loading=loading, past=past, bitmaps=bitmaps,
+        loading=loading, past=past, bitmaps=bitmaps, masks=masks, regions=regions,
     )  # fmt: skip
-    return BatchStream(walk, split, batch, loading, pin_memory, bitmaps, warn)
+    return BatchStream(walk, split, batch, loading, pin_memory, bitmaps, warn, regions)
 
 
 def evaluation_batches(
@@ -149,7 +153,7 @@ def _walk_training(
     root: str | os.PathLike[str], split: Split, worker: Worker, *,
     seed: int, steps: range, batch: int, world: int, rank: int, loading: TrainLoaderConfig,
     past: EpochHistory,
-    bitmaps: bool,
+    bitmaps: bool, masks: bool, regions: bool,
 ) -> Iterator[tuple[int, Batch]]:  # fmt: skip
     per_epoch = steps_per_epoch(split, world=world, batch=batch)
     workers, window = worker.workers, loading.window
@@ -162,7 +166,8 @@ def _walk_training(
             window=window, past=past,
         )  # fmt: skip
         reader = partial(ShardReader, root, split, loading, worker.status, worker.compared)
-        for bucket, samples in epoch_samples(reader, plan, rank, first % workers, first):
+        read = partial(decode, masks=masks, regions=regions)
+        for bucket, samples in epoch_samples(reader, plan, rank, first % workers, first, read):
             if at >= steps.stop:
                 return
             seeds = [noise_seed(seed, epoch, sample.image_id) for sample in samples]
@@ -173,6 +178,7 @@ def _walk_training(
                     split.buckets[bucket],
                     seeds=seeds,
                     bitmaps=bitmaps,
+                    regions=regions,
                     block=next(worker.blocks),
                 ),
             )
@@ -203,8 +209,23 @@ def _walk_evaluation(
             )
 
 
+def decode(
+    name: str, image: bytes, record: bytes, *, masks: bool = True, regions: bool = False
+) -> Sample:
+    """`read_sample` with errors that say where the sample is."""
+    try:
+        return read_sample(image, record, masks=masks, regions=regions)
+    except (UserError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name}: {error}; run `data_tools check`") from error
+
+
 def epoch_samples(
-    reader: Callable[[], ShardReader], plan: EpochPlan, rank: int, worker: int, start: int
+    reader: Callable[[], ShardReader],
+    plan: EpochPlan,
+    rank: int,
+    worker: int,
+    start: int,
+    read: Callable[[str, bytes, bytes], Sample] = decode,
 ) -> Iterator[tuple[int, list[Sample]]]:
     """What one worker reads of an epoch from step `start` on, one step after the other."""
     draws: dict[int, Iterator[Sample]] = {}
@@ -212,21 +233,17 @@ def epoch_samples(
         for _, bucket in worker_steps(plan, worker, start):
             if bucket not in draws:
                 windows = worker_windows(plan, bucket, rank, worker, start)
-                draws[bucket] = _draw(readers.enter_context(reader()), windows)
+                draws[bucket] = _draw(readers.enter_context(reader()), windows, read)
             yield bucket, list(islice(draws[bucket], plan.batch))
 
 
-def _draw(reader: ShardReader, windows: Iterator[Window]) -> Iterator[Sample]:
+def _draw(
+    reader: ShardReader,
+    windows: Iterator[Window],
+    read: Callable[[str, bytes, bytes], Sample],
+) -> Iterator[Sample]:
     for segments, order in windows:
         held = dict(enumerate(member for part in segments for member in reader.read(part)))
         reader.status.set(DECODING)
         for at in order.tolist():
-            yield decode(*held.pop(at))
-
-
-def decode(name: str, image: bytes, record: bytes) -> Sample:
-    """`read_sample` with errors that say where the sample is."""
-    try:
-        return read_sample(image, record)
-    except (UserError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name}: {error}; run `data_tools check`") from error
+            yield read(*held.pop(at))

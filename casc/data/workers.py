@@ -113,6 +113,7 @@ class BatchStream(Iterator[tuple[int, Batch]]):
         pin_memory: bool,
         bitmaps: bool = False,
         warn: Callable[[str], object] | None = None,
+        regions: bool = False,
     ) -> None:
         """Read a walk.
 
@@ -124,6 +125,7 @@ class BatchStream(Iterator[tuple[int, Batch]]):
             pin_memory: hand out batches in pinned memory.
             bitmaps: whether batches hold any.
             warn: is told what workers have to say; by default it goes to stderr.
+            regions: whether batches hold any to ignore.
         """
         self._places = [shard.name for shard in split.shards]
         holding = [name for name in ("workers", "prefetch", "window") if hasattr(loading, name)]
@@ -131,14 +133,15 @@ class BatchStream(Iterator[tuple[int, Batch]]):
         self._warn = warn or warn_on_stderr
         self.pids: list[int] = []
         """Process ids of the workers, once the first batch has been asked for."""
-        sizes = [block_size(bucket, batch, bitmaps=bitmaps) for bucket in split.buckets]
+        held = {"bitmaps": bitmaps, "regions": regions}
+        sizes = [block_size(bucket, batch, **held) for bucket in split.buckets]
         shared = _share(loading, max(sizes, default=0), len(split.shards))
         self._rows = shared.rows
         items = _items(_Stream(walk, shared), loading, self.pids, self._warn)
 
         def unpacked(block: Tensor, bucket: int) -> Batch:
             own = _own(block[: sizes[bucket]], pin_memory)
-            return unpack(own, split.buckets[bucket], batch, bitmaps=bitmaps)
+            return unpack(own, split.buckets[bucket], batch, **held)
 
         self._batches = _batches(items, shared, unpacked, pin_memory)
 

@@ -45,8 +45,8 @@ class ImageDetections(NamedTuple):
     """`[D]` float32."""
     labels: np.ndarray
     """`[D]` int64."""
-    masks: np.ndarray
-    """`[D, M, M]` float32, probabilities inside the box."""
+    masks: np.ndarray | None
+    """`[D, M, M]` float32, probabilities inside the box; None where boxes are all there is."""
 
 
 def collect_results(
@@ -108,7 +108,7 @@ def image_results(found: ImageDetections, category_ids: Sequence[int]) -> list[R
         torch.from_numpy(found.boxes),
         torch.from_numpy(found.scores),
         torch.from_numpy(found.labels),
-        torch.from_numpy(found.masks),
+        None if found.masks is None else torch.from_numpy(found.masks),
         image_id=found.image_id,
         height=found.height,
         width=found.width,
@@ -193,7 +193,7 @@ def _start_copy(found: Detections) -> tuple[Detections, torch.Event | None]:
     if device.type == "cpu":
         return found, None
     # To memory that torch pins for this, so that the copy runs beside the next batch.
-    host = Detections(*(t.to("cpu", non_blocking=True) for t in found))
+    host = Detections(*(t if t is None else t.to("cpu", non_blocking=True) for t in found))
     return host, torch.accelerator.current_stream(device).record_event()
 
 
@@ -207,7 +207,8 @@ def _images(
         if identity >= 0:
             keep = found.valid[row]
             fields = (found.boxes, found.scores, found.labels, found.masks)
-            yield ImageDetections(identity, *sizes[row], *(t[row][keep].numpy() for t in fields))
+            own = (t if t is None else t[row][keep].numpy() for t in fields)
+            yield ImageDetections(identity, *sizes[row], *own)
 
 
 def _in_threads(jobs: Iterable[Callable[[], list[Result]]], threads: int) -> Iterator[list[Result]]:

@@ -24,13 +24,13 @@ from casc.data.workers import BatchStream
 from casc.device.devices import traits
 from casc.distributed import ALONE, Ranks, gather
 from casc.errors import UserError
-from casc.evaluate.coco_eval import MAX_DETS, join
+from casc.evaluate.coco_eval import MAX_DETS, IouType, join
 from casc.evaluate.coco_results import found_in, write_results
 from casc.evaluate.errors import find_errors
 from casc.evaluate.ground_truth import ground_truth_from_samples, ground_truth_from_shards
-from casc.evaluate.metrics import Evaluation, accumulate
+from casc.evaluate.metrics import IOU_TYPES, Evaluation, accumulate
 from casc.evaluate.workers import Truth, by_image, evaluate_images
-from casc.model.detector import Detections, DetectorConfig
+from casc.model.detector import Detections, DetectorConfig, mask_stages
 from casc.model.preprocess import ImageConfig
 
 
@@ -78,7 +78,7 @@ def evaluate(
     loading: EvalLoaderConfig | None = None,
     watch: Callable[[int], object] = lambda images: None,
 ) -> Evaluation:
-    """Measure a detector's box and mask AP on shards, as COCO does.
+    """Measure a detector's box and mask AP on shards, as COCO does; box AP if it has no masks.
 
     Args:
         detector: what to evaluate.
@@ -123,6 +123,11 @@ def evaluate(
     )
     assert evaluation is not None  # there is only this process
     return evaluation
+
+
+def measured_types(model: DetectorConfig) -> tuple[IouType, ...]:
+    """By which overlap a detector can be measured: boxes', and masks' where it has any."""
+    return IOU_TYPES if mask_stages(model) else ("bbox",)
 
 
 def check_split(index: Index, split: str, where: str) -> None:
@@ -230,6 +235,7 @@ def evaluate_split(
                 found_in(outputs()),
                 truth,
                 processes=processes,
+                iou_types=measured_types(detector.model),
                 max_dets=max_dets,
                 keep_results=errors or results is not None,
                 point=point,

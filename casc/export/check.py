@@ -100,7 +100,7 @@ def compare(
     for pixels, size, count in batches:
         a, b = first(pixels, size), second(pixels, size)
         for i in range(count):
-            one, other = (Detections(*(t[i] for t in found)) for found in (a, b))
+            one, other = (_rows(found, i) for found in (a, b))
             total = _add(total, compare_image(one, other, config, tolerances))
     return total
 
@@ -110,7 +110,7 @@ def compare_image(
 ) -> Agreement:
     """Compare the detections of one image, fields [D, ...]."""
     full = a.valid.all() | b.valid.all()
-    a, b = (Detections(*(t[found.valid] for t in found)) for found in (a, b))
+    a, b = (_rows(found, found.valid) for found in (a, b))
     left, right = _pairs(a, b)
     alone = [
         _alone(a, left, b, config, tolerances, bool(full)),
@@ -124,8 +124,14 @@ def compare_image(
         unpaired=sum(rest for _, rest in alone),
         boxes=_greatest(a.boxes[left] - b.boxes[right]),
         scores=_greatest(a.scores[left] - b.scores[right]),
-        masks=_greatest(a.masks[left] - b.masks[right]),
+        masks=0.0
+        if a.masks is None or b.masks is None
+        else _greatest(a.masks[left] - b.masks[right]),
     )
+
+
+def _rows(found: Detections, rows: int | Tensor) -> Detections:
+    return Detections(*(t if t is None else t[rows] for t in found))
 
 
 def _pairs(a: Detections, b: Detections) -> tuple[Tensor, Tensor]:

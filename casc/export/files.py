@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from casc.errors import UserError
-from casc.export.metadata import INPUTS, KEY, OUTPUTS
+from casc.export.metadata import INPUTS, KEY
 from casc.export.onnx import write_onnx
 from casc.export.operators import plain
 from casc.model.detector import Detections
@@ -66,7 +66,7 @@ def write(program: ExportedProgram, path: Path, form: Form, metadata: dict[str, 
     """
     text = json.dumps(metadata)
     if form == "onnx":
-        write_onnx(program, path, {KEY: text}, INPUTS, OUTPUTS)
+        write_onnx(program, path, {KEY: text}, INPUTS, [o["name"] for o in metadata["outputs"]])
     elif form == "pt2":
         torch.export.save(plain(program), path, extra_files={f"{KEY}.json": text})
     else:
@@ -100,10 +100,11 @@ def _load_onnx(path: Path) -> Callable[[Tensor, Tensor], Detections]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
 
     def detect(pixels: Tensor, size: Tensor) -> Detections:
         given = dict(zip(INPUTS, (pixels.numpy(), size.numpy()), strict=True))
-        found = session.run(list(OUTPUTS), given)
-        return Detections(*(torch.from_numpy(value) for value in found))
+        found = zip(names, session.run(names, given), strict=True)
+        return Detections(**{name: torch.from_numpy(value) for name, value in found})
 
     return detect

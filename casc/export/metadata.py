@@ -8,9 +8,11 @@ import casc
 from casc.checkpoints.model import Trained, class_names
 from casc.config import to_json
 from casc.export.program import Shape
+from casc.model.detector import mask_stages
 
 INPUTS = ("pixels", "size")
 OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
+"""The last where the model has masks."""
 KEY = "casc"
 """Under which ONNX and AOTInductor keep it; in torch.export's file it is `casc.json`."""
 
@@ -36,13 +38,15 @@ def describe(trained: Trained, shape: Shape, form: str) -> dict[str, Any]:
         ([batch, most], "bool", "which rows are detections; these come first"),
         ([batch, most, cells, cells], "float32", "probability of each cell of the box"),
     )
-    return {
+    masked = mask_stages(model) > 0
+    names = OUTPUTS if masked else OUTPUTS[:-1]
+    made = {
         "format": form,
         "versions": {"casc": casc.__version__, "torch": torch.__version__},
         "checkpoint": {"source": trained.weights.source, "step": trained.weights.step},
         "classes": [{"id": c.id, "name": c.name} for c in class_names(trained)],
         "inputs": _tensors(INPUTS, inputs),
-        "outputs": _tensors(OUTPUTS, outputs),
+        "outputs": _tensors(names, outputs[: len(names)]),
         "preprocessing": {
             "where": "inside the program",
             "resize": "bilinear, half-pixel centres; shorter side to `short` unless the longer"
@@ -64,6 +68,9 @@ def describe(trained: Trained, shape: Shape, form: str) -> dict[str, Any]:
         "model": to_json(model),
         "recipe": trained.weights.recipe,
     }
+    if not masked:
+        del made["masks"], made["thresholds"]["mask"]
+    return made
 
 
 def _tensors(names: tuple[str, ...], rows: tuple[tuple[list[int], str, str], ...]) -> list[dict]:

@@ -99,7 +99,8 @@ def capture(
 ) -> ExportedProgram:
     """`infer` as a graph: (pixels, size) to (boxes, scores, labels, valid, masks).
 
-    casc's own operators are still in it; see `casc.export.operators`.
+    Without the last where the model has no masks. casc's own operators are still in it; see
+    `casc.export.operators`.
     """
     # The kernels that have a plain form, whatever the training device preferred.
     portable = replace(
@@ -134,7 +135,8 @@ class _Holder(nn.Module):
 
     def forward(self, pixels: Tensor, size: Tensor) -> tuple[Tensor, ...]:
         params, buffers = ({n: getattr(self, _attribute(n)) for n in ns} for ns in self.names)
-        return tuple(infer(params, buffers, *self.settings, pixels, size))
+        found = infer(params, buffers, *self.settings, pixels, size)
+        return tuple(t for t in found if t is not None)
 
 
 def _attribute(name: str) -> str:

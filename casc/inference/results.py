@@ -33,9 +33,10 @@ class Detection:
     _of: "Results" = field(repr=False, compare=False)
 
     @property
-    def mask(self) -> np.ndarray:
-        """`[h, w]` bool."""
-        return self._of.masks[0]
+    def mask(self) -> np.ndarray | None:
+        """`[h, w]` bool; None where the model has no masks."""
+        masks = self._of.masks
+        return None if masks is None else masks[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +80,13 @@ class Results:
         return [self.categories[label].name for label in self.labels]
 
     @property
-    def masks(self) -> np.ndarray:
-        """`[D, h, w]` bool, made each time it is asked for: D times as large as the image."""
+    def masks(self) -> np.ndarray | None:
+        """`[D, h, w]` bool, made each time it is asked for: D times as large as the image.
+
+        None where the model has no masks.
+        """
+        if self.found.masks is None:
+            return None
         masks, boxes = torch.from_numpy(self.found.masks), torch.from_numpy(self.boxes)
         return paste_masks(masks, boxes, self.found.height, self.found.width).numpy()
 
@@ -99,7 +105,8 @@ class Results:
             if not -len(self) <= which < len(self):
                 raise IndexError(f"detection {which} of {len(self)}")
             which = slice(which, which + 1 or None)
-        columns = {key: getattr(self.found, key)[which] for key in _COLUMNS}
+        columns = {key: getattr(self.found, key) for key in _COLUMNS}
+        columns = {key: None if v is None else v[which] for key, v in columns.items()}
         return replace(self, found=self.found._replace(**columns))
 
     def filter(
@@ -121,34 +128,39 @@ class Results:
 
     def draw(self) -> Image.Image:
         """Give the image with boxes, masks, names and scores; small images are enlarged."""
-        masks = [result["segmentation"] for result in self.to_coco()]
+        masks = [result.get("segmentation") for result in self.to_coco()]
         drawn = draw_instances(
             self.image, self.boxes, self.names, labels=self.labels, masks=masks, scores=self.scores
         )
         return Image.fromarray(drawn)
 
     def to_coco(self, image_id: int = 0) -> list[Result]:
-        """Give COCO's results: `image_id`, `category_id`, `bbox`, `score`, `segmentation` RLE."""
+        """Give COCO's results: `image_id`, `category_id`, `bbox`, `score`, `segmentation` RLE.
+
+        Without the last where the model has no masks.
+        """
         ids = [category.id for category in self.categories]
         return image_results(self.found._replace(image_id=image_id), ids)
 
     def to_dict(self) -> dict[str, Any]:
         """Give what JSON can hold: the image's size, and of each detection all there is.
 
-        `box` is x0, y0, x1, y1, `mask` COCO's compressed run lengths.
+        `box` is x0, y0, x1, y1, `mask` COCO's compressed run lengths, where the model has masks.
         """
         height, width = self.found.height, self.found.width
-        masks = encode_masks(
-            torch.from_numpy(self.found.masks), torch.from_numpy(self.boxes), height, width
-        )
-        detections = [
-            {"box": list(d.box), "score": d.score, "label": d.label, "name": d.name, "mask": mask}
-            for d, mask in zip(self, masks, strict=True)
+        detections: list[dict[str, Any]] = [
+            {"box": list(d.box), "score": d.score, "label": d.label, "name": d.name} for d in self
         ]
+        if self.found.masks is not None:
+            masks, boxes = torch.from_numpy(self.found.masks), torch.from_numpy(self.boxes)
+            for each, mask in zip(
+                detections, encode_masks(masks, boxes, height, width), strict=True
+            ):
+                each["mask"] = mask
         return {"height": height, "width": width, "detections": detections}
 
     def to_supervision(self) -> Any:
-        """Give `supervision.Detections` with masks, and names as `class_name`.
+        """Give `supervision.Detections` with masks if there are any, and names as `class_name`.
 
         Raises:
             UserError: supervision isn't installed.

@@ -25,7 +25,7 @@ from casc.model.layers import (
     new_weight,
     xavier_normal,
 )
-from casc.model.matching import match_rois, sample, take
+from casc.model.matching import covered, match_rois, sample, take
 from casc.model.targets import Targets
 from casc.ops.probe import Probe, unwatched
 from casc.ops.pyramid import Pyramid
@@ -122,6 +122,8 @@ def sample_rois(
 ) -> RoiSample:
     """Put the ground truth in front of the proposals, match, and draw the sample.
 
+    Proposals that a region to ignore covers are left out; the ground truth never is.
+
     Args:
         config: counts.
         stage: the threshold.
@@ -136,6 +138,8 @@ def sample_rois(
         S boxes per image.
     """
     capacity = targets.boxes.shape[1]
+    if targets.regions is not None:
+        valid = valid & ~covered(proposals, targets.regions)
     boxes = torch.cat([targets.boxes, proposals], dim=1)
     candidates = torch.cat([targets.valid, valid], dim=1)
     matches = match_rois(boxes, candidates, targets.boxes, targets.valid, iou=stage.iou)

@@ -112,6 +112,13 @@ class DetectorConfig:
     """Cascade stages, first to last."""
     box_head: BoxHeadConfig = field(default_factory=BoxHeadConfig)
     mask_head: MaskHeadConfig = field(default_factory=MaskHeadConfig)
+    masks: Literal["heads", "none"] = "heads"
+    """none: no mask heads, boxes alone. Trained on objects without a mask too, and evaluated by
+    boxes; --model.mask-head doesn't count then."""
+    ignore: Literal["none", "crowds"] = "none"
+    """crowds: anchors and proposals that lie by 0.7 of their area in a crowd's box, or in that of
+    an object marked as ignore or, with mask heads, without a usable mask, are neither objects nor
+    background. none: they are background, as in the reference."""
     roi_align: Literal["fixed", "adaptive"] = "fixed"
     """Samples per RoIAlign cell. fixed: 2x2. adaptive: the reference's ceil(side / cells)."""
     roi_kernel: RoiKernel = "auto"
@@ -168,8 +175,9 @@ class Detections(NamedTuple):
     """[B, D] int64 in [0, K), 0 where invalid."""
     valid: Tensor
     """[B, D] bool."""
-    masks: Tensor
-    """[B, D, 28, 28] float32, probability that each cell of the box is on the object."""
+    masks: Tensor | None = None
+    """[B, D, 28, 28] float32, probability that each cell of the box is on the object. None where
+    the detector has no mask heads."""
 
 
 def init(config: DetectorConfig, generator: torch.Generator) -> tuple[Params, Params]:
@@ -197,6 +205,8 @@ def trainable(config: DetectorConfig, params: Params) -> Params:
 
 def mask_stages(config: DetectorConfig) -> int:
     """How many stages have a mask head, from the first on."""
+    if config.masks == "none":
+        return 0
     return len(config.stages) if config.mask_head.stages == "every" else 1
 
 
@@ -287,6 +297,8 @@ def losses(
     features = extract(params, buffers, config, inputs.image, probe)
     result, pyramid, rois = box_branch(params, config, features, inputs, noise, probe, anchors)
     stages = range(mask_stages(config))
+    if not stages:
+        return result
     # The heads share nothing that depends on order: one pass serves them all.
     masks = mask_branch(params, config, stages, pyramid, rois, inputs.targets, probe)
     return join(result, *(weighted_mask_loss(config, i, *masks[i]) for i in stages))
@@ -342,7 +354,9 @@ def rpn_branch(
 ) -> tuple[LossSums, Pyramid]:
     """The RPN's losses and number of positive anchors per image; the pyramid for what follows."""
     gt = inputs.targets
-    targets = rpn_targets(config.rpn, anchors, inputs.size, gt.boxes, gt.valid, keys, probe)
+    targets = rpn_targets(
+        config.rpn, anchors, inputs.size, gt.boxes, gt.valid, keys, probe, gt.regions
+    )
     targets = probe("rpn.targets", targets)
     sizes = level_sizes(features.levels)
     index = targets.sample.indices
@@ -459,6 +473,8 @@ def detect(
     boxes, scores, labels, valid = select(
         config.inference, logits, boxes / inputs.scale[:, None], proposals.valid, probe
     )
+    if not mask_stages(config):
+        return Detections(boxes, scores, labels, valid, None)
     rois = probe("mask.rois", boxes * inputs.scale[:, None])
     masks = detect_masks(params, config, features.pyramid, rois, labels, probe)
     return Detections(boxes, scores, labels, valid, masks * valid[..., None, None])

@@ -34,6 +34,11 @@ class Matches(NamedTuple):
     """[B, N] bool; a box that is neither is ignored."""
 
 
+IGNORED_SHARE = 0.7
+"""Boxes that a region to ignore covers by more than this share of their own area are neither
+positive nor negative: TRAIN.CROWD_FILTER_THRESH of py-faster-rcnn and Detectron."""
+
+
 class Sample(NamedTuple):
     """A fixed number of boxes per image: positives first, then negatives, then padding."""
 
@@ -175,6 +180,31 @@ def match_rois(
     overlap = torch.where(gt_valid[..., None], iou_matrix(gt_boxes, boxes), -1.0)
     best, gt = overlap.max(dim=1)
     return Matches(gt, best, valid & (best >= iou), valid & (best < iou))
+
+
+def covered(boxes: Tensor, regions: Tensor) -> Tensor:
+    """Which boxes lie in a region to ignore, by more than `IGNORED_SHARE` of their own area.
+
+    The share is pycocotools' overlap with a crowd: intersection over the box's area.
+
+    Args:
+        boxes: [N, 4] or [B, N, 4] xyxy; one without area is never covered.
+        regions: [B, R, 4] xyxy, of no area where padded.
+
+    Returns:
+        [B, N] bool.
+    """
+    count, boxes = regions.shape[1], boxes.expand(regions.shape[0], *boxes.shape[-2:])
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+    found = torch.zeros_like(area, dtype=torch.bool)
+    step = max(1, min(count, LARGEST_BLOCK // area.numel()))
+    for first in range(0, count, step):
+        block = regions[:, first : first + step, None]
+        low = torch.maximum(block[..., :2], boxes[:, None, :, :2])
+        high = torch.minimum(block[..., 2:], boxes[:, None, :, 2:])
+        common = (high - low).clamp(min=0).prod(dim=-1).amax(dim=1)
+        found = found | (common > IGNORED_SHARE * area)
+    return found
 
 
 def sample(

@@ -265,7 +265,27 @@ def _move_targets(batch: Batch, view: View, scale: Tensor, canvas: tuple[int, in
     bitmaps = None
     if batch.bitmaps is not None:
         bitmaps = _resize_bitmaps(batch.bitmaps, batch.size, view, canvas)
-    return Targets(boxes, batch.labels, valid, edges, batch.edge_gt, bitmaps)
+    regions = None if batch.regions is None else _move_regions(batch.regions, view, scale, shown)
+    return Targets(boxes, batch.labels, valid, edges, batch.edge_gt, bitmaps, regions)
+
+
+def _move_regions(regions: Tensor, view: View, scale: Tensor, shown: Tensor) -> Tensor:
+    """Boxes [B, R, 4] of stored images to the canvas; of those that are cut, the part inside.
+
+    Args:
+        regions: of no area where padded, as they are afterwards.
+        view: how each image is seen.
+        scale: [B, 4] canvas pixels per stored pixel.
+        shown: [B, 2] height and width of what is seen.
+    """
+    moved = regions * scale[:, None]
+    if view.corner is not None:
+        moved = moved - view.corner.to(torch.float32).flip(-1).repeat(1, 2)[:, None]
+    moved = torch.minimum(moved.clamp(min=0), shown.flip(-1).repeat(1, 2)[:, None])
+    x1, y1, x2, y2 = moved.unbind(-1)
+    width = shown[:, 1:2]
+    mirrored = torch.stack([width - x2, y1, width - x1, y2], dim=-1)
+    return torch.where(view.flip[:, None, None], mirrored, moved)
 
 
 def _resize_bitmaps(bitmaps: Tensor, size: Tensor, view: View, canvas: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from casc.model import losses
 from casc.model.anchors import AnchorConfig, inside
 from casc.model.boxes import decode, encode
 from casc.model.layers import JOINED, Params, conv, join_layers, new_weight, normal_001
-from casc.model.matching import Matches, Sample, match_anchors, sample, take
+from casc.model.matching import Matches, Sample, covered, match_anchors, sample, take
 from casc.ops.nms import NmsKernel, batched_nms
 from casc.ops.probe import Probe, unwatched
 from casc.ops.pyramid import Pyramid, patches
@@ -158,6 +158,7 @@ def rpn_targets(
     gt_valid: Tensor,
     keys: Tensor,
     probe: Probe = unwatched,
+    regions: Tensor | None = None,
 ) -> RPNTargets:
     """Match anchors that lie inside their image and draw the loss's sample.
 
@@ -169,13 +170,17 @@ def rpn_targets(
         gt_valid: [B, G] bool.
         keys: [B, A] noise in [0, 1).
         probe: sees which anchors lie inside.
+        regions: [B, R, 4] xyxy to ignore: the anchors that they cover take no part.
 
     Returns:
         Matches and sample.
     """
+    candidates = probe("rpn.inside", inside(anchors, size))
+    if regions is not None:
+        candidates = candidates & ~covered(anchors, regions)
     matches = match_anchors(
         anchors,
-        probe("rpn.inside", inside(anchors, size)),
+        candidates,
         gt_boxes,
         gt_valid,
         positive_iou=config.positive_iou,

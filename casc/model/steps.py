@@ -69,7 +69,7 @@ def make_loss_step(
         inputs, noise = _step_inputs(batch, config, image, canvas, compute, probe)
         return detector.losses(params, buffers, config, inputs, noise, probe, anchors)
 
-    if config.mask_head.capacity == "full":
+    if not detector.mask_stages(config) or config.mask_head.capacity == "full":
         step = recorded(
             losses, recorder, lambda f: _maybe_compile(f, compute, config, image, canvas)
         )
@@ -236,7 +236,8 @@ def reads_back(
         training: the training step's losses; else detection.
     """
     config = resolve_auto(config, compute)
-    if training and config.mask_head.capacity == "counted":
+    masks = detector.mask_stages(config) > 0
+    if training and masks and config.mask_head.capacity == "counted":
         return "mask heads run on a counted number of RoIs; --model.mask-head.capacity full doesn't"
     suppression = config.rpn.nms_kernel, config.inference.nms_kernel
     if "greedy" in (suppression[:1] if training else suppression):
@@ -244,7 +245,7 @@ def reads_back(
     if traits(device).select_rois:
         if is_native(config.roi_align, config.roi_kernel):
             return f"{traits(device).roi_align}'s RoIAlign reads how many RoIs a level has"
-        if training and config.mask_head.target == "bitmap":
+        if training and masks and config.mask_head.target == "bitmap":
             return "mask targets from bitmaps read which objects are asked for"
     return None
 

@@ -1,6 +1,7 @@
 """Ground truth as the detector sees it: padded, in pixels of the canvas.
 
-Legend: B images, G ground-truth capacity, E edge capacity, H x W canvas.
+Legend: B images, G ground-truth capacity, E edge capacity, R capacity for regions to ignore,
+H x W canvas.
 """
 
 from typing import NamedTuple
@@ -23,3 +24,5 @@ class Targets(NamedTuple):
     """[B, E] int64 in [0, G), the object whose edge it is."""
     bitmaps: Tensor | None = None
     """[B, G, H, W] uint8 masks, only for `mask_target="bitmap"`."""
+    regions: Tensor | None = None
+    """[B, R, 4] float32 xyxy, of no area where padded, only for `ignore="crowds"`."""

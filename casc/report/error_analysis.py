@@ -4,7 +4,7 @@ Precision by recall, and the images on which it did best and worst, with what it
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,8 +22,8 @@ from casc.draw import draw_instances, draw_sample
 from casc.evaluate.coco_eval import IouType, join, match, precision_at_recall
 from casc.evaluate.coco_results import ImageDetections, Result, found_in, image_results
 from casc.evaluate.ground_truth import ground_truth_from_shards, usable_objects, with_masks
-from casc.evaluate.metrics import IOU_TYPES, Evaluation, accumulate
-from casc.evaluate.run import detect_stream
+from casc.evaluate.metrics import Evaluation, accumulate
+from casc.evaluate.run import detect_stream, measured_types
 from casc.evaluate.workers import Truth, by_image
 from casc.inference.detector import Detector
 from casc.model.detector import Detections
@@ -98,6 +98,7 @@ def analyse(
     qualities: dict[int, Quality] = {}
     kept: dict[int, list[Result]] = {}
     tallies = []
+    types = measured_types(detector.model)
 
     stream = evaluation_batches(
         root,
@@ -127,11 +128,11 @@ def analyse(
             results += mine
             sure = [result for result in mine if result["score"] >= threshold]
             kept[found.image_id] = sure
-            qualities[found.image_id] = _quality(truth, found, sure)
+            qualities[found.image_id] = _quality(truth, found, sure, types)
         images = {found.image_id: truth.images[found.image_id] for found in chunk}
         annotations = [a for key in images for a in truth.annotations[key]]
         objects, skipped = usable_objects({"annotations": annotations}, images, truth.categories)
-        tallies.append(match(images, truth.categories, objects, results, IOU_TYPES, skipped))
+        tallies.append(match(images, truth.categories, objects, results, types, skipped))
     tally = join(tallies)
     ids = sorted(truth.categories)
     worst, best = extremes(qualities, count)
@@ -175,11 +176,16 @@ def extremes(qualities: dict[int, Quality], count: int) -> tuple[list[int], list
     return worst, [key for *_, key in high if key not in worst][:count]
 
 
-def _quality(truth: Truth, found: ImageDetections, results: list[Result]) -> Quality:
+def _quality(
+    truth: Truth, found: ImageDetections, results: list[Result], types: Sequence[IouType]
+) -> Quality:
     images = {found.image_id: truth.images[found.image_id]}
     annotations = {"annotations": truth.annotations[found.image_id]}
     objects, _ = usable_objects(annotations, images, truth.categories)
-    return image_quality(with_masks(objects, images)[0], results, (found.height, found.width))
+    size = found.height, found.width
+    if "segm" not in types:
+        return image_quality(objects, results, size, "bbox")
+    return image_quality(with_masks(objects, images)[0], results, size)
 
 
 def _draw(
@@ -209,7 +215,7 @@ def _draw(
                 boxes,
                 [index.categories[label].name for label in mine],
                 labels=mine,
-                masks=[r["segmentation"] for r in results],
+                masks=[r.get("segmentation") for r in results],
                 scores=[r["score"] for r in results],
                 long_side=PICTURE,
                 seen_at=SEEN_AT,

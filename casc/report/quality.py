@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from casc.evaluate.coco_eval import IouType
+
 MATCH_IOU = 0.5
 
 
@@ -24,8 +26,9 @@ def image_quality(
     objects: Sequence[Mapping[str, Any]],
     results: Sequence[Mapping[str, Any]],
     size: tuple[int, int],
+    iou_type: IouType = "segm",
 ) -> Quality:
-    """Measure an image's detections by their masks.
+    """Measure an image's detections by their masks, or by their boxes.
 
     The sum of the matches' IoU over the mean number of objects and detections: panoptic
     quality (Kirillov et al. 2019, arXiv:1801.00868, equation 1). As instances may overlap here,
@@ -34,9 +37,10 @@ def image_quality(
     its class counts neither way.
 
     Args:
-        objects: annotations as `with_masks` gives them.
+        objects: annotations as `with_masks` gives them; or, of boxes, `usable_objects`.
         results: detections in COCO's format, those that are to count.
         size: the image's (h, w).
+        iou_type: by which overlap.
     """
     found = wrong = 0
     total = 0.0
@@ -53,8 +57,8 @@ def image_quality(
         crowd = np.array([bool(o["iscrowd"]) for o in theirs])
         overlap = np.asarray(
             coco_mask.iou(
-                [result["segmentation"] for result in mine],
-                [_rle(o["segmentation"], size) for o in theirs],
+                [_region(result, size, iou_type) for result in mine],
+                [_region(o, size, iou_type) for o in theirs],
                 crowd.astype(np.uint8).tolist(),
             )
         ).reshape(len(mine), len(theirs))
@@ -70,6 +74,10 @@ def image_quality(
     missed = len(single) - found
     weight = found + (missed + wrong) / 2
     return Quality(total / weight if weight else None, found, missed, wrong)
+
+
+def _region(entry: Mapping[str, Any], size: tuple[int, int], iou_type: IouType) -> Any:
+    return entry["bbox"] if iou_type == "bbox" else _rle(entry["segmentation"], size)
 
 
 def _rle(segmentation: Any, size: tuple[int, int]) -> Any:

@@ -39,7 +39,10 @@ def summary(history: History, evaluated: tuple[int, Evaluation] | None) -> str:
     tiles.append(
         ("Steps", f"{history.step:,}{total}", f"{epochs:.4g} epochs" if history.parts else "")
     )
-    for title, name in (("Box AP", "box_ap"), ("Mask AP", "mask_ap")):
+    kinds = [("Box AP", "box_ap"), ("Mask AP", "mask_ap")]
+    if (history.recipe.get("model") or {}).get("masks") == "none":
+        kinds.pop()
+    for title, name in kinds:
         figures = [
             (value, r["step"])
             for r in history.evaluations
@@ -164,11 +167,12 @@ def curves(analysis: ErrorAnalysis, step: int, choice: str) -> str:
 
 def images(analysis: ErrorAnalysis, step: int, threshold: float) -> str:
     """The worst and the best images, predictions beside ground truth."""
+    kind = "mask" if "segm" in analysis.curves else "box"
     head = (
         f"{_extent(analysis, step)} Detections with a score of at least {threshold:g} are drawn and"
-        " counted. An image's quality is the summed mask IoU of the objects that were found (at an"
-        " IoU of .50 or more), over the mean number of objects and detections (panoptic quality)."
-        " 100\u00a0% means that all was found, exactly, and nothing else."
+        f" counted. An image's quality is the summed {kind} IoU of the objects that were found (at"
+        " an IoU of .50 or more), over the mean number of objects and detections (panoptic"
+        " quality). 100\u00a0% means that all was found, exactly, and nothing else."
     )
     if not analysis.worst:
         return note("There are too few images with objects to call some best and some worst.")

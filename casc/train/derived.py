@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from casc.config import to_json
-from casc.data.index import Index, Split, canvas
+from casc.data.index import Index, Split, canvas, training_split
 from casc.data.plan import plan_epoch
 from casc.device.devices import traits
 from casc.model import detector
@@ -34,15 +34,15 @@ class Facts(NamedTuple):
 
 def facts(recipe: Recipe, index: Index, world: int = 1) -> Facts:
     """Derive what the recipe leaves to arithmetic."""
+    split = trained_split(recipe, index)
     plan = plan_epoch(
-        index.splits[recipe.train_split], seed=recipe.seed, epoch=0, world=world,
+        split, seed=recipe.seed, epoch=0, world=world,
         batch=recipe.images_per_rank, workers=recipe.loading.workers, window=recipe.loading.window,
     )  # fmt: skip
     images = world * recipe.images_per_rank
     optim = recipe.optim
     rate = scaled_rate(optim.lr, optim.reference_batch, images) if optim.scale_lr else optim.lr
     steps = recipe.epochs * plan.steps
-    buckets = index.splits[recipe.train_split].buckets
     return Facts(
         steps_per_epoch=plan.steps,
         steps=steps if recipe.max_steps is None else min(steps, recipe.max_steps),
@@ -55,7 +55,16 @@ def facts(recipe: Recipe, index: Index, world: int = 1) -> Facts:
             for name in dict.fromkeys((recipe.train_split, recipe.val_split))
             if name in index.splits
         },
-        wrapped={b.name: n for b, n in zip(buckets, plan.wrapped, strict=True) if n},
+        wrapped={b.name: n for b, n in zip(split.buckets, plan.wrapped, strict=True) if n},
+    )
+
+
+def trained_split(recipe: Recipe, index: Index) -> Split:
+    """The training split with what the recipe trains on of it: see `training_split`."""
+    return training_split(
+        index.splits[recipe.train_split],
+        masks=recipe.model.masks != "none",
+        regions=recipe.model.ignore == "crowds",
     )
 
 
@@ -89,12 +98,13 @@ def describe(recipe: Recipe, index: Index, device: torch.device, world: int = 1)
         rate_lines(recipe, derived)
     )]  # fmt: skip
     for name, sizes in derived.canvases.items():
-        split = index.splits[name]
+        trains = name == recipe.train_split
+        split = trained_split(recipe, index) if trains else index.splits[name]
         lines.append(
             f"split           {name}: {split.samples:,} images, {split.train_samples:,} to train on"
         )
         for bucket, (height, width) in zip(split.buckets, sizes, strict=True):
-            repeats = derived.wrapped.get(bucket.name, 0) if name == recipe.train_split else 0
+            repeats = derived.wrapped.get(bucket.name, 0) if trains else 0
             lines.append(
                 f"  {bucket.name:<13} canvas {height} x {width}, {bucket.samples:,} images,"
                 f" room for {bucket.instances} objects, {bucket.edges} edges"

@@ -13,9 +13,9 @@ from casc.device.replay import choose_replay
 from casc.distributed import process_group, ranks_from_environment
 from casc.model.choose_compute import choose_compute
 from casc.model.steps import reads_back
-from casc.train.derived import facts
+from casc.train.derived import facts, trained_split
 from casc.train.profile import check_profile
-from casc.train.recipe import Recipe, resolved
+from casc.train.recipe import Recipe, reads_bitmaps, resolved
 from casc.train.recipe_checks import check
 from casc.train.run import Run, open_log
 from casc.train.run_lock import run_lock
@@ -73,7 +73,7 @@ def open_batches(run: Run, step: int) -> BatchStream:
     recipe = run.recipe
     return training_batches(
         recipe.data,
-        run.index.splits[recipe.train_split],
+        trained_split(recipe, run.index),
         seed=recipe.seed,
         steps=range(step, run.facts.steps),
         batch=recipe.images_per_rank,
@@ -82,6 +82,8 @@ def open_batches(run: Run, step: int) -> BatchStream:
         loading=recipe.loading,
         past=run.past,
         pin_memory=traits(run.device).pin_memory,
-        bitmaps=recipe.model.mask_head.target == "bitmap",
+        bitmaps=reads_bitmaps(recipe),
+        masks=recipe.model.masks != "none",
+        regions=recipe.model.ignore == "crowds",
         warn=run.log.warn,
     )

@@ -49,18 +49,28 @@ def draw_batch(
         # The padding is 0 after normalisation, so it shows as the mean colour.
         picture = (pixels * std + mean).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
         labels = targets.labels[i][valid].tolist()
+        ignored = _present(targets.regions, i)
         drawn.append(
             draw_instances(
                 picture.numpy(),
-                targets.boxes[i][valid].numpy(),
-                [categories[label].name for label in labels],
-                labels=labels,
+                torch.cat([targets.boxes[i][valid], ignored]).numpy(),
+                [categories[label].name for label in labels] + ["ignored"] * len(ignored),
+                labels=labels + [len(categories)] * len(ignored),
                 polygons=[
                     rings(targets.edges[i][targets.edge_gt[i] == k]) for k in valid.nonzero()[:, 0]
-                ],
+                ]
+                + [[]] * len(ignored),
+                crowds=[False] * len(labels) + [True] * len(ignored),
             )
         )
     Image.fromarray(_sheet(drawn)).save(path)
+
+
+def _present(regions: Tensor | None, image: int) -> Tensor:
+    """An image's regions to ignore [n, 4], those of no area left out."""
+    if regions is None:
+        return torch.zeros(0, 4)
+    return regions[image][(regions[image, :, 2:] > regions[image, :, :2]).all(dim=-1)]
 
 
 def rings(edges: Tensor) -> list[list[float]]:

@@ -109,7 +109,7 @@ class Recipe:
     keep_last: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
     keep_best: Literal["box_ap", "mask_ap", "none"] = "mask_ap"
-    """Also keep the checkpoint with the best of this figure."""
+    """Also keep the checkpoint with the best of this figure; without masks box_ap for mask_ap."""
     log_every: int = 50
     """Steps between lines of the log; between them nothing is read from the device."""
     watchdog_minutes: float = 30.0
@@ -159,10 +159,18 @@ RESUMABLE_CHANGES = frozenset(
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with its model as `exactness` wants it."""
+    """The recipe with its model as `exactness` wants it, and a figure that the model has."""
     if recipe.exactness == "reference":
-        return dataclasses.replace(recipe, model=detector.reference_settings(recipe.model))
+        recipe = dataclasses.replace(recipe, model=detector.reference_settings(recipe.model))
+    if recipe.keep_best == "mask_ap" and not detector.mask_stages(recipe.model):
+        recipe = dataclasses.replace(recipe, keep_best="box_ap")
     return recipe
+
+
+def reads_bitmaps(recipe: Recipe) -> bool:
+    """Whether mask targets are made of bitmaps, which batches then have to hold."""
+    model = recipe.model
+    return detector.mask_stages(model) > 0 and model.mask_head.target == "bitmap"
 
 
 @dataclass(frozen=True)

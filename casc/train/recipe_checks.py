@@ -2,7 +2,7 @@
 
 import math
 
-from casc.data.index import Index, Split
+from casc.data.index import Index, Split, training_split
 from casc.data.loader_config import check_loading
 from casc.device.devices import TRAITS
 from casc.errors import UserError
@@ -173,17 +173,30 @@ def _check_data(recipe: Recipe, index: Index) -> None:
                 f"--{flag} {name}: {recipe.data} has no such split (it has {known})"
                 + ("; or use --evaluate-every 0" if flag == "val-split" else "")
             )
-    split = index.splits[recipe.train_split]
-    trained = split.report.get("annotations", {}).get("trained")
-    if not split.train_samples or trained == 0:
-        raise UserError(
-            f"--train-split {recipe.train_split}: it has nothing to train on{_reasons(split)}"
-        )
+    _check_objects(recipe, index.splits[recipe.train_split])
     if recipe.model.classes != len(index.categories):
         raise UserError(
             f"--model.classes {recipe.model.classes}: {recipe.data} has {len(index.categories)}"
             f" categories; use --model.classes {len(index.categories)}"
         )
+
+
+def _check_objects(recipe: Recipe, split: Split) -> None:
+    """Refuse a split without any object to learn from, or of shards that don't know enough."""
+    masks = recipe.model.masks != "none"
+    regions = recipe.model.ignore == "crowds"
+    samples = training_split(split, masks=masks, regions=regions).train_samples
+    counts = split.report.get("annotations", {})
+    with_masks = counts.get("trained")
+    boxes = counts.get("trained_without_masks", with_masks)
+    if samples and (with_masks if masks else boxes) != 0:
+        return
+    mend = "mend the annotation file and make the shards again"
+    if masks and boxes:
+        mend = f"--model.masks none trains on {boxes:,} boxes without masks; or {mend}"
+    raise UserError(
+        f"--train-split {recipe.train_split}: it has nothing to train on{_reasons(split)}; {mend}"
+    )
 
 
 def _reasons(split: Split) -> str:
@@ -195,10 +208,6 @@ def _reasons(split: Split) -> str:
         if (found["subject"], found["outcome"]) == ("annotation", "evaluation only")
     ]
     if not listed:
-        return "; mend the annotation file and make the shards again"
-    maskless = "no_mask" in split.report.get("findings", {})
-    return (
-        f": of {listed} annotations none is usable ({', '.join(kinds) or 'their images are not'});"
-        " mend the annotation file and make the shards again"
-        + (" (boxes alone aren't enough: a mask is needed for each object)" if maskless else "")
-    )
+        return ""
+    why = ", ".join(kinds) or "their images are not"
+    return f": of {listed} annotations none is usable ({why})"

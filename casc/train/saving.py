@@ -15,6 +15,7 @@ from casc.checkpoints import format as checkpoint
 from casc.checkpoints.state import State
 from casc.device.devices import traits
 from casc.errors import UserError
+from casc.train.derived import trained_split
 from casc.train.run import Run
 from casc.train.start import data_position, fingerprint, weights_metadata
 
@@ -41,7 +42,7 @@ class Saver:
         """The last step whose checkpoint is there or being written."""
         self.write: _Write | None = None
         if self.active:
-            self.data = fingerprint(run.index, run.recipe.train_split)
+            self.data = fingerprint(trained_split(run.recipe, run.index), run.index.categories)
             pinned = traits(run.device).pin_memory
             self.host = State(*(_like(value, pinned) for value in state))
             self.pool = ThreadPoolExecutor(1, "saving")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from casc.checkpoints import format as checkpoint
 from casc.checkpoints.read import fit_weights, imagenet_weights, read_weights
 from casc.checkpoints.state import State
 from casc.config import differences, from_json, to_json
-from casc.data.index import Index
+from casc.data.index import Category, Index, Split
 from casc.data.plan import NO_HISTORY, EpochHistory, Phase
 from casc.device.devices import choose_dtype
 from casc.distributed import Ranks, from_main
 from casc.errors import UserError
 from casc.model import detector
 from casc.model.resnet import PREFIX
-from casc.train.derived import Facts
+from casc.train.derived import Facts, trained_split
 from casc.train.optim import moments_of
 from casc.train.recipe import IMAGENET, RANDOM, RESUMABLE_CHANGES, Recipe
 from casc.train.state import new_state
@@ -148,12 +149,10 @@ def weights_metadata(recipe: Recipe, index: Index, step: int) -> dict[str, str]:
     }
 
 
-def fingerprint(index: Index, split: str) -> str:
+def fingerprint(split: Split, categories: Sequence[Category]) -> str:
     """A hash that changes when the shards to train on do, or the classes."""
-    shards = [
-        (s.name, s.bucket, s.samples, s.sha256) for s in index.splits[split].shards if s.train
-    ]
-    classes = [(category.id, category.name) for category in index.categories]
+    shards = [(s.name, s.bucket, s.samples, s.sha256) for s in split.shards if s.train]
+    classes = [(category.id, category.name) for category in categories]
     return hashlib.sha256(json.dumps([classes, shards]).encode()).hexdigest()[:16]
 
 
@@ -248,7 +247,7 @@ def _past(
     step = position["step"]
     for name, now, flag, why in (
         (
-            "data", fingerprint(index, recipe.train_split), "--data",
+            "data", fingerprint(trained_split(recipe, index), index.categories), "--data",
             "it must be the same",
         ),
         (

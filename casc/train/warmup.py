@@ -19,8 +19,9 @@ from casc.data.workers import BatchStream
 from casc.device.devices import is_accelerator, synchronize, traits
 from casc.distributed import Ranks
 from casc.model.losses import mean_losses
+from casc.train.derived import trained_split
 from casc.train.log import RunLog
-from casc.train.recipe import Recipe
+from casc.train.recipe import Recipe, reads_bitmaps
 from casc.train.run import Run
 from casc.train.step import TrainStep
 from casc.train.stopping import Stopping
@@ -59,7 +60,7 @@ def warm_up(run: Run, state: State, step: TrainStep, activity: Activity) -> None
         activity: is told of each.
     """
     recipe, log = run.recipe, run.log
-    split = run.index.splits[recipe.train_split]
+    split = trained_split(recipe, run.index)
     steps = range(state.step, run.facts.steps)
     buckets = buckets_ahead(recipe, split, run.ranks.world, steps)
     trained = [state.params[name] for name in state.momentum]
@@ -76,7 +77,8 @@ def warm_up(run: Run, state: State, step: TrainStep, activity: Activity) -> None
                 [],
                 split.buckets[bucket],
                 batch=recipe.batch,
-                bitmaps=recipe.model.mask_head.target == "bitmap",
+                bitmaps=reads_bitmaps(recipe),
+                regions=recipe.model.ignore == "crowds",
             )
             found = step.loss_step(bucket)(
                 state.params, state.buffers, to_device(batch, run.device)
