@@ -1,4 +1,4 @@
-"""Training without masks, and on data that has none."""
+"""What training uses of a data set: boxes without masks, regions to ignore, empty images."""
 
 import json
 from dataclasses import replace
@@ -18,6 +18,7 @@ from casc.inference.predict import predict
 from casc.train.derived import trained_split
 from casc.train.loop import train
 from casc.train.recipe_checks import check
+from data_tools.plan import Settings
 from data_tools.shard import shard
 
 COLOURS = [(230, 40, 40), (40, 230, 40)]
@@ -225,3 +226,30 @@ def test_shards_of_an_earlier_casc_serve_unless_something_new_is_asked(boxes_rec
     # Where sharding found neither crowds nor objects without a mask there is nothing to know.
     clean = replace(old["train"], report={})
     assert training_split(clean, masks=False, regions=True).train_samples == 4
+
+
+@pytest.mark.parametrize("masks", ["heads", "none"])
+def test_images_without_objects_are_trained_on_as_background(tiny_recipe, tmp_path, masks: str):
+    root, out = data_set(tmp_path / "coco", segmentation="outline", count=4), tmp_path / "kept"
+    file = root / "annotations/instances_train.json"
+    data = json.loads(file.read_text())
+    data["annotations"] = [e for e in data["annotations"] if e["image_id"] not in (2, 3)]
+    file.write_text(json.dumps(data))
+    index = shard(root, out, settings=Settings(negatives=True), say=lambda _: None)
+    assert index.splits["train"].train_samples == 4
+    recipe = replace(
+        tiny_recipe, data=out, batch=1, epochs=1, model=replace(tiny_recipe.model, masks=masks)
+    )
+    train(recipe)
+    log = [json.loads(line) for line in (recipe.folder / "log.jsonl").read_text().splitlines()]
+    steps = [record for record in log if record["kind"] == "train"]
+    assert len(steps) == 4
+    assert all(np.isfinite(record["loss"]) for record in steps)
+    empty = [record for record in steps if record["rpn.positives"] == 0]
+    assert len(empty) == 2
+    for record in empty:
+        assert record["rpn.samples"] > 0
+        assert record["s0.positives"] == 0
+        assert record["s0.samples"] > 0
+        assert record["loss_rpn_bbox"] == 0
+        assert record.get("s0.loss_mask", 0) == 0
