@@ -193,7 +193,7 @@ def _start_copy(found: Detections) -> tuple[Detections, torch.Event | None]:
     if device.type == "cpu":
         return found, None
     # To memory that torch pins for this, so that the copy runs beside the next batch.
-    host = Detections(*(t if t is None else t.to("cpu", non_blocking=True) for t in found))
+    host = Detections._make(t if t is None else t.to("cpu", non_blocking=True) for t in found)
     return host, torch.accelerator.current_stream(device).record_event()
 
 

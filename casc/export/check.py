@@ -131,7 +131,7 @@ def compare_image(
 
 
 def _rows(found: Detections, rows: int | Tensor) -> Detections:
-    return Detections(*(t if t is None else t[rows] for t in found))
+    return Detections._make(t if t is None else t[rows] for t in found)
 
 
 def _pairs(a: Detections, b: Detections) -> tuple[Tensor, Tensor]:

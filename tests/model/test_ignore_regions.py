@@ -30,8 +30,11 @@ def boxes_of(rng, *shape, most=100):
 
 def share_inside(boxes: np.ndarray, regions: np.ndarray) -> np.ndarray:
     """pycocotools' overlap of each box with each region, taken for a crowd: [n, r]."""
-    sides = [np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], 1) for b in (boxes, regions)]
-    return np.asarray(coco_mask.iou(*(s.astype(np.float64) for s in sides), [1] * len(regions)))
+    mine, theirs = (
+        np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], 1).astype(np.float64)
+        for b in (boxes, regions)
+    )
+    return np.asarray(coco_mask.iou(mine, theirs, [1] * len(regions)))
 
 
 def test_a_region_covers_by_pycocotools_overlap_with_a_crowd(mode):

@@ -151,8 +151,9 @@ def seen(folder, split, **wanted):
         folder, split, seed=0, steps=range(6), batch=1, regions=True, **wanted
     )
     for _, batch in stream:
-        rows = [sorted(map(tuple, t.tolist())) for t in (batch.boxes[0][batch.valid[0]],
-                batch.regions[0])]  # fmt: skip
+        assert batch.regions is not None
+        pair = batch.boxes[0][batch.valid[0]], batch.regions[0]
+        rows = [sorted(map(tuple, boxes.tolist())) for boxes in pair]
         found[int(batch.image_id[0])] = rows
         assert batch.valid.sum() == len(rows[0])
     return found
@@ -180,14 +181,14 @@ def test_what_is_trained_on_and_what_is_ignored(boxes_recipe, tmp_path):
     room = whole.buckets[0].regions
     truth = {1: ([0, 1], []), 2: ([2], [3]), 4: ([6], [7]), 6: ([10], [])}
     found = seen(out, whole)
-    assert found == {i: expected(*pair, room) for i, pair in truth.items()}
+    assert found == {i: expected(a, b, room) for i, (a, b) in truth.items()}
 
     boxes = training_split(whole, masks=False)
     assert boxes.train_samples == 6
     assert boxes.buckets[0].edges == 1
     truth |= {2: ([2, 3], []), 3: ([4, 5], []), 5: ([8], [9])}
     found = seen(out, boxes, masks=False)
-    assert found == {i: expected(*pair, room) for i, pair in truth.items()}
+    assert found == {i: expected(a, b, room) for i, (a, b) in truth.items()}
     # Evaluation reads the split as it is.
     images = [i for _, b in evaluation_batches(out, whole, batch=2) for i in b.image_id.tolist()]
     assert sorted(i for i in images if i >= 0) == list(range(1, 7))
