@@ -34,7 +34,8 @@ def share_inside(boxes: np.ndarray, regions: np.ndarray) -> np.ndarray:
         np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], 1).astype(np.float64)
         for b in (boxes, regions)
     )
-    return np.asarray(coco_mask.iou(mine, theirs, [1] * len(regions)))
+    found = coco_mask.iou(mine, theirs, [1] * len(regions))  # type: ignore[arg-type]
+    return np.asarray(found)
 
 
 def test_a_region_covers_by_pycocotools_overlap_with_a_crowd(mode):
