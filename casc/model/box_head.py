@@ -217,7 +217,7 @@ def _outputs(params: Params, config: BoxHeadConfig, stage: int, x: Tensor) -> Bo
         x = F.relu(linear(params, f"{name}.shared_fcs.{i}", x))
     both = linear(join_layers(params, f"{name}.fc_cls", f"{name}.fc_reg"), JOINED, x).float()
     classes = params[f"{name}.fc_cls.bias"].shape[0]
-    return BoxOutput(both[:, :classes], both[:, classes:])
+    return BoxOutput(*both.split([classes, both.shape[1] - classes], dim=1))
 
 
 def box_losses(

@@ -5,6 +5,7 @@ with continuous corners: width is x2 - x1, without the old "+ 1".
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,8 +65,8 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, floa
     goal_centre, goal_side = _centre_form(targets)
     side, goal_side = side.clamp(min=1e-6), goal_side.clamp(min=1e-6)
     shift, growth = (goal_centre - centre) / side, (goal_side / side).log()
-    deltas = (*shift.unbind(-1), *growth.unbind(-1))
-    return torch.stack([d / std for d, std in zip(deltas, stds, strict=True)], dim=-1)
+    pairs = ((shift, stds[:2]), (growth, stds[2:]))
+    return torch.cat([_by_axis(torch.div, *pair) for pair in pairs], dim=-1)
 
 
 def decode(
@@ -83,9 +84,10 @@ def decode(
         [B, N, 4] xyxy.
     """
     centre, side = _centre_form(boxes)
-    deltas = torch.stack([d * std for d, std in zip(deltas.unbind(-1), stds, strict=True)], dim=-1)
-    half = side * deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * 0.5
-    centre = centre + side * deltas[..., :2]
+    shift = _by_axis(torch.mul, deltas[..., :2], stds[:2])
+    growth = _by_axis(torch.mul, deltas[..., 2:], stds[2:])
+    half = side * growth.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * 0.5
+    centre = centre + side * shift
     moved = torch.cat([centre - half, centre + half], dim=-1)
     return moved if size is None else clip(moved, size)
 
@@ -103,8 +105,18 @@ def clip(boxes: Tensor, size: Tensor) -> Tensor:
     Returns:
         [B, N, 4] with 0 <= x <= width and 0 <= y <= height.
     """
-    limit = size.flip(-1).repeat(1, 2)[:, None]
-    return torch.minimum(boxes.nan_to_num().clamp(min=0), limit)
+    corners = boxes.nan_to_num().clamp(min=0).unflatten(-1, (2, 2))
+    return torch.minimum(corners, size.flip(-1)[:, None, None]).flatten(-2)
+
+
+def _by_axis(
+    function: Callable[[Tensor, float], Tensor], values: Tensor, stds: Sequence[float]
+) -> Tensor:
+    """A function of [..., 2] and each axis's deviation; both are the same, as a rule."""
+    if stds[0] != stds[1]:
+        columns = zip(values.unbind(-1), stds, strict=True)
+        return torch.stack([function(*column) for column in columns], dim=-1)
+    return values if stds[0] == 1 else function(values, stds[0])
 
 
 def _centre_form(boxes: Tensor) -> tuple[Tensor, Tensor]:

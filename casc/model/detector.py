@@ -39,6 +39,7 @@ from casc.model.mask_head import (
     MaskRois,
     init_mask_head,
     mask_head,
+    mask_heads,
     mask_losses,
     mask_rois,
     mask_targets,
@@ -439,13 +440,13 @@ def mask_branch(
         pyramid, every.boxes, every.image, head.cells, config.roi_align, config.roi_kernel
     )
     features = [probe("mask.features", each) for each in features.split(counts)]
-    logits = [
-        probe("mask.logits", mask_head(params, head, *each))
-        for each in zip(stages, features, every.labels.split(counts), strict=True)
-    ]
+    made = mask_heads(params, head, stages, features, every.labels.split(counts))
+    logits = [probe("mask.logits", each) for each in made]
     goal = mask_targets(head, every, targets)
     goals = [probe("mask.goal", each) for each in goal.split(counts)]
-    return mask_losses(logits, goals, every.valid.split(counts))
+    # Every stage has as many RoIs.
+    valid = every.valid.unflatten(0, (len(rois), -1))
+    return mask_losses(torch.stack(logits), torch.stack(goals), valid)
 
 
 def detect(

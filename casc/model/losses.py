@@ -125,9 +125,8 @@ def smooth_l1(prediction: Tensor, target: Tensor, mask: Tensor, beta: float) -> 
     Returns:
         Scalar float32.
     """
-    difference = torch.where(mask[..., None], prediction - target, 0.0).abs()
-    square = 0.5 * difference * difference / beta
-    return torch.where(difference < beta, square, difference - 0.5 * beta).sum()
+    loss = F.smooth_l1_loss(prediction, target, reduction="none", beta=beta)
+    return torch.where(mask[..., None], loss, 0.0).sum()
 
 
 def iou_loss(

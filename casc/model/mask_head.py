@@ -130,55 +130,100 @@ def mask_head(
     Returns:
         [R, M, M] float32, or [R, K, M, M].
     """
-    name = f"{PREFIX}.{stage}"
-    x = features
-    for i in range(config.convs):
-        x = F.relu(conv_module(params, f"{name}.convs.{i}", x, padding=1, norm=config.norm))
-    # The 2x2 transposed convolution of stride 2 is a matrix product: each cell becomes
-    # four. As one, its bias gradient doesn't cost more than all the rest (on the CPU).
-    rois, channels, height, width = x.shape
-    weight = params[f"{name}.upsample.weight"].permute(0, 2, 3, 1)
-    x = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    x = linear(x, weight.reshape(channels, -1).t().to(x.dtype), None)
-    x = x.reshape(rois, height * width * 4, -1)
-    x = F.relu(x + params[f"{name}.upsample.bias"].to(x.dtype))
-    class_weight = params[f"{name}.conv_logits.weight"].flatten(1)
-    class_bias = params[f"{name}.conv_logits.bias"]
-    if labels is None:
-        logits = F.linear(x, class_weight.to(x.dtype), class_bias.to(x.dtype)).float()
-        logits = logits.reshape(rois, height, width, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
-        return logits.reshape(rois, -1, 2 * height, 2 * width)
+    if labels is not None:
+        return mask_heads(params, config, [stage], [features], [labels])[0]
+    x = _upsampled(params, config, [stage], [features])[0]
+    name = f"{PREFIX}.{stage}.conv_logits"
+    weight, bias = params[f"{name}.weight"].flatten(1), params[f"{name}.bias"]
+    logits = F.linear(x, weight.to(x.dtype), bias.to(x.dtype)).float()
+    height, width = features.shape[2:]
+    logits = logits.reshape(-1, height, width, 2, 2, len(bias)).permute(0, 5, 1, 3, 2, 4)
+    return logits.reshape(-1, len(bias), 2 * height, 2 * width)
+
+
+def mask_heads(
+    params: Params,
+    config: MaskHeadConfig,
+    stages: Sequence[int],
+    features: Sequence[Tensor],
+    labels: Sequence[Tensor],
+) -> Tensor:
+    """What `mask_head` gives of some stages, each with as many RoIs, in one pass.
+
+    What follows the convolutions is launched for all heads at once.
+
+    Args:
+        params: weights by name.
+        config: layers and norm.
+        stages: which heads.
+        features: [R, C, cells, cells] of each.
+        labels: [R] int64 of each.
+
+    Returns:
+        [stages, R, M, M] float32.
+    """
+    x = _upsampled(params, config, stages, features)
+    names = [f"{PREFIX}.{stage}.conv_logits" for stage in stages]
+    table = _stack(
+        [
+            torch.cat([params[f"{n}.weight"].flatten(1), params[f"{n}.bias"][:, None]], dim=1)
+            for n in names
+        ]
+    )
     # Picked by a product with ones and zeros, which is exact: the backward of an index would
     # add up RoIs of one class in whatever order threads come, and no run could be repeated.
-    chosen = (labels[:, None] == torch.arange(len(class_bias), device=labels.device)).float()
-    own = chosen @ torch.cat([class_weight, class_bias[:, None]], dim=1)
-    logits = (x * own[:, None, :-1].to(x.dtype)).sum(-1, dtype=torch.float32)
-    logits = (logits + own[:, -1:]).reshape(rois, height, width, 2, 2)
-    return logits.permute(0, 1, 3, 2, 4).reshape(rois, 2 * height, 2 * width)
+    every = torch.arange(table.shape[1], device=table.device)
+    chosen = (_stack(labels)[..., None] == every).to(table.dtype)
+    weight, bias = torch.bmm(chosen, table).split([table.shape[2] - 1, 1], dim=2)
+    logits = (x * weight[:, :, None].to(x.dtype)).sum(-1, dtype=torch.float32) + bias
+    height, width = features[0].shape[2:]
+    logits = logits.unflatten(2, (height, width, 2, 2)).transpose(3, 4)
+    return logits.reshape(*logits.shape[:2], 2 * height, 2 * width)
+
+
+def _upsampled(
+    params: Params, config: MaskHeadConfig, stages: Sequence[int], features: Sequence[Tensor]
+) -> Tensor:
+    """[stages, R, cells * cells * 4, C']: all but the last layer, four new cells from each."""
+    found = []
+    for stage, x in zip(stages, features, strict=True):
+        for i in range(config.convs):
+            name = f"{PREFIX}.{stage}.convs.{i}"
+            x = F.relu(conv_module(params, name, x, padding=1, norm=config.norm))
+        found.append(x.permute(0, 2, 3, 1).flatten(0, 2))
+    # The 2x2 transposed convolution of stride 2 is a matrix product: each cell becomes
+    # four. As one, its bias gradient doesn't cost more than all the rest (on the CPU).
+    x, names = _stack(found), [f"{PREFIX}.{stage}.upsample" for stage in stages]
+    weight = _stack([params[f"{n}.weight"].permute(0, 2, 3, 1).flatten(1) for n in names])
+    weight, bias = weight.to(x.dtype), _stack([params[f"{n}.bias"] for n in names]).to(x.dtype)
+    # A layer by itself may have a better kernel than a batch of one.
+    x = torch.bmm(x, weight) if stages[1:] else linear(x[0], weight[0].t(), None)[None]
+    x = x.reshape(len(stages), len(features[0]), -1, bias.shape[1])
+    return F.relu(x + bias[:, None, None])
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, without a copy of a single one."""
+    return torch.stack(list(parts)) if parts[1:] else parts[0][None]
 
 
 def mask_losses(
-    logits: Sequence[Tensor], targets: Sequence[Tensor], valid: Sequence[Tensor]
+    logits: Tensor, targets: Tensor, valid: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Sigmoid cross-entropy over the cells of the valid RoIs of each of some stages.
 
     Args:
-        logits: [R, M, M] float32.
-        targets: [R, M, M] bool.
-        valid: [R] bool.
+        logits: [stages, R, M, M] float32.
+        targets: [stages, R, M, M] bool.
+        valid: [stages, R] bool.
 
     Returns:
         For each the sum, and the number of cells that it is over: scalars float32.
     """
-    counts = [each.shape[0] for each in valid]
-    each_cell = losses.binary_cross_entropies(
-        torch.cat(list(logits)), torch.cat(list(targets)), torch.cat(list(valid))[:, None, None]
-    )
-    cells = logits[0].shape[1] * logits[0].shape[2]
-    return [
-        (part.sum(), (each.sum() * cells).to(torch.float32))
-        for part, each in zip(each_cell.split(counts), valid, strict=True)
-    ]
+    loss = losses.binary_cross_entropies(logits, targets, valid[..., None, None])
+    cells = valid.sum(dim=1) * (logits.shape[2] * logits.shape[3])
+    sums = loss.sum(dim=(1, 2, 3))
+    return list(zip(sums.unbind(), cells.to(torch.float32).unbind(), strict=True))
 
 
 def init_mask_head(

@@ -54,7 +54,8 @@ def polygon_targets(
         found = torch.where((found > 0) & (line_at(found - 1) >= y), found - 1, found)
         return torch.where((found < count) & (line_at(found) < y), found + 1, found).int()
 
-    begin, end = (lines_above(edges[image, :, i]) for i in (1, 3))
+    heights = edges[:, :, 1::2].mT.flatten(1)[image]
+    begin, end = lines_above(heights).chunk(2, dim=1)
     own = edge_gt[image] == gt[:, None]
     crossings = torch.where(own, (end - begin).abs(), 0)
     stop = crossings.cumsum(1, dtype=torch.int32)

@@ -14,9 +14,9 @@ from torch import Tensor
 from casc.device.devices import traits
 from casc.model.boxes import iou_matrix
 
-# Anchors meet the ground truths in so many blocks: smaller tensors are faster and, eager, need
-# less memory, but each block is compiled anew. No block has more overlaps than the second.
-GT_BLOCKS, LARGEST_BLOCK = 4, 2**27
+# Accelerators, where each block is launched anew, let anchors meet all ground truths at once, if
+# there aren't more overlaps than this.
+LARGEST_BLOCK = 2**27
 # Where reading is free, as many blocks as there are objects, of so many at most.
 PRESENT_BLOCK = 8
 
@@ -93,8 +93,8 @@ def meet_all(
     """What `_meet` gives [B, N], whatever is valid."""
     found = _unmet(inside)
     capacity = gt_boxes.shape[1]
-    blocks = max(GT_BLOCKS, -(-inside.numel() * capacity // LARGEST_BLOCK))
-    step = max(1, -(-capacity // blocks))
+    blocks = -(-inside.numel() * capacity // LARGEST_BLOCK)
+    step = max(1, -(-capacity // max(1, blocks)))
     for first in range(0, capacity, step):
         last = min(first + step, capacity)
         valid = gt_valid[:, first:last, None] & inside[:, None]

@@ -41,10 +41,12 @@ def uniforms(seed: Tensor, counts: dict[int, int]) -> list[Tensor]:
     """
     key = _mix(seed)
     streams = _mix(torch.stack([key ^ (purpose * 0x9E3779B1 & _MASK) for purpose in counts]))
-    index = _mix(torch.arange(max(counts.values()), device=seed.device))
-    mixed = torch.cat(
-        [s[:, None] ^ index[:n] for s, n in zip(streams, counts.values(), strict=True)], dim=1
-    )
+    if max(counts.values()) == 1:
+        mixed = streams.t()  # the first index is 0, and what it mixes to as well
+    else:
+        index = _mix(torch.arange(max(counts.values()), device=seed.device))
+        parts = zip(streams, counts.values(), strict=True)
+        mixed = torch.cat([stream[:, None] ^ index[:n] for stream, n in parts], dim=1)
     numbers = (_mix(mixed) // 2**8).to(torch.float32) * 2.0**-24
     return list(numbers.split(list(counts.values()), dim=1))
 

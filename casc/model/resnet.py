@@ -15,7 +15,9 @@ from casc.model.layers import (
     Params,
     conv,
     conv_affine,
+    fold_rows,
     fold_together,
+    folds_rows,
     frozen_norms,
     gathers_gradients,
     group_norm,
@@ -84,6 +86,8 @@ def resnet(params: Params, buffers: Params, config: ResNetConfig, image: Tensor)
     norms: Affine = {}
     if config.norm == "frozen_bn" and gathers_gradients(image):
         params, norms = fold_together(params, buffers, _convs(buffers), image.dtype)
+    elif config.norm == "frozen_bn" and folds_rows(image):
+        params, norms = fold_rows(params, buffers, _convs(buffers), image.dtype)
     elif config.norm == "frozen_bn":
         norms = frozen_norms(params, buffers, image.dtype)
     x = _conv_norm(params, norms, config, PREFIX, "conv1", 1, image, stride=2, padding=3)

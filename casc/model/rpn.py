@@ -144,7 +144,8 @@ def rpn_head_at(
     weight, bias = both[f"{JOINED}.weight"].flatten(1), both[f"{JOINED}.bias"]
     found = F.linear(x, weight.to(x.dtype), bias.to(x.dtype)).float()
     found = found.reshape(*anchor.shape, -1)
-    logits, deltas = found[..., :ratios], found[..., ratios:].unflatten(-1, (ratios, 4))
+    logits, deltas = found.split([ratios, 4 * ratios], dim=-1)
+    deltas = deltas.unflatten(-1, (ratios, 4))
     # A product with ones and zeros is exact, and unlike an index's its backward has no order.
     own = anchor[..., None] % ratios == torch.arange(ratios, device=anchor.device)
     return RPNOutput((logits * own).sum(-1), (deltas * own[..., None]).sum(-2)), pyramid

@@ -3,6 +3,7 @@
 Legend: B images, C channels, L levels, P pixels of all levels of an image.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -48,10 +49,9 @@ def patches(
     """
     stored = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
     last = len(stored) - 1
-    level = torch.zeros_like(cell)
-    for i in range(1, len(sizes)):
-        level = torch.where(cell >= _first(sizes, i), i, level)
-    at = cell - by_level(level, [_first(sizes, i) for i in range(len(sizes))])
+    firsts = [_first(sizes, i) for i in range(len(sizes))]
+    level = Level(cell, [cell >= first for first in firsts[1:]])
+    at = cell - by_level(level, firsts)
     height = by_level(level, [h for h, _ in sizes])[..., None]
     width = by_level(level, [w for _, w in sizes])[..., None]
     reach = torch.arange(side, device=cell.device) - side // 2
@@ -64,17 +64,27 @@ def patches(
     per_image = _first(stored, len(stored))
     start = start + torch.arange(cell.shape[0], device=cell.device)[:, None] * per_image
     rows = (y * skip)[..., :, None] * row_length[..., None, None] + (x * skip)[..., None, :]
-    rows = torch.where(within, rows + start[..., None, None], 0).reshape(-1, 1)
+    rows = ((rows + start[..., None, None]) * within).reshape(-1, 1)
     weight = within.reshape(-1, 1).to(pyramid.pixels.dtype)
     read, pixels = chained_bags(pyramid.pixels, rows, weight)
     return read.reshape(cell.numel(), -1), within, pyramid._replace(pixels=pixels)
 
 
-def by_level(level: Tensor, values: list[int]) -> Tensor:
+class Level(NamedTuple):
+    """Which of L levels things belong to, as it serves `by_level`."""
+
+    like: Tensor
+    """int64 of their shape."""
+    beyond: list[Tensor]
+    """L - 1 bool of it: whether the level is above the first, the second, ..."""
+
+
+def by_level(level: Level, values: list[int]) -> Tensor:
     """values[level] without a table on the device: int64 of the level's shape."""
-    result = torch.full_like(level, values[0])
-    for i, value in enumerate(values[1:], start=1):
-        result = torch.where(level == i, value, result)
+    result = torch.full_like(level.like, values[0])
+    for mask, (before, after) in zip(level.beyond, pairwise(values), strict=True):
+        if before != after:
+            result = torch.add(result, mask, alpha=after - before)
     return result
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from casc.device.devices import roi_kernels, traits
-from casc.ops.pyramid import Pyramid, by_level
+from casc.ops.pyramid import Level, Pyramid, by_level
 from casc.ops.row_sums import weighted_row_sums
 
 Sampling = Literal["fixed", "adaptive"]
@@ -40,7 +40,7 @@ def roi_levels(boxes: Tensor, count: int) -> Tensor:
     Returns:
         [R] int64 in [0, L).
     """
-    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
     side = (width * height).clamp(min=0).sqrt()
     return torch.floor(torch.log2(side / FINEST_SIDE + 1e-6)).clamp(0, count - 1).long()
 
@@ -140,7 +140,8 @@ def sample_grid(pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int) -> S
         image: [R] int64.
         cells: O.
     """
-    level = roi_levels(boxes, len(pyramid.levels))
+    number = roi_levels(boxes, len(pyramid.levels))
+    level = Level(number, [number >= i for i in range(1, len(pyramid.levels))])
     sizes = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
     per_image = sum(h * w for h, w in sizes)
     offsets = [sum(h * w for h, w in sizes[:i]) for i in range(len(sizes))]
@@ -221,33 +222,40 @@ def _native(
 ) -> Tensor:
     kernels = roi_kernels(rois.device)
     result = levels[0].new_empty((rois.shape[0], levels[0].shape[1], cells, cells))
-    cell = _cell(rois)
-    for i, (features, scale) in enumerate(zip(levels, scales, strict=True)):
-        here = level == i
-        rows, own = _of_level(rois, here, cell / scale)
+    chosen = _by_level(rois, level, len(levels))
+    for features, scale, (here, rows, own) in zip(levels, scales, chosen, strict=True):
         aligned = kernels.forward(features.float().contiguous(), own, scale, cells, grid)
+        aligned = aligned.to(result.dtype)
         if rows is None:
-            result = torch.where(here[:, None, None, None], aligned.to(result.dtype), result)
+            # Each RoI is of one level, so whatever the first gives to others is replaced.
+            first = features is levels[0]
+            result = aligned if first else torch.where(here, aligned, result)
         else:
-            result[rows] = aligned.to(result.dtype)
+            result[rows] = aligned
     return result
 
 
-def _cell(rois: Tensor) -> Tensor:
-    """The RoI of the first image's first cell, in cells: 0, 0, 0, 1, 1."""
-    return (torch.arange(5, device=rois.device) // 3).to(rois.dtype)
+class _OfLevel(NamedTuple):
+    """Which RoIs read a level."""
+
+    here: Tensor
+    """[R, 1, 1, 1] bool."""
+    rows: Tensor | None
+    """Their numbers; None where how many there are mustn't be read."""
+    rois: Tensor
+    """[rows, 5], or all, those of other levels replaced by the first image's first pixel, which
+    costs little and whose result isn't used."""
 
 
-def _of_level(rois: Tensor, here: Tensor, small: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The rows of a level's RoIs, and the RoIs.
-
-    Where their number mustn't be read there are no rows: all RoIs, those of other levels
-    replaced by a small one, which costs little and whose result isn't used.
-    """
+def _by_level(rois: Tensor, level: Tensor, levels: int) -> list[_OfLevel]:
+    here = level == torch.arange(levels, device=level.device)[:, None]
+    masks = here[..., None, None, None].unbind()
     if traits(rois.device).select_rois:
-        rows = here.nonzero()[:, 0]
-        return rows, rois[rows]
-    return None, torch.where(here[:, None], rois, small)
+        rows = [own.nonzero()[:, 0] for own in here]
+        return [_OfLevel(mask, own, rois[own]) for mask, own in zip(masks, rows, strict=True)]
+    pixel = torch.arange(-2, 3, device=rois.device, dtype=rois.dtype).clamp(0, 1)
+    own = torch.where(here[..., None], rois, pixel)
+    return [_OfLevel(mask, None, rows) for mask, rows in zip(masks, own, strict=True)]
 
 
 @_native.register_fake
@@ -270,11 +278,10 @@ def _native_backward(
 ) -> list[Tensor]:
     kernels = roi_kernels(rois.device)
     grads = []
-    cell = _cell(rois)
-    for i, scale in enumerate(scales):
-        here = level == i
-        rows, own = _of_level(rois, here, cell / scale)
-        part = torch.where(here[:, None, None, None], grad, 0.0) if rows is None else grad[rows]
+    nothing = grad.new_zeros(())
+    for i, (here, rows, own) in enumerate(_by_level(rois, level, len(scales))):
+        scale = scales[i]
+        part = torch.where(here, grad, nothing) if rows is None else grad[rows]
         features = [*shape[:2], *shape[2 + 2 * i : 4 + 2 * i]]
         made = kernels.backward(part.float().contiguous(), own, features, scale, cells, grid)
         grads.append(made.to(grad.dtype))

@@ -91,6 +91,34 @@ def test_norms_that_do_not_train_get_no_gradient():
     assert [t.dtype for t in made[2:]] == [torch.float32, torch.bfloat16]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_folded_by_rows_are_norms_folded_one_by_one(dtype):
+    """Several weights of a length, one of another, and one that doesn't train; to the bit."""
+    shapes = {"a": (4, 6, 1, 1), "b": (3, 2, 3, 3), "c": (8, 6, 1, 1), "d": (2, 6, 1, 1)}
+    params, stats, convs = {}, {}, {}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        trains, channels, norm = name != "d", shape[0], f"{name}.bn"
+        params[f"{name}.weight"] = randn(*shape, seed=seed).requires_grad_(trains)
+        for kind, add in (("weight", 10), ("bias", 20)):
+            params[f"{norm}.{kind}"] = randn(channels, seed=seed + add).requires_grad_(trains)
+        stats[f"{norm}.running_mean"] = randn(channels, seed=seed + 30)
+        stats[f"{norm}.running_var"] = randn(channels, seed=seed + 40).abs()
+        convs[norm] = name
+    together, left = layers.fold_rows(params, stats, convs, dtype)
+    norms = layers.frozen_norms(params, stats, dtype)
+    leaves = [value for value in params.values() if value.requires_grad]
+    grads = []
+    for weights, affine in ((together, left), (params, norms)):
+        made = []
+        for norm, name in convs.items():
+            image = randn(2, shapes[name][1], 5, 4, seed=1).to(dtype)
+            made.append(layers.conv_affine(weights, name, affine[norm], image))
+        assert [out.requires_grad for out in made] == [True, True, True, False]
+        grads.append([*made, *torch.autograd.grad(sum(out.sum() for out in made[:3]), leaves)])
+    for mine, theirs in zip(*grads, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_the_inputs_dtype_decides():
     params = params_of(modules()["conv"], "conv")
     image = randn(2, 6, 9, 12)

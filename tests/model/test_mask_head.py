@@ -88,6 +88,28 @@ def test_the_head_is_the_references(mode, norm):
         torch.testing.assert_close(param.grad, theirs[key], rtol=1e-3, atol=1e-4)
 
 
+def test_heads_together_are_each_by_itself(mode):
+    params = make_params()
+    features = [randn(5, IN, 4, 4, seed=i).requires_grad_() for i in range(2)]
+    labels = [torch.tensor([0, 4, 2, 2, 1]), torch.tensor([3, 3, 0, 1, 4])]
+    weights = {k: v.requires_grad_() for k, v in params.items()}
+
+    def run(params, features, labels):
+        return heads.mask_heads(params, CONFIG, [1, 0], features, labels)
+
+    made = mode(run)(weights, features, labels)
+    pairs = zip((1, 0), features, labels, strict=True)
+    right = torch.stack([heads.mask_head(weights, CONFIG, *each) for each in pairs])
+    torch.testing.assert_close(made, right, rtol=1e-4, atol=1e-5)
+    leaves = [*features, *(v for v in weights.values())]
+    weight = randn(*made.shape, seed=3)
+    grads, expected = (
+        torch.autograd.grad((x * weight).sum(), leaves, allow_unused=True) for x in (made, right)
+    )
+    for mine, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
 def test_bfloat16_gives_float32_logits():
     params, features = make_params(), randn(7, IN, 4, 4, seed=2)
     labels = torch.arange(7) % CLASSES
@@ -97,13 +119,13 @@ def test_bfloat16_gives_float32_logits():
     torch.testing.assert_close(made, exact, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("objects", [3, 0])
+@pytest.mark.parametrize("objects", [4, 0])
 def test_the_loss_is_the_mean_over_the_valid(mode, objects):
-    logits = randn(5, 8, 8).requires_grad_()
-    targets, valid = randn(5, 8, 8, seed=1) > 0, torch.arange(5) < objects
-    sizes = [2, 3]  # of two stages
-    found = mode(heads.mask_losses)(*(t.split(sizes) for t in (logits, targets, valid)))
-    assert [cells for _, cells in found] == [64 * min(objects, 2), 64 * max(objects - 2, 0)]
+    logits = randn(6, 8, 8).requires_grad_()
+    targets, valid = randn(6, 8, 8, seed=1) > 0, torch.arange(6) < objects
+    # Three RoIs of each of two stages.
+    found = mode(heads.mask_losses)(*(t.unflatten(0, (2, 3)) for t in (logits, targets, valid)))
+    assert [cells for _, cells in found] == [64 * min(objects, 3), 64 * max(objects - 3, 0)]
     total, cells = (torch.stack(column).sum() for column in zip(*found, strict=True))
     made = total / cells.clamp(min=1)
     made.backward()

@@ -329,7 +329,7 @@ def test_take_reads_each_images_rows():
 @pytest.mark.parametrize("blocks", [1, 4, 40])
 def test_only_present_objects_cost_and_all_say_the_same(mode, monkeypatch, blocks):
     """Valid objects anywhere among many slots: as the fixed form, block by block."""
-    monkeypatch.setattr(matching, "GT_BLOCKS", blocks)
+    monkeypatch.setattr(matching, "LARGEST_BLOCK", 3 * 60 * 37 // blocks)
     rng = np.random.default_rng(blocks)
     corner = torch.from_numpy(rng.integers(0, 12, (3, 37, 2)).astype(np.float32))
     boxes = torch.cat([corner, corner + torch.from_numpy(rng.integers(1, 9, (3, 37, 2)))], dim=-1)
