@@ -1,6 +1,6 @@
 """`casc eval`: a checkpoint's AP on shards."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -50,6 +50,9 @@ class EvalCommand:
     """Of convolutions and matrix products; auto: as it was trained, if the device can."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile with torch.compile, once per canvas; auto does so on accelerators."""
+    replay: Literal["auto", "on", "off"] = "auto"
+    """Record the step on the device at a canvas's first batch and replay it; auto: where the
+    device can."""
     loading: EvalLoaderConfig = field(default_factory=EvalLoaderConfig)
 
     def run(self) -> int:
@@ -57,13 +60,18 @@ class EvalCommand:
         from tqdm import tqdm
 
         from casc.data.remote import location
+        from casc.device.replay import choose_replay
         from casc.evaluate.metrics import format_table, write_evaluation
         from casc.evaluate.run import evaluate
         from casc.inference.load import load
+        from casc.model.steps import reads_back
 
         if self.batch < 1:
             raise UserError("--batch must be at least 1")
         detector = load(self.checkpoint, device=self.device, dtype=self.dtype, compile=self.compile)
+        reads = reads_back(detector.model, detector.compute, detector.device, training=False)
+        replay = choose_replay(self.replay, detector.device, reads).replay
+        detector = replace(detector, replay=replay)
         split = self.split or detector.split
         dtype = str(detector.compute.dtype).removeprefix("torch.")
         where = location(self.shards)

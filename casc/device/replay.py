@@ -98,11 +98,39 @@ class Replay:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"--replay: the step can't be recorded ({reason}); train with --replay off"
+                f"--replay: the step can't be recorded ({reason}); use --replay off"
             ) from error
         current.wait_stream(aside)
         self.pool.token = graph.pool()
         return graph
+
+
+class ReplayedFunction:
+    """A function of tensors whose results are wanted: each call gives tensors of its own."""
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], pool: "Pool"):
+        """Prepare.
+
+        Args:
+            function: of tensors, which changes none.
+            pool: as of `Replay`.
+        """
+        self.function = function
+        self.results: Sequence[Tensor] = ()
+        self.replay = Replay(self._run, list, pool)
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Results for these values; their shapes are those of the first call.
+
+        Raises:
+            UserError: as `Replay`.
+        """
+        self.replay(*inputs)
+        # The next call, of any function that shares the pool, writes over what was recorded.
+        return [value.clone() for value in self.results]
+
+    def _run(self, *inputs: Tensor) -> None:
+        self.results = self.function(*inputs)
 
 
 class Pool:

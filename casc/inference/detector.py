@@ -14,11 +14,13 @@ from typing import Literal, overload
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from casc.data.batch import Batch
 from casc.data.index import Category
 from casc.data.stream import to_device
 from casc.device.compute import Compute
+from casc.device.replay import Pool, ReplayedFunction
 from casc.errors import UserError
 from casc.evaluate.coco_results import found_in
 from casc.inference.images import KINDS, Picture, batch_of, canvas_of, holding_canvas, read_image
@@ -57,7 +59,11 @@ class Detector:
     """What it was evaluated on when it was trained."""
     known: Literal["classes", "names", "none"] = "classes"
     """What of `categories` the checkpoint says: ids and names, names, or neither."""
+    replay: bool = False
+    """Whether the steps of `detect` are recorded at the first batch of a canvas and replayed from
+    then on, which pays for many batches. Weights may change in place, and not be exchanged."""
     _steps: dict[object, DetectStep] = field(default_factory=dict, init=False, repr=False)
+    _pool: Pool = field(default_factory=Pool, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     @property
@@ -132,7 +138,8 @@ class Detector:
         with self._lock:
             if key not in self._steps:
                 model = replace(self.model, inference=inference)
-                self._steps[key] = make_detect_step(model, self.image, size, self.compute)
+                step = make_detect_step(model, self.image, size, self.compute)
+                self._steps[key] = _replayed(step, self._pool) if self.replay else step
             return self._steps[key](self.params, self.buffers, batch)
 
     def with_settings(self, settings: Settings) -> "Detector":
@@ -197,3 +204,26 @@ class Detector:
                     found[number] = results.filter(threshold=threshold)
         for number in range(len(images)):
             yield found[number]
+
+
+def _replayed(step: DetectStep, pool: Pool) -> DetectStep:
+    """The same step for weights that stay where they are: recorded when first called."""
+    made: list[ReplayedFunction] = []
+    # What detections there are: some detectors give no masks.
+    given: list[str] = []
+
+    def detect(params: Params, buffers: Params, batch: Batch) -> Detections:
+        columns = {name: value for name, value in batch._asdict().items() if value is not None}
+        names = tuple(columns)
+        if not made:
+
+            def run(*values: Tensor) -> list[Tensor]:
+                found = step(params, buffers, Batch(**dict(zip(names, values, strict=True))))
+                there = {k: v for k, v in found._asdict().items() if v is not None}
+                given[:] = there
+                return list(there.values())
+
+            made.append(ReplayedFunction(run, pool))
+        return Detections(**dict(zip(given, made[0](*columns.values()), strict=True)))
+
+    return detect

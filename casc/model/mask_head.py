@@ -207,9 +207,7 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(parts)) if parts[1:] else parts[0][None]
 
 
-def mask_losses(
-    logits: Tensor, targets: Tensor, valid: Tensor
-) -> list[tuple[Tensor, Tensor]]:
+def mask_losses(logits: Tensor, targets: Tensor, valid: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Sigmoid cross-entropy over the cells of the valid RoIs of each of some stages.
 
     Args:

@@ -9,6 +9,7 @@ from casc.distributed import from_main
 from casc.evaluate.metrics import Evaluation, format_table, write_evaluation
 from casc.evaluate.run import evaluate_split
 from casc.inference.detector import Detector
+from casc.model.steps import reads_back
 from casc.train.meter import Meter
 from casc.train.results import figures_of
 from casc.train.run import EVALUATIONS, Run
@@ -40,6 +41,9 @@ class Evaluator:
             compute=run.compute,
             device=run.device,
             categories=run.index.categories,
+            # Whatever keeps training from it is said there.
+            replay=run.replay
+            and reads_back(run.recipe.model, run.compute, run.device, training=False) is None,
         )
         self.latest: Evaluation | None = None
         """The main rank's alone, so it can't tell the others whether there was one."""

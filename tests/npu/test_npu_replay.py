@@ -76,3 +76,19 @@ def test_replayed_steps_are_launched_steps(
     assert sum(line["skipped"] for line in log_of(tmp_path / "scaled-on")) > 0
     text = (tmp_path / "on/log.txt").read_text() if (tmp_path / "on/log.txt").exists() else ""
     assert "replayed" in text or "replayed" in (tmp_path / "on/log.jsonl").read_text()
+
+
+def test_replayed_detections_are_launched_ones(tmp_path, emulator, run_ranks):
+    """Over changing batches, two canvases in turns, and weights that change in place."""
+    run_ranks("replayed_detections.py", tmp_path / "found.safetensors", environment=emulator)
+    found = load_file(tmp_path / "found.safetensors")
+    keys = {key.partition(".")[2] for key in found if not key.endswith("launches")}
+    assert len(keys) == 5 * 5
+    for key in keys:
+        assert (found[f"launched.{key}"] == found[f"replayed.{key}"]).all(), key
+    masks = [found[f"replayed.{number}.masks"] for number in range(5)]
+    assert all((masks[i] != masks[j]).any() for i in range(5) for j in range(i))
+    launches = [int(found[f"replayed.{number}.launches"]) for number in range(5)]
+    # A canvas's first call records; the others copy the batch, replay and copy the results.
+    assert min(launches[:2]) > 1000
+    assert max(launches[2:]) < 20
