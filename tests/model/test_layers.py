@@ -114,7 +114,12 @@ def test_norms_folded_by_rows_are_norms_folded_one_by_one(dtype):
             image = randn(2, shapes[name][1], 5, 4, seed=1).to(dtype)
             made.append(layers.conv_affine(weights, name, affine[norm], image))
         assert [out.requires_grad for out in made] == [True, True, True, False]
-        grads.append([*made, *torch.autograd.grad(sum(out.sum() for out in made[:3]), leaves)])
+        grads.append(
+            [
+                *made,
+                *torch.autograd.grad(torch.cat([out.flatten() for out in made[:3]]).sum(), leaves),
+            ]
+        )
     for mine, theirs in zip(*grads, strict=True):
         assert torch.equal(mine, theirs)
 
