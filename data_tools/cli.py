@@ -163,7 +163,7 @@ class SynthCommand:
     The same seed gives the same images. For demonstrations and tests.
 
     Examples: `data_tools synth shapes`; `data_tools synth shapes --train 1200 --val 100 --size
-    224`.
+    224`; `data_tools synth hard --hard`.
     """
 
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
@@ -174,11 +174,15 @@ class SynthCommand:
     """Images in val2017."""
     size: int = 256
     """Longer side of the images in pixels."""
-    classes: int = 6
-    """Kinds of shapes, 5 to 8."""
+    classes: int | None = None
+    """Kinds of shapes, 5 to 8, by default 6; with --hard 5 to 30, by default 30."""
     names: tuple[str, ...] = ()
     """These shapes, as many as you like, in place of `classes`: disc, triangle, square, star,
-    cross, crescent, arrow, ring."""
+    cross, crescent, arrow, ring; with --hard polygon-N, spiked-N, flower-N, gear-N or frame-N, N
+    from 3 to 8."""
+    hard: bool = False
+    """For comparing detectors: similar shapes, sizes of 1 to 20, more occlusion, clutter of no
+    class, colours that say nothing, and three classes at most in an image."""
     seed: int = 0
     """Chooses all that is random."""
     progress: bool = True
@@ -186,10 +190,13 @@ class SynthCommand:
 
     def run(self) -> int:
         """Generate the data set."""
-        from data_tools.synth import SynthSettings, synthesise
+        from data_tools.synth import SIMILAR_CLASSES, SynthSettings, synthesise
 
+        classes = self.classes
+        if classes is None:
+            classes = len(SIMILAR_CLASSES) if self.hard else SynthSettings().classes
         settings = SynthSettings(
-            size=self.size, classes=self.classes, seed=self.seed, names=self.names
+            size=self.size, classes=classes, seed=self.seed, names=self.names, hard=self.hard
         )
         counts = {"train2017": self.train, "val2017": self.val}
         for line in synthesise(self.out, counts, settings, progress=self.progress):

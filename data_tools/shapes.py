@@ -10,6 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 CLASSES = ("disc", "triangle", "square", "star", "cross", "crescent", "arrow", "ring")
+FAMILIES = ("polygon", "spiked", "flower", "gear", "frame")
+"""Outlines that are told apart by how often they repeat: 3 to 8 corners, spikes, petals, teeth,
+or the corners of a polygon with a round hole."""
+SIMILAR_CLASSES = tuple(f"{family}-{n}" for n in range(3, 9) for family in FAMILIES)
+SHAPES = CLASSES + SIMILAR_CLASSES
 
 _TEXTURES = 5
 
@@ -18,7 +23,7 @@ class Shape(NamedTuple):
     """A shape, its centre and size in pixels."""
 
     kind: int
-    """Position in `CLASSES`."""
+    """Position in `SHAPES`."""
     x: float
     y: float
     radius: float
@@ -54,7 +59,10 @@ def _distance(shape: Shape, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     # Stretching keeps the area; a ring or a star that is stretched is one still.
     u, v = u / shape.stretch, v * shape.stretch
     r = np.hypot(u, v)
-    name = CLASSES[shape.kind]
+    name = SHAPES[shape.kind]
+    if shape.kind >= len(CLASSES):
+        family, _, count = name.partition("-")
+        return _repeated(family, int(count), r, np.arctan2(v, u))
     if name == "disc":
         return r - 0.9
     if name == "triangle":
@@ -62,13 +70,7 @@ def _distance(shape: Shape, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if name == "square":
         return np.maximum(np.abs(u), np.abs(v)) - 0.75
     if name == "star":
-        turn = 2 * math.pi / 5
-        sector = np.abs((np.arctan2(v, u) + math.pi / 5) % turn - math.pi / 5)
-        # A line from an outer corner (1.1, 0) to the next inner corner.
-        inner = 0.48
-        ex, ey = inner * math.cos(turn / 2) - 1.1, inner * math.sin(turn / 2)
-        px, py = r * np.cos(sector) - 1.1, r * np.sin(sector)
-        return (px * ey - py * ex) / math.hypot(ex, ey)
+        return _star(r, np.arctan2(v, u), 5, 1.1, 0.48)
     if name == "cross":
         bar, arm = 0.3, 1.0
         first = np.maximum(np.abs(u) - arm, np.abs(v) - bar)
@@ -80,6 +82,32 @@ def _distance(shape: Shape, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     shaft = np.maximum(np.abs(v) - 0.24, np.abs(u + 0.35) - 0.75)
     head = np.maximum(-u, (u + np.abs(v) - 1.1) / math.sqrt(2))
     return np.minimum(shaft, head)
+
+
+def _star(r: np.ndarray, angle: np.ndarray, spikes: int, outer: float, inner: float) -> np.ndarray:
+    """Distance to a star's outline; its corners are so far from the centre, in turns."""
+    turn = 2 * math.pi / spikes
+    sector = np.abs((angle + turn / 2) % turn - turn / 2)
+    # A line from an outer corner (outer, 0) to the next inner corner.
+    ex, ey = inner * math.cos(turn / 2) - outer, inner * math.sin(turn / 2)
+    px, py = r * np.cos(sector) - outer, r * np.sin(sector)
+    return (px * ey - py * ex) / math.hypot(ex, ey)
+
+
+def _repeated(family: str, count: int, r: np.ndarray, angle: np.ndarray) -> np.ndarray:
+    """Distance to the outlines of `FAMILIES`, about; all reach some 0.95 of the radius."""
+    if family in ("polygon", "frame"):
+        turn = 2 * math.pi / count
+        sector = (angle + turn / 2) % turn - turn / 2
+        outline = r * np.cos(sector) - 0.95 * math.cos(turn / 2)
+        return outline if family == "polygon" else np.maximum(outline, 0.28 - r)
+    if family == "spiked":
+        return _star(r, angle, count, 1.0, 0.62 * math.cos(math.pi / count))
+    wave = np.cos(count * angle)
+    if family == "gear":
+        return r - (0.8 + 0.15 * np.clip(4 * wave, -1, 1))
+    slope = 0.17 * count * np.sin(count * angle) / np.maximum(r, 0.3)
+    return (r - 0.78 - 0.17 * wave) / np.hypot(1, slope)
 
 
 def _half_plane(u: np.ndarray, v: np.ndarray, degrees: float, offset: float) -> np.ndarray:
@@ -106,18 +134,31 @@ def draw_ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return base + (other - base) * blend[..., None]
 
 
-def paint(rng: np.random.Generator, canvas: np.ndarray, cover: np.ndarray, shape: Shape) -> None:
-    """Paint a shape in place, in a colour that stands out from what it is painted on."""
+def paint(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    cover: np.ndarray,
+    shape: Shape,
+    hinted: float = 0.65,
+) -> None:
+    """Paint a shape in place, in a colour that stands out from what it is painted on.
+
+    Args:
+        rng: all that is random.
+        canvas: `[h, w, 3]`.
+        cover: `[h, w]`, how much of each pixel the shape covers.
+        shape: which.
+        hinted: probability that the colour is the class's own, and likewise the texture.
+    """
     ys, xs = np.nonzero(cover)
     if not len(ys):
         return
     window = slice(ys.min(), ys.max() + 1), slice(xs.min(), xs.max() + 1)
     alpha, below = cover[window][..., None], canvas[window]
     ground = (below * alpha).sum(axis=(0, 1)) / alpha.sum()
-    # Colour and texture are the class's own in two cases out of three.
-    typical = rng.random() < 0.65
+    typical = rng.random() < hinted
     hue = shape.kind / len(CLASSES) + rng.normal(0, 0.03) if typical else rng.random()
-    texture = shape.kind % _TEXTURES if rng.random() < 0.65 else int(rng.integers(_TEXTURES))
+    texture = shape.kind % _TEXTURES if rng.random() < hinted else int(rng.integers(_TEXTURES))
     colours = [_colour(hue, rng.uniform(0.5, 0.9), rng.uniform(50, 210)) for _ in range(4)]
     colour = max(colours, key=lambda c: float(np.abs(c - ground).sum()))
     pattern = _pattern(rng, texture, len(alpha), alpha.shape[1], max(3.0, shape.radius / 4))

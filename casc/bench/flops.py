@@ -64,7 +64,7 @@ def own_step(config: DetectorConfig, load: Load, positives: Sequence[int]) -> in
     def step(params: Params, buffers: Params, batch: Batch) -> Tensor:
         inputs = training_inputs(batch, image, canvas, COMPUTE)
         count = anchor_count(config.anchors, canvas)
-        noise = detector.draw_noise(config, batch.seed, count, batch.valid.shape[1])
+        noise = detector.draw_noise(config, batch.seed, count, inputs.targets.valid.shape[1])
         features = detector.extract(params, buffers, config, inputs.image)
         found, pyramid, rois = detector.box_branch(params, config, features, inputs, noise)
         for i, positive in enumerate(positives[: len(rois)]):

@@ -12,13 +12,13 @@ from torch import Tensor
 def visible_boxes(boxes: Tensor, edges: Tensor, edge_gt: Tensor, size: Tensor) -> Tensor:
     """The boxes of what of each object lies within its image's window.
 
-    A box that the window cuts shrinks to the bounds of the part of its polygon that is left,
-    as bounds of cropped masks do; others stay as they were annotated.
+    These are the bounds of what is left of the polygon, as Detectron2's recompute_boxes has them:
+    also of objects that the window doesn't cut, whose annotated box may be another.
 
     Args:
         boxes: [B, G, 4] float32 xyxy from the window's top left corner; may reach out of it.
         edges: [B, E, 4] float32 (x0, y0, x1, y1), likewise; padding has zero length. An
-            object that has padding only is its box.
+            object that has padding only is its box, cut by the window.
         edge_gt: [B, E] int64 in [0, G), the object whose edge it is.
         size: [B, 2] float32, the windows' height and width.
 
@@ -28,15 +28,11 @@ def visible_boxes(boxes: Tensor, edges: Tensor, edge_gt: Tensor, size: Tensor) -
     limit = size.flip(-1).repeat(1, 2)[:, None]
     clipped = torch.minimum(boxes.clamp(min=0), limit)
     low, high = _bounds(edges, edge_gt, size, boxes.shape[1])
-    # Polygons may reach out of the box that was annotated; it limits what can show.
-    least, most = clipped[..., :2], clipped[..., 2:]
-    low = torch.minimum(torch.maximum(low, least), most)
-    high = torch.maximum(torch.minimum(high, most), low)
-    left = torch.cat([low, high], dim=-1)
+    # Where nothing shows, both are infinite.
+    left = torch.where(low <= high, torch.stack([low, high]), 0.0)
     long = (edges[..., :2] != edges[..., 2:]).any(dim=-1)
-    outlined = _sums(long[..., None].long(), edge_gt, boxes.shape[1])[..., 0] > 0
-    cut = (clipped != boxes).any(dim=-1) & outlined
-    return torch.where(cut[..., None], left, clipped)
+    outlined = _sums(long[..., None].long(), edge_gt, boxes.shape[1]) > 0
+    return torch.where(outlined, torch.cat([left[0], left[1]], dim=-1), clipped)
 
 
 def _bounds(edges: Tensor, edge_gt: Tensor, size: Tensor, objects: int) -> tuple[Tensor, Tensor]:

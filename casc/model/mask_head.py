@@ -112,7 +112,10 @@ def mask_targets(config: MaskHeadConfig, rois: MaskRois, targets: Targets) -> Te
         if targets.bitmaps is None:
             raise ValueError('mask_target "bitmap" needs Targets.bitmaps')
         return bitmap_targets(targets.bitmaps, rois.boxes, rois.image, rois.gt, cells)
-    return polygon_targets(targets.edges, targets.edge_gt, rois.boxes, rois.image, rois.gt, cells)
+    return polygon_targets(
+        targets.edges, targets.edge_gt, rois.boxes, rois.image, rois.gt, cells, targets.pasted,
+        targets.boxes.shape[1] // 2,
+    )  # fmt: skip
 
 
 def mask_head(

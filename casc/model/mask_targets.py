@@ -15,7 +15,14 @@ SUPERSAMPLES = 3
 
 
 def polygon_targets(
-    edges: Tensor, edge_gt: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, cells: int
+    edges: Tensor,
+    edge_gt: Tensor,
+    boxes: Tensor,
+    image: Tensor,
+    gt: Tensor,
+    cells: int,
+    pasted: Tensor | None = None,
+    under: int = 0,
 ) -> Tensor:
     """Rasterise each RoI's polygon on its own grid: a cell is on when half covered.
 
@@ -34,6 +41,9 @@ def polygon_targets(
         image: [R] int64 into B.
         gt: [R] int64 into G.
         cells: M.
+        pasted: [B, H, W] bool, pixels of the canvas in which objects from `under` on hide the ones
+            before: samples there aren't on these.
+        under: how many objects may be hidden.
 
     Returns:
         [R, M, M] bool, (y, x).
@@ -80,8 +90,20 @@ def polygon_targets(
     crossed = crossed.reshape(rois, count, count + 1)
     # Sample i is left of every crossing whose count exceeds i.
     winding = crossed.flip(-1).cumsum(-1).flip(-1)[:, :, 1:]
-    covered = (winding != 0).reshape(rois, cells, SUPERSAMPLES, cells, SUPERSAMPLES)
+    on = winding != 0
+    if pasted is not None:
+        steps = (torch.arange(count, device=device) + 0.5) / count
+        y = _pixels(boxes[:, 1:2], boxes[:, 3:4], steps, pasted.shape[1])
+        x = _pixels(boxes[:, 0:1], boxes[:, 2:3], steps, pasted.shape[2])
+        hidden = pasted[image[:, None, None], y[:, :, None], x[:, None, :]]
+        on = on & ~(hidden & (gt < under)[:, None, None])
+    covered = on.reshape(rois, cells, SUPERSAMPLES, cells, SUPERSAMPLES)
     return covered.sum(dim=(2, 4)) * 2 > SUPERSAMPLES**2
+
+
+def _pixels(low: Tensor, high: Tensor, steps: Tensor, side: int) -> Tensor:
+    """The pixels [R, N] in which the samples at `steps` from `low` to `high` [R, 1] lie."""
+    return (low + steps * (high - low)).floor().clamp(0, side - 1).long()
 
 
 def bitmap_targets(bitmaps: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, cells: int) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 # What a number is for; distinct purposes of one image must not share their noise.
-FLIP, RPN, SCALE, CROP, STAGE = 1, 2, 3, 4, 16  # stage k uses STAGE + k
+FLIP, RPN, SCALE, CROP, COLOUR, PASTE, ERASE = 1, 2, 3, 4, 5, 6, 7
+STAGE = 16  # stage k uses STAGE + k
 
 _MASK = 0xFFFFFFFF
 

@@ -18,13 +18,20 @@ from casc.data.batch import Batch
 from casc.data.index import Bucket
 from casc.data.index import canvas as bucket_canvas
 from casc.model import noise as noises
+from casc.model.copy_paste import paste
 from casc.model.crop_boxes import visible_boxes
 from casc.model.detector import Inputs
+from casc.model.photometric import colour_factors, erased_boxes, jitter_colours, within
 from casc.model.targets import Targets
 
-LEAST_SIDE = 0.01
-"""Pixels of a cropped object's sides, as MMDetection's FilterAnnotations has it for large-scale
-jitter; what shows less is no ground truth."""
+LEAST_SIDE = 1e-5
+"""Pixels. A cropped object whose sides aren't longer is no ground truth, as in Detectron2."""
+PAD = 128.0
+"""Grey level around images that large-scale jitter makes smaller than the canvas."""
+_PARTS = 2**16
+"""Of a pixel, to which the drawn sizes of large-scale jitter are exact."""
+_DRAWS = 2**24
+"""How many different numbers `casc.model.noise` draws."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +46,27 @@ class ImageConfig:
     """Multi-scale training: each image's shorter side becomes one of these two or between,
     every whole number as likely, and the longer one `long` at most. None: `short` for all."""
     jitter: tuple[float, float] | None = None
-    """Large-scale jitter (Ghiasi et al., 2021) in place of `short` and `long` when training: an
-    image that fits `jitter_size` is resized by a factor drawn from these two or between, and
-    a window of at most `jitter_size` of it is seen. None: no jitter."""
+    """Large-scale jitter (Ghiasi et al., 2021) in place of `short` and `long` when training, as
+    Detectron2 has it: an image is resized to fit `jitter_size` times a factor drawn from these two
+    or between, and cropped or padded with grey to that size. None: no jitter."""
     jitter_size: int = 1024
     """Both sides of the canvas of large-scale jitter, in pixels."""
+    antialias: bool = False
+    """Reduce images by Pillow's bilinear filter, which averages all pixels that become one, as
+    Detectron2 does; else by OpenCV's, which reads two of them in each direction, as MMDetection
+    does. Enlarging is the same."""
     flip: float = 0.5
     """Probability of a horizontal flip when training."""
+    copy_paste: float = 0.0
+    """Probability that an image gets objects of its batch's next one pasted on when training
+    (Ghiasi et al., 2021). Goes with `jitter`."""
+    colour: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Strength of random changes of brightness, contrast and saturation (factors of 1 less or more
+    so much) and of hue (in turns), as torchvision's ColorJitter has them, such as 0.4 0.4 0.4 0.1.
+    """
+    erase: float = 0.0
+    """Probability that a rectangle of an image becomes the mean colour when training (Zhong et al.,
+    2020); the ground truth stays."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Subtracted from red, green and blue (0 to 255)."""
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
@@ -59,9 +80,11 @@ class View(NamedTuple):
     """[B, 2] int64, height and width that the whole image is resized to."""
     corner: Tensor | None
     """[B, 2] int64, row and column of the resized image in the window's top left corner; the
-    window is the canvas. None: the whole image fits, and is seen."""
+    window is the canvas, padding included. None: the whole image fits, and is seen."""
     flip: Tensor
     """[B] bool, whether the window is mirrored."""
+    seed: Tensor | None = None
+    """[B] int64, of colours, pasting and erasing; None: nothing of these."""
 
 
 def plain_view(size: Tensor, config: ImageConfig) -> View:
@@ -86,16 +109,11 @@ def random_view(size: Tensor, seed: Tensor, config: ImageConfig, canvas: tuple[i
     """
     flip = noises.uniform(seed, noises.FLIP, 1)[:, 0] < config.flip
     if config.jitter is not None:
-        # Whole numbers, as MMDetection's Resize with ratio_range has them.
-        least, most = (int(config.jitter_size * factor) for factor in config.jitter)
-        target = _drawn(noises.uniform(seed, noises.SCALE, 1), least, most)
-        new = resized(size, target, target).clamp(min=1)
-        beyond = new - _within(new, canvas)
-        return View(new, _drawn(noises.uniform(seed, noises.CROP, 2), 0, beyond), flip)
+        return _jittered(size, seed, config, canvas)._replace(flip=flip)
+    short: Tensor | int = config.short
     if config.train_short is not None:
         short = _drawn(noises.uniform(seed, noises.SCALE, 1), *config.train_short)
-        return View(resized(size, short, config.long), None, flip)
-    return View(resized(size, config.short, config.long), None, flip)
+    return View(resized(size, short, config.long), None, flip, seed)
 
 
 def training_canvas(bucket: Bucket, config: ImageConfig) -> tuple[int, int]:
@@ -106,7 +124,7 @@ def training_canvas(bucket: Bucket, config: ImageConfig) -> tuple[int, int]:
     return bucket_canvas(bucket, short, config.long)
 
 
-def resized(size: Tensor, short: Tensor | int, long: Tensor | int) -> Tensor:
+def resized(size: Tensor, short: Tensor | int, long: Tensor | int, parts: int = 1) -> Tensor:
     """The size of each image after resizing, aspect kept: int(side * scale + 0.5).
 
     scale = min(long / longer side, short / shorter side), in exact integer arithmetic.
@@ -115,6 +133,7 @@ def resized(size: Tensor, short: Tensor | int, long: Tensor | int) -> Tensor:
         size: [B, 2] float32 or int64, stored height and width.
         short: target of the shorter side in pixels; of each image if [B, 1] int64.
         long: limit of the longer side in pixels; likewise.
+        parts: of a pixel, in which these two are given.
 
     Returns:
         [B, 2] int64.
@@ -123,7 +142,7 @@ def resized(size: Tensor, short: Tensor | int, long: Tensor | int) -> Tensor:
     shorter, longer = size.amin(dim=1, keepdim=True), size.amax(dim=1, keepdim=True)
     long_limits = long * shorter < short * longer
     target = torch.where(long_limits, long, short)
-    side = torch.where(long_limits, longer, shorter).clamp(min=1)
+    side = torch.where(long_limits, longer, shorter).clamp(min=1) * parts
     return (2 * size * target + side) // (2 * side)
 
 
@@ -139,8 +158,10 @@ def prepare(
 
     Bilinear with half-pixel centres and repeated borders, as cv2 does, but without its
     rounding to whole grey levels. Boxes are scaled per axis and clipped to the image; where
-    windows are cut out they become the bounds of what shows of their object, and objects of
-    which less than 0.01 pixels show are no longer valid. Polygon edges are moved and not clipped.
+    windows are cut out they become the bounds of what shows of their object's polygons, and objects
+    of which nothing shows are no longer valid. Polygon edges are moved and not clipped.
+
+    In this order: resize, crop, flip, colours, padding, pasting, erasing, normalisation.
 
     Args:
         batch: decoded images and ground truth.
@@ -158,12 +179,38 @@ def prepare(
     ratio = view.size.to(torch.float32) / batch.size.clamp(min=1)
     scale = ratio.flip(-1).repeat(1, 2)
     shown = _shown(view, canvas)
-    image = _resample(batch, view, canvas)
-    image = _normalise(image, shown, config).to(dtype)
+    inside = _inside(view, canvas)
+    image = (_filter if config.antialias else _resample)(batch, view, canvas)
+    if view.seed is not None and any(config.colour):
+        image = jitter_colours(image, inside, colour_factors(view.seed, config.colour))
+    if view.corner is not None:
+        image = torch.where(inside[..., None], image, PAD)
+    targets = _move_targets(batch, view, scale, canvas)
+    if view.seed is not None and config.copy_paste:
+        image, targets = paste(image, targets, view.seed, config.copy_paste)
+    kept = None if view.corner is not None else inside
+    if view.seed is not None and config.erase:
+        erased = within(erased_boxes(view.seed, shown, config.erase), canvas)
+        kept = ~erased if kept is None else kept & ~erased
+    image = _normalise(image, kept, config).to(dtype)
     # Back to NCHW: this is channels_last as it stands, and a copy otherwise.
     image = image.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
-    targets = _move_targets(batch, view, scale, canvas)
     return Inputs(image, shown.to(torch.float32), scale, targets)
+
+
+def _jittered(size: Tensor, seed: Tensor, config: ImageConfig, canvas: tuple[int, int]) -> View:
+    """Detectron2's ResizeScale and FixedSizeCrop, in whole numbers: the same on every device."""
+    assert config.jitter is not None
+    least, most = (round(config.jitter_size * factor * _PARTS) for factor in config.jitter)
+    scale, where = ((u * _DRAWS).long() for u in noises.uniforms(
+        seed, {noises.SCALE: 1, noises.CROP: 1}
+    ))  # fmt: skip
+    target = least + scale * (most - least) // _DRAWS
+    new = resized(size, target, target, _PARTS).clamp(min=1)
+    beyond = torch.stack([(new[:, i] - side).clamp(min=0) for i, side in enumerate(canvas)], dim=1)
+    # One number for both axes, rounded to the nearest pixel.
+    corner = (2 * beyond * where + _DRAWS) // (2 * _DRAWS)
+    return View(new, corner, torch.zeros_like(new[:, 0], dtype=torch.bool), seed)
 
 
 def _drawn(uniform: Tensor, least: int, most: int | Tensor) -> Tensor:
@@ -172,14 +219,19 @@ def _drawn(uniform: Tensor, least: int, most: int | Tensor) -> Tensor:
     return least + (uniform * (most - least + 1)).floor().long()
 
 
-def _within(size: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """What of a size fits: [B, 2] int64."""
-    return torch.stack([size[:, i].clamp(max=side) for i, side in enumerate(canvas)], dim=1)
-
-
 def _shown(view: View, canvas: tuple[int, int]) -> Tensor:
-    """Height and width of what is seen: [B, 2] int64."""
-    return view.size if view.corner is None else _within(view.size, canvas)
+    """Height and width of what is seen, a window's padding included: [B, 2] int64."""
+    if view.corner is None:
+        return view.size
+    return torch.stack([torch.full_like(view.flip, side, dtype=torch.int64) for side in canvas], 1)
+
+
+def _inside(view: View, canvas: tuple[int, int]) -> Tensor:
+    """Which of the canvas's pixels show the image: [B, H, W] bool."""
+    rows, columns = _source(view, canvas)
+    # Mirrored padding lies left of the image.
+    across = (columns >= 0) & (columns < view.size[:, 1:2])
+    return (rows < view.size[:, 0:1])[:, :, None] & across[:, None]
 
 
 def _resample(batch: Batch, view: View, canvas: tuple[int, int]) -> Tensor:
@@ -198,6 +250,39 @@ def _resample(batch: Batch, view: View, canvas: tuple[int, int]) -> Tensor:
     top = read(y0, x0) * (1 - fx) + read(y0, x1) * fx
     bottom = read(y1, x0) * (1 - fx) + read(y1, x1) * fx
     return top * (1 - fy) + bottom * fy
+
+
+def _filter(batch: Batch, view: View, canvas: tuple[int, int]) -> Tensor:
+    """Pillow's bilinear without its rounding: [B, Hi, Wi, 3] uint8 to [B, H, W, 3] float32."""
+    rows, columns = _source(view, canvas)
+    stored = batch.image.shape[1:3]
+    down = _triangles(rows, batch.size[:, 0], view.size[:, 0], stored[0])
+    across = _triangles(columns, batch.size[:, 1], view.size[:, 1], stored[1])
+    image = batch.image.to(torch.float32)
+    image = torch.einsum("bhi,bijc->bhjc", down, image)
+    return torch.einsum("bwj,bhjc->bhwc", across, image)
+
+
+def _triangles(at: Tensor, size: Tensor, new: Tensor, stored: int) -> Tensor:
+    """The weights of all stored pixels along one axis.
+
+    Args:
+        at: [B, N] int64, position in the resized image.
+        size: [B] float32, the image's stored length.
+        new: [B] int64, resized length.
+        stored: M, at least every length.
+
+    Returns:
+        [B, N, M] float32 that add up to 1.
+    """
+    step = (size / new.to(torch.float32))[:, None]
+    # Beyond the image any position would do, it is masked.
+    centre = torch.minimum(((at.to(torch.float32) + 0.5) * step).clamp(min=0), size[:, None])
+    pixel = torch.arange(stored, device=at.device) + 0.5
+    reach = step.clamp(min=1)[..., None]
+    weight = (1 - (pixel - centre[..., None]).abs() / reach).clamp(min=0)
+    weight = torch.where(pixel < size[:, None, None], weight, 0.0)
+    return weight / weight.sum(dim=-1, keepdim=True)
 
 
 def _source(view: View, canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -231,16 +316,14 @@ def _bilinear_taps(at: Tensor, size: Tensor, new: Tensor) -> tuple[Tensor, Tenso
     return floor.long(), torch.minimum(floor + 1, last).long(), source - floor
 
 
-def _normalise(image: Tensor, new: Tensor, config: ImageConfig) -> Tensor:
-    """Subtract, divide, and set everything outside the image to 0 (padding comes last)."""
+def _normalise(image: Tensor, kept: Tensor | None, config: ImageConfig) -> Tensor:
+    """Subtract, divide, and set what isn't kept [B, H, W] to 0, the mean colour."""
     channels = [
         (image[..., i] - mean) / std
         for i, (mean, std) in enumerate(zip(config.mean, config.std, strict=True))
     ]
-    rows = torch.arange(image.shape[1], device=image.device) < new[:, 0:1]
-    columns = torch.arange(image.shape[2], device=image.device) < new[:, 1:2]
-    inside = rows[:, :, None] & columns[:, None, :]
-    return torch.where(inside[..., None], torch.stack(channels, dim=-1), 0.0)
+    normalised = torch.stack(channels, dim=-1)
+    return normalised if kept is None else torch.where(kept[..., None], normalised, 0.0)
 
 
 def _move_targets(batch: Batch, view: View, scale: Tensor, canvas: tuple[int, int]) -> Targets:
@@ -252,7 +335,7 @@ def _move_targets(batch: Batch, view: View, scale: Tensor, canvas: tuple[int, in
         corner = view.corner.to(torch.float32).flip(-1).repeat(1, 2)[:, None]
         boxes, edges = boxes - corner, edges - corner
         boxes = visible_boxes(boxes, edges, batch.edge_gt, shown)
-        valid = valid & ((boxes[..., 2:] - boxes[..., :2]) >= LEAST_SIDE).all(dim=-1)
+        valid = valid & ((boxes[..., 2:] - boxes[..., :2]) > LEAST_SIDE).all(dim=-1)
     boxes = torch.minimum(boxes.clamp(min=0), limit)
     width, flip = shown[:, 1], view.flip
     x1, y1, x2, y2 = boxes.unbind(-1)
@@ -292,8 +375,7 @@ def _resize_bitmaps(bitmaps: Tensor, size: Tensor, view: View, canvas: tuple[int
     """Nearest as cv2 rounds it (floor): [B, G, Hi, Wi] to [B, G, H, W] uint8, 0 outside."""
     new, stored = view.size, size.to(torch.int64)
     rows, columns = _source(view, canvas)
-    # Flipped padding lies left of the image: any column would do, it is masked.
-    inside = (rows < new[:, 0:1])[:, :, None] & ((columns >= 0) & (columns < new[:, 1:2]))[:, None]
+    inside = _inside(view, canvas)
     y = torch.minimum(rows * stored[:, 0:1] // new[:, 0:1], stored[:, 0:1] - 1)
     x = columns.clamp(min=0) * stored[:, 1:2] // new[:, 1:2]
     x = torch.minimum(x, stored[:, 1:2] - 1)

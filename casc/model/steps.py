@@ -188,7 +188,7 @@ def _step_inputs(
     """All that a training step's losses depend on beside the weights."""
     inputs = probe("inputs", training_inputs(batch, image, canvas, compute))
     anchors = anchor_count(config.anchors, canvas)
-    noise = detector.draw_noise(config, batch.seed, anchors, batch.valid.shape[1])
+    noise = detector.draw_noise(config, batch.seed, anchors, inputs.targets.valid.shape[1])
     return inputs, probe("noise", noise)
 
 

@@ -26,3 +26,6 @@ class Targets(NamedTuple):
     """[B, G, H, W] uint8 masks, only for `mask_target="bitmap"`."""
     regions: Tensor | None = None
     """[B, R, 4] float32 xyxy, of no area where padded, only for `ignore="crowds"`."""
+    pasted: Tensor | None = None
+    """[B, H, W] bool, only with copy-paste: pixels that show objects pasted from another image.
+    These are the second half of G, and hide what the first half's polygons have there."""

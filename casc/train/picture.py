@@ -14,8 +14,10 @@ from casc.data.batch import Batch
 from casc.data.index import Category
 from casc.device.compute import Compute
 from casc.draw import draw_instances
+from casc.model.copy_paste import covered
 from casc.model.preprocess import ImageConfig
 from casc.model.steps import training_inputs
+from casc.model.targets import Targets
 
 
 def draw_batch(
@@ -50,12 +52,14 @@ def draw_batch(
         picture = (pixels * std + mean).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
         labels = targets.labels[i][valid].tolist()
         ignored = _present(targets.regions, i)
+        masks = None if targets.pasted is None else _masks(targets, i)
         drawn.append(
             draw_instances(
                 picture.numpy(),
                 torch.cat([targets.boxes[i][valid], ignored]).numpy(),
                 [categories[label].name for label in labels] + ["ignored"] * len(ignored),
                 labels=labels + [len(categories)] * len(ignored),
+                masks=None if masks is None else masks + [None] * len(ignored),
                 polygons=[
                     rings(targets.edges[i][targets.edge_gt[i] == k]) for k in valid.nonzero()[:, 0]
                 ]
@@ -85,6 +89,19 @@ def rings(edges: Tensor) -> list[list[float]]:
         found[-1] += [x0, y0]
         end = (x1, y1)
     return found
+
+
+def _masks(targets: Targets, image: int) -> list[np.ndarray | None]:
+    """Of each valid object of an image what isn't hidden, `[H, W]`; None if it lies on top."""
+    assert targets.pasted is not None
+    pasted, edges = targets.pasted[image], targets.edges[image : image + 1]
+    masks: list[np.ndarray | None] = []
+    for k in targets.valid[image].nonzero()[:, 0].tolist():
+        own = targets.edge_gt[image : image + 1] == k
+        whole = covered(edges, own, (pasted.shape[0], pasted.shape[1]))[0]
+        under = k < targets.valid.shape[1] // 2
+        masks.append((whole & ~pasted).numpy() if under else None)
+    return masks
 
 
 def _sheet(pictures: list[np.ndarray]) -> np.ndarray:

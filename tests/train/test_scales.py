@@ -13,9 +13,20 @@ from casc.train.loop import train
     [
         ({"train_short": (40, 64)}, "default"),
         ({"jitter": (0.3, 2.0), "jitter_size": 64}, "default"),
-        ({"jitter": (0.3, 2.0), "jitter_size": 64}, "reference"),
+        ({"jitter": (0.3, 2.0), "jitter_size": 64, "copy_paste": 1.0}, "reference"),
+        (
+            {
+                "jitter": (0.5, 1.5),
+                "jitter_size": 64,
+                "antialias": True,
+                "copy_paste": 1.0,
+                "colour": (0.4, 0.4, 0.4, 0.1),
+                "erase": 0.5,
+            },
+            "default",
+        ),
     ],
-    ids=["multi-scale", "jitter", "jitter with bitmaps"],
+    ids=["multi-scale", "jitter", "jitter and copy-paste with bitmaps", "all"],
 )
 def test_stopping_and_resuming_changes_nothing(tiny_recipe, tmp_path, settings, exactness):
     image = replace(tiny_recipe.image, **settings)
