@@ -39,7 +39,7 @@ def base(data: Path, classes: int) -> Recipe:
     """What the variants differ from: SGD, smooth L1, three mask heads, group norm."""
     return Recipe(
         name="base", data=data, init=RANDOM, batch=BATCH, device="cpu", dtype="float32",
-        compile=False, evaluate_every=1000, save_every=0, log_every=50, epochs=1000,
+        compile=False, evaluate_every=1000, save_every=0, log_every=20, epochs=1000,
         optim=Optim(lr=0.04, reference_batch=BATCH, clip_norm=10.0),
         schedule=Schedule(kind="cosine", warmup_steps=20),
         image=ImageConfig(short=SIDE, long=SIDE),
@@ -65,6 +65,7 @@ def variants(recipe: Recipe) -> dict[str, Recipe]:
     model, image = recipe.model, recipe.image
     jitter = replace(image, jitter=(0.1, 2.0), jitter_size=SIDE)
     gentle = replace(image, jitter=(0.8, 1.25), jitter_size=SIDE)
+    coloured = replace(image, colour=(0.4, 0.4, 0.4, 0.1))
     plain = replace(
         model,
         backbone=replace(model.backbone, norm="frozen_bn"),
@@ -79,13 +80,16 @@ def variants(recipe: Recipe) -> dict[str, Recipe]:
     )  # fmt: skip
     return {
         "base": recipe,
-        "AdamW 1e-3, decay 0.05": replace(recipe, optim=adamw),
+        "jitter 0.1 to 2": replace(recipe, image=jitter),
+        "jitter 0.1 to 2, copy-paste": replace(recipe, image=replace(jitter, copy_paste=1.0)),
         "GIoU, weight 10": replace(recipe, model=giou),
         "one mask head": replace(recipe, model=first),
-        "no norm": replace(recipe, model=plain),
+        "AdamW 1e-3, decay 0.05": replace(recipe, optim=adamw),
         "EMA 0.99": replace(recipe, ema=replace(recipe.ema, decay=0.99)),
+        "no norm": replace(recipe, model=plain),
         "jitter 0.8 to 1.25": replace(recipe, image=gentle),
-        "jitter 0.1 to 2": replace(recipe, image=jitter),
+        "colour 0.4 0.4 0.4 0.1": replace(recipe, image=coloured),
+        "erase 0.5": replace(recipe, image=replace(image, erase=0.5)),
     }
 
 
@@ -149,7 +153,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/compare_parts"), help="folder")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
-    parser.add_argument("--steps", type=int, default=100, help="of each run")
+    parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--start-steps", type=int, default=500, help="of the common start")
     parser.add_argument("--images", type=int, default=300, help="to train on")
     parser.add_argument("--val", type=int, default=60, help="to evaluate on")
