@@ -66,10 +66,10 @@ def scenes(seed: int, counts: list[int]) -> tuple[list[list[list[np.ndarray]]], 
     return images, Targets(boxes, labels, valid, edges, owner, bitmaps)
 
 
-def test_polygons_cover_the_pixels_that_numpy_draws(mode):
+def test_polygons_cover_the_pixels_that_numpy_draws():
     images, targets = scenes(1, [5, 3, 0, 4])
     used = torch.tensor([[True, False, True, True, True]] * 4)
-    made = mode(covered)(targets.edges, used.gather(1, targets.edge_gt), (H, W))
+    made = covered(targets.edges, used.gather(1, targets.edge_gt), (H, W))
     for i, objects in enumerate(images):
         expected = np.zeros((H, W), bool)
         for k, rings in enumerate(objects):
@@ -83,11 +83,11 @@ def extent(mask: np.ndarray) -> list[float]:
     return [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(ys) else [0, 0, 0, 0]
 
 
-def test_what_is_left_is_counted_without_masks(mode):
+def test_what_is_left_is_counted_without_masks():
     images, targets = scenes(2, [5, 5, 1])
     shown = torch.from_numpy(np.random.default_rng(0).random((3, H, W)) < 0.4)
     shown[1, :, 10:] = False
-    made = mode(left_of)(targets.edges, targets.edge_gt, shown, G)
+    made = left_of(targets.edges, targets.edge_gt, shown, G)
     for i, objects in enumerate(images):
         for k, rings in enumerate(objects):
             mask = drawn(rings)
