@@ -102,7 +102,7 @@ def make_data(folder: Path, images: int, val: int, classes: int, hard: bool) -> 
             SynthCommand(
                 made, train=images, val=val, size=SIDE, classes=classes, hard=hard
             ).run()  # fmt: skip
-        ShardCommand(made, out=shards, aspects=(1.0,)).run()
+        ShardCommand(made, out=shards, aspects=(1.0,), workers=1).run()
     return shards
 
 
