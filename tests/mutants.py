@@ -70,7 +70,7 @@ MUTANTS = (
     Mutant("annotated boxes of what isn't cut", "model/crop_boxes.py", "outlined = _sums(long[..., None].long(), edge_gt, boxes.shape[1]) > 0", "outlined = (clipped != boxes).any(dim=-1, keepdim=True)", ("model/test_crop_boxes.py", "model/test_large_scale_jitter.py")),
     Mutant("never all objects pasted", "model/copy_paste.py", "(valid.sum(dim=1) + 1)).floor()", "valid.sum(dim=1)).floor()", ("model/test_copy_paste.py",)),
     Mutant("the image before pastes", "model/copy_paste.py", "image = torch.where(pasted[..., None], image.roll(-1, 0), image)", "image = torch.where(pasted[..., None], image.roll(1, 0), image)", ("model/test_copy_paste.py",)),
-    Mutant("what is hidden stays in its box", "model/copy_paste.py", "cut = (left.pixels < left.whole)[..., None]", "cut = (left.pixels < 0)[..., None]", ("model/test_copy_paste.py",)),
+    Mutant("what is hidden stays in its box", "model/copy_paste.py", "cut = (left.pixels < areas)[..., None]", "cut = (left.pixels < 0)[..., None]", ("model/test_copy_paste.py",)),
     Mutant("what is wholly hidden stays", "model/copy_paste.py", "valid = targets.valid & ~gone", "valid = targets.valid", ("model/test_copy_paste.py",)),
     Mutant("pasted pixels half a pixel off", "model/copy_paste.py", "y = torch.arange(height, device=edges.device) + 0.5", "y = torch.arange(height, device=edges.device)", ("model/test_copy_paste.py",)),
     Mutant("pasted objects hidden too", "model/mask_targets.py", "(gt < under)[:, None, None]", "(gt >= 0)[:, None, None]", ("model/test_copy_paste.py",)),

@@ -22,8 +22,6 @@ class Left(NamedTuple):
     """[B, G, 4] float32 xyxy, bounds of the pixels that aren't hidden; 0 if there are none."""
     pixels: Tensor
     """[B, G] int64, how many these are."""
-    whole: Tensor
-    """[B, G] int64, how many there would be if nothing were hidden."""
 
 
 def chosen_objects(valid: Tensor, seed: Tensor, probability: float) -> Tensor:
@@ -56,7 +54,7 @@ def paste(
 
     Objects of which no pixel is left are no longer valid, and boxes shrink to what is left.
     Polygons stay whole: `Targets.pasted` says what of them is hidden. Pasted objects don't hide
-    each other more than they did where they come from.
+    each other more than they did where they come from, and those that cover no pixel aren't pasted.
 
     Args:
         image: [B, H, W, 3] as on the canvas.
@@ -70,10 +68,11 @@ def paste(
     objects, canvas = targets.valid.shape[1], (image.shape[1], image.shape[2])
     columns = {name: t.roll(-1, 0) for name, t in targets._asdict().items() if t is not None}
     source = Targets(**columns)
-    chosen = chosen_objects(source.valid, seed, probability)
+    areas = covered_pixels(targets.edges, targets.edge_gt, objects, canvas)
+    chosen = chosen_objects(source.valid & (areas.roll(-1, 0) > 0), seed, probability)
     pasted = covered(source.edges, chosen.gather(1, source.edge_gt), canvas)
     image = torch.where(pasted[..., None], image.roll(-1, 0), image)
-    own = hide(targets, pasted)
+    own = hide(targets, pasted, areas)
     bitmaps = None
     if own.bitmaps is not None and source.bitmaps is not None:
         bitmaps = torch.cat([own.bitmaps * ~pasted[:, None], source.bitmaps], dim=1)
@@ -84,29 +83,31 @@ def paste(
         edges=torch.cat([own.edges, source.edges], dim=1),
         edge_gt=torch.cat([own.edge_gt, source.edge_gt + objects], dim=1),
         bitmaps=bitmaps,
+        regions=targets.regions,
         pasted=pasted,
     )
 
 
-def hide(targets: Targets, pasted: Tensor) -> Targets:
+def hide(targets: Targets, pasted: Tensor, areas: Tensor) -> Targets:
     """Targets whose boxes are those of what isn't hidden; objects that are gone aren't valid.
 
     Args:
         targets: G objects.
         pasted: [B, H, W] bool, the hidden pixels.
+        areas: [B, G] int64, `covered_pixels` of the objects.
     """
     left = left_of(targets.edges, targets.edge_gt, ~pasted, targets.valid.shape[1])
     boxes = targets.boxes
     low = torch.maximum(boxes[..., :2], left.boxes[..., :2])
     high = torch.minimum(boxes[..., 2:], left.boxes[..., 2:])
-    cut = (left.pixels < left.whole)[..., None]
+    cut = (left.pixels < areas)[..., None]
     boxes = torch.where(cut, torch.cat([low, torch.maximum(low, high)], dim=-1), boxes)
-    # An object that covers no pixel's centre is gone when the pixel is that it lies in.
+    # An object that covers no pixel's centre is gone when the pixel is that its middle lies in.
     centre = (targets.boxes[..., :2] + targets.boxes[..., 2:]) / 2
     x = centre[..., 0].long().clamp(0, pasted.shape[2] - 1)
     y = centre[..., 1].long().clamp(0, pasted.shape[1] - 1)
     image = torch.arange(len(pasted), device=pasted.device)[:, None]
-    gone = torch.where(left.whole == 0, pasted[image, y, x], left.pixels == 0)
+    gone = torch.where(areas == 0, pasted[image, y, x], left.pixels == 0)
     valid = targets.valid & ~gone
     return targets._replace(boxes=boxes * valid[..., None], valid=valid)
 
@@ -145,15 +146,22 @@ def left_of(edges: Tensor, edge_gt: Tensor, shown: Tensor, objects: int) -> Left
         shown: [B, H, W] bool.
         objects: G.
     """
-    rows, whole = _counts(edges, edge_gt, shown, objects)
-    columns, _ = _counts(edges[..., [1, 0, 3, 2]], edge_gt, shown.transpose(1, 2), objects)
+    rows = _counts(edges, edge_gt, shown, objects)
+    columns = _counts(edges[..., [1, 0, 3, 2]], edge_gt, shown.transpose(1, 2), objects)
     bounds = [_extent(columns != 0), _extent(rows != 0)]
     boxes = torch.stack([bounds[axis][end] for end in (0, 1) for axis in (0, 1)], dim=-1)
-    return Left(boxes.to(torch.float32), rows.sum(dim=2), whole.sum(dim=2))
+    return Left(boxes.to(torch.float32), rows.sum(dim=2))
 
 
-def _counts(edges: Tensor, edge_gt: Tensor, shown: Tensor, objects: int) -> tuple[Tensor, Tensor]:
-    """Of each object's every row, the pixels that are shown and all of them: [B, G, H] int64.
+def covered_pixels(edges: Tensor, edge_gt: Tensor, objects: int, canvas: tuple[int, int]) -> Tensor:
+    """How many pixels each object covers, hidden or not: [B, G] int64. Arguments as above."""
+    turn, before = _crossings(edges, *canvas)
+    none = turn.new_zeros((len(edges), objects))
+    return none.scatter_add(1, edge_gt, (turn * before).sum(dim=2))
+
+
+def _counts(edges: Tensor, edge_gt: Tensor, shown: Tensor, objects: int) -> Tensor:
+    """How many pixels that are shown lie on each row of each object: [B, G, H] int64.
 
     A pixel that is covered twice counts twice. Rows of polygons mirrored by swapping x and y are
     negative.
@@ -165,7 +173,7 @@ def _counts(edges: Tensor, edge_gt: Tensor, shown: Tensor, objects: int) -> tupl
     seen = counts[image, torch.arange(height, device=edges.device), before]
     owner = edge_gt[..., None].expand_as(turn)
     none = turn.new_zeros((len(edges), objects, height))
-    return none.scatter_add(1, owner, turn * seen), none.scatter_add(1, owner, turn * before)
+    return none.scatter_add(1, owner, turn * seen)
 
 
 def _crossings(edges: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casc.data.batch import Batch
-from casc.model.copy_paste import chosen_objects, covered, hide, left_of, paste
+from casc.model.copy_paste import chosen_objects, covered, covered_pixels, hide, left_of, paste
 from casc.model.mask_head import MaskHeadConfig, MaskRois, mask_targets
 from casc.model.preprocess import ImageConfig, prepare, random_view
 from casc.model.targets import Targets
@@ -88,14 +88,15 @@ def test_what_is_left_is_counted_without_masks():
     shown = torch.from_numpy(np.random.default_rng(0).random((3, H, W)) < 0.4)
     shown[1, :, 10:] = False
     made = left_of(targets.edges, targets.edge_gt, shown, G)
+    areas = covered_pixels(targets.edges, targets.edge_gt, G, (H, W))
     for i, objects in enumerate(images):
         for k, rings in enumerate(objects):
             mask = drawn(rings)
             left = mask & shown[i].numpy()
-            assert made.whole[i, k] == mask.sum()
+            assert areas[i, k] == mask.sum()
             assert made.pixels[i, k] == left.sum()
             assert made.boxes[i, k].tolist() == extent(left)
-    assert (made.whole[2, 1:] == 0).all()
+    assert (areas[2, 1:] == 0).all()
 
 
 def test_any_number_of_objects_is_chosen_as_likely():
@@ -125,7 +126,10 @@ def check_pasted(seed: int, counts: list[int], run) -> tuple[int, int]:
     cut = gone = 0
     for i, own in enumerate(images):
         source = (i + 1) % len(images)
-        chosen = chosen_objects(targets.valid[source][None], seeds[i : i + 1], 1.0)[0]
+        # What covers no pixel can't be pasted.
+        there = torch.tensor([drawn(r).any() for r in images[source]], dtype=torch.bool)
+        there = torch.nn.functional.pad(there, (0, G - len(there))) & targets.valid[source]
+        chosen = chosen_objects(there[None], seeds[i : i + 1], 1.0)[0]
         assert torch.equal(made.valid[i, G:], chosen)
         over = np.zeros((H, W), bool)
         for k, rings in enumerate(images[source]):
@@ -210,15 +214,30 @@ def test_what_is_wholly_hidden_is_no_ground_truth():
     valid = torch.ones(1, 3, dtype=torch.bool)
     targets = Targets(boxes[None], valid.long(), valid, edges, owner)
     pasted = torch.zeros(1, H, W, dtype=torch.bool)
-    same = hide(targets, pasted)
+    areas = covered_pixels(edges, owner, 3, (H, W))
+    assert areas.tolist() == [[36, 0, 0]]
+    same = hide(targets, pasted, areas)
     assert torch.equal(same.boxes, targets.boxes)
     assert same.valid.all()
     pasted[0, 4:10, 4:10] = True
-    assert hide(targets, pasted).valid.tolist() == [[False, True, False]]
+    assert hide(targets, pasted, areas).valid.tolist() == [[False, True, False]]
     pasted[0, 9, 7] = False
-    left = hide(targets, pasted)
+    left = hide(targets, pasted, areas)
     assert left.valid.tolist() == [[True, True, False]]
     assert left.boxes[0].tolist() == [[7, 9, 8, 10], boxes[1].tolist(), [0, 0, 0, 0]]
+
+
+def test_objects_without_a_mask_stay_where_they_are():
+    """Boxes alone have no pixels to paste; regions to ignore are the image's own."""
+    _, targets = scenes(3, [3, 3])
+    regions = torch.arange(8.0).reshape(2, 1, 4)
+    bare = targets._replace(edges=torch.zeros_like(targets.edges), regions=regions)
+    image, made = paste(torch.rand(2, H, W, 3), bare, torch.arange(2), 1.0)
+    assert not made.valid[:, G:].any()
+    assert torch.equal(made.valid[:, :G], targets.valid)
+    assert torch.equal(made.boxes[:, :G], targets.boxes)
+    assert made.regions is regions
+    assert image.shape == (2, H, W, 3)
 
 
 def test_a_batch_is_pasted_after_its_jitter():
