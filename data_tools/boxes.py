@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from casc.data.segmentation import pack, usable_segmentation
-from data_tools.coco import Annotations, ImageEntry, Packed, pack_annotation
+from data_tools.coco import Annotations, ImageEntry
 from data_tools.report import Finding
 
 LEAST_IOU = 0.5
@@ -78,16 +78,9 @@ def mend_corners(annotations: Annotations) -> Annotations:
             break
     if len(compared) < _ENOUGH or sum(compared) < _SHARE * len(compared):
         return annotations
-    mended: dict[int, tuple[bytes, ...]] = {}
-    findings = list(annotations.findings)
-    for number in annotations.by_image:
-        entries = annotations.by_image[number]
-        for entry in entries:
-            x0, y0, x1, y1 = entry["bbox"]
-            entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-            findings.append(Finding("corners", entry["id"]))
-        mended[number] = tuple(map(pack_annotation, entries))
-    return annotations._replace(by_image=Packed(mended), findings=findings)
+    mended = annotations.by_image.with_corners()
+    findings = [Finding("corners", number) for number in mended.every_id()]
+    return annotations._replace(by_image=mended, findings=[*annotations.findings, *findings])
 
 
 def _fit(entry: Mapping[str, Any], image: ImageEntry) -> bool | None:

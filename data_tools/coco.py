@@ -4,18 +4,22 @@ What can't be understood is refused, with the file and the field; what can be re
 without guessing is repaired and reported.
 """
 
+import itertools
 import json
 import os
 import re
-import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+
+import numpy as np
 
 from casc.data.index import Category
 from casc.errors import UserError
 from data_tools.json_stream import JsonLists
 from data_tools.report import Finding
+from data_tools.store import Kept, Store, load
 
 LARGEST_ID = 2**63 - 1
 """Largest image id: batches hold it in 64 bits."""
@@ -40,49 +44,13 @@ class ImageEntry(NamedTuple):
     height: int
 
 
-class Packed(Mapping[int, list[dict[str, Any]]]):
-    """Annotations by image id, compressed: unpacked, a large file takes six times its size."""
-
-    def __init__(self, packed: dict[int, tuple[bytes, ...]]) -> None:
-        self._packed = packed
-
-    @classmethod
-    def of(cls, by_image: Mapping[int, Iterable[Mapping[str, Any]]]) -> "Packed":
-        """Pack what is unpacked."""
-        return cls({i: tuple(map(pack_annotation, entries)) for i, entries in by_image.items()})
-
-    def packed(self, image_id: int) -> tuple[bytes, ...]:
-        """An image's annotations as they are held, for `unpack_annotation`."""
-        return self._packed[image_id]
-
-    def __getitem__(self, image_id: int) -> list[dict[str, Any]]:
-        return [unpack_annotation(data) for data in self._packed[image_id]]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._packed)
-
-    def __len__(self) -> int:
-        return len(self._packed)
-
-
-def pack_annotation(annotation: Mapping[str, Any], text: str | None = None) -> bytes:
-    """Give a checked annotation in few bytes; `text` is its JSON where that is known."""
-    return zlib.compress((json.dumps(annotation) if text is None else text).encode(), 1)
-
-
-def unpack_annotation(data: bytes) -> dict[str, Any]:
-    """Give the annotation back, with the fields of `Annotations.by_image`."""
-    return _normal(json.loads(zlib.decompress(data)))
-
-
 class Annotations(NamedTuple):
     """An annotation file."""
 
     images: list[ImageEntry]
     """In the file's order, without copies."""
-    by_image: Packed
-    """Annotations by image id, in the file's order: id, image_id, category_id, bbox, area
-    (None where not given), iscrowd, ignore where set, segmentation (None where not given)."""
+    by_image: Store
+    """Annotations by image id, in the file's order."""
     categories: tuple[Category, ...]
     """By ascending id, as the reference orders labels."""
     listed_images: int
@@ -125,6 +93,8 @@ def read_annotations(path: Path, *, skip_invalid: bool = False) -> Annotations:
 class _Parsed:
     """The lists of an object that is parsed already, as `JsonLists` gives them."""
 
+    stamp = 0, 0
+
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.found = {key for key in _KEYS if key in data}
         self.others = {key: data[key] for key in self.found if not isinstance(data[key], list)}
@@ -149,18 +119,18 @@ def check_annotations(data: object, file: str) -> Annotations:
 
 
 def _gather(
-    elements: Iterable[tuple[str, Any, str | None]],
+    elements: Iterable[tuple[str, Any, tuple[int, int] | None]],
     lists: JsonLists | _Parsed,
     file: str,
     skip_invalid: bool = False,
 ) -> Annotations:
     findings: list[Finding] = []
-    images, objects = _Images(file, findings), _Objects(file)
+    images, objects = _Images(file, findings), _Objects(file, lists)
     categories: list[dict[str, Any]] = []
     counts: dict[str, int] = dict.fromkeys(_KEYS, 0)
     faults: list[str] = []
     only_annotations = True
-    for key, entry, text in elements:
+    for key, entry, where in elements:
         place = f"{key}[{counts[key]}]"
         counts[key] += 1
         try:
@@ -169,7 +139,7 @@ def _gather(
             if key == "images":
                 images.add(entry, place)
             elif key == "annotations":
-                objects.add(entry, place, text)
+                objects.add(entry, place, where)
             else:
                 categories.append(entry)
         except UserError as error:
@@ -289,68 +259,88 @@ class _Images:
             self._findings.append(Finding("duplicate_file_name", image.id, detail))
 
 
+_ROW = 5
+"""Columns of a `Store`."""
+
+
 class _Objects:
     """Entries of `annotations`, one after another, in whatever order file and images come."""
 
-    def __init__(self, file: str) -> None:
-        self._file = file
-        self._packed: list[bytes] = []
-        self._image: list[int] = []
-        self._first: dict[int, int] = {}
-        """Where in the list the first annotation of an id is."""
-        self._copies: list[int] = []
-        self._clashes: list[int] = []
-        self._lacks: list[Finding] = []
+    def __init__(self, file: str, lists: JsonLists | _Parsed) -> None:
+        self._file, self._lists = file, lists
+        self._texts = bytearray()
+        """Of annotations that are parsed already."""
+        self._rows = array("q")
+        self._lacks: list[tuple[str, array[int]]] = []
+        for kind in ("missing_area", "missing_iscrowd"):
+            self._lacks.append((kind, array("q")))
         self.categories: set[int] = set()
 
-    def add(self, entry: dict[str, Any], place: str, text: str | None) -> None:
+    def add(self, entry: dict[str, Any], place: str, where: tuple[int, int] | None) -> None:
         _check_annotation(entry, self._file, place)
-        annotation = _normal(entry)
-        number, at = annotation["id"], len(self._packed)
-        known = self._first.setdefault(number, at)
-        if known != at:
-            # As text, because NaN isn't equal to itself.
-            first = unpack_annotation(self._packed[known])
-            if json.dumps(first) == json.dumps(annotation):
-                self._copies.append(number)
-                return
-            self._clashes.append(at)
-        self._packed.append(pack_annotation(annotation, text))
-        self._image.append(annotation["image_id"])
-        self.categories.add(annotation["category_id"])
-        for key, kind in (("area", "missing_area"), ("iscrowd", "missing_iscrowd")):
-            if entry.get(key) is None:
-                self._lacks.append(Finding(kind, number, str(at)))
+        if where is None:
+            text = json.dumps(entry).encode()
+            where = len(self._texts), len(text)
+            self._texts += text
+        for kind, rows in self._lacks:
+            if entry.get(kind.removeprefix("missing_")) is None:
+                rows.append(len(self._rows) // _ROW)
+        about = int(entry["id"]), int(entry["image_id"]), int(entry["category_id"])
+        self._rows.extend((*where, *about))
+        self.categories.add(about[2])
 
-    def by_image(self, images: list[ImageEntry], findings: list[Finding]) -> Packed:
-        """Sort by image, and number anew what shares an id."""
-        known = {image.id for image in images}
-        # Tools that look annotations up by id would lose all but one of those that share it.
-        fresh = max(self._first, default=0)
-        renumbered: list[Finding] = []
-        for at in self._clashes:
-            if self._image[at] not in known:
-                continue
-            fresh += 1
-            annotation = unpack_annotation(self._packed[at])
-            renumbered.append(Finding("renumbered", annotation["id"], f"now {fresh}"))
-            self._packed[at] = pack_annotation({**annotation, "id": fresh})
-        findings += [Finding("duplicate_annotation", number) for number in self._copies]
-        sorted_: dict[int, list[bytes]] = {image.id: [] for image in images}
-        for image_id, packed in zip(self._image, self._packed, strict=True):
-            if image_id in known:
-                sorted_[image_id].append(packed)
-            else:
-                number = unpack_annotation(packed)["id"]
-                findings.append(Finding("unknown_image", number, f"image {image_id}"))
-        # Of what is left out there is nothing more to say.
+    def by_image(self, images: list[ImageEntry], findings: list[Finding]) -> Store:
+        """Sort by image, leave out copies, and number anew what shares an id."""
+        rows = np.frombuffer(self._rows, np.int64).reshape(-1, _ROW).copy()
+        parsed = isinstance(self._lists, _Parsed)
+        source = bytes(self._texts) if parsed else Path(self._file)
+        copies, clashes = self._repeated(rows, source)
+        listed = np.isin(rows[:, 3], np.array([image.id for image in images], np.int64))
+        findings += [Finding("duplicate_annotation", number) for number in rows[copies, 2].tolist()]
+        unknown = ~listed
+        unknown[copies] = False
         findings += [
-            lack._replace(detail="")
-            for lack in self._lacks
-            if self._image[int(lack.detail)] in known
+            Finding("unknown_image", number, f"image {image}")
+            for number, image in rows[unknown, 2:4].tolist()
         ]
-        findings += renumbered
-        return Packed({i: tuple(entries) for i, entries in sorted_.items()})
+        # Of what is left out there is nothing more to say.
+        kept = listed.copy()
+        kept[copies] = False
+        for kind, at in self._lacks:
+            lacking = np.array(at, np.int64)
+            findings += [Finding(kind, n) for n in rows[lacking[kept[lacking]], 2].tolist()]
+        # Tools that look annotations up by id would lose all but one of those that share it.
+        clashes = [at for at in clashes if kept[at]]
+        for at, fresh in zip(clashes, _fresh_ids(rows[:, 2], len(clashes)), strict=True):
+            findings.append(Finding("renumbered", int(rows[at, 2]), f"now {fresh}"))
+            rows[at, 2] = fresh
+        rows = rows[kept]
+        rows = rows[np.argsort(rows[:, 3], kind="stable")]
+        return Store(source, self._lists.stamp, rows, [image.id for image in images])
+
+    def _repeated(self, rows: np.ndarray, source: Path | bytes) -> tuple[list[int], list[int]]:
+        """Which rows are copies of the first one with their id, and which only share it."""
+        order = np.argsort(rows[:, 2], kind="stable")
+        ids = rows[order, 2]
+        again = np.flatnonzero(ids[1:] == ids[:-1]) + 1
+        firsts = order[np.searchsorted(ids, ids[again])]
+        copies: list[int] = []
+        clashes: list[int] = []
+        for at, first in sorted(zip(order[again].tolist(), firsts.tolist(), strict=True)):
+            pair = Kept(source, self._lists.stamp, rows[[at, first], :3], False)
+            # As text, because NaN isn't equal to itself.
+            mine, other = (json.dumps(entry) for entry in load(pair))
+            (copies if mine == other else clashes).append(at)
+        return copies, clashes
+
+
+def _fresh_ids(ids: np.ndarray, count: int) -> list[int]:
+    """Ids that no annotation has."""
+    highest = int(ids.max(initial=0))
+    if highest + count < 2**63:
+        return list(range(highest + 1, highest + 1 + count))
+    taken = set(ids.tolist())
+    return list(itertools.islice((i for i in itertools.count(1) if i not in taken), count))
 
 
 def _check_annotation(entry: dict[str, Any], file: str, place: str) -> None:
@@ -367,20 +357,6 @@ def _check_annotation(entry: dict[str, Any], file: str, place: str) -> None:
     if fault:
         where, expected, found = fault
         raise _error(file, f"{place}.segmentation{where}", expected, found)
-
-
-def _normal(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What counts of an annotation that is checked."""
-    annotation: dict[str, Any] = {
-        **{key: int(entry[key]) for key in ("id", "image_id", "category_id")},
-        "bbox": entry["bbox"],
-        "area": entry.get("area"),
-        "iscrowd": int(entry.get("iscrowd") or 0),
-        "segmentation": entry.get("segmentation"),
-    }
-    if entry.get("ignore"):
-        annotation["ignore"] = 1
-    return annotation
 
 
 def _segmentation_fault(segmentation: object) -> tuple[str, str, object] | None:

@@ -1,4 +1,4 @@
-"""Annotations of LabelMe and YOLO as COCO has them, for the same checks and findings."""
+"""Annotations of LabelMe, YOLO and Pascal VOC as COCO has them, for the same checks."""
 
 import hashlib
 import itertools
@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from casc.data.decode import ImageError, exif_orientation, open_image, stored_size
 from casc.errors import UserError
+from data_tools.voc import IMAGES, VocSplit, find_voc, image_size, read_voc
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
-_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _CIRCLE_POINTS = 64
 
 
@@ -22,8 +21,9 @@ class Foreign(NamedTuple):
 
     split: str
     source: Path
-    """LabelMe: the folder of JSON files. YOLO: data.yaml."""
+    """LabelMe and VOC: the folder of JSON or XML files. YOLO: data.yaml."""
     images: Path
+    voc: VocSplit | None = None
 
 
 class Converted(NamedTuple):
@@ -37,7 +37,7 @@ class Converted(NamedTuple):
 
 
 def find_foreign(root: Path) -> list[Foreign]:
-    """Find the splits of a data set of LabelMe's or YOLO's; none if it is neither."""
+    """Find the splits of a data set of LabelMe's, YOLO's or VOC's; none if it is none of them."""
     for file in (root / "data.yaml", root / "dataset.yaml"):
         if file.is_file():
             about = _yaml(file)
@@ -46,6 +46,9 @@ def find_foreign(root: Path) -> list[Foreign]:
                 for key in ("train", "val", "valid", "test")
                 if about.get(key)
             ]
+    voc = find_voc(root)
+    if voc:
+        return [Foreign(part.split, part.annotations, part.images, part) for part in voc]
     if not _labelme_files(root):
         return []
     parts = [root / name for name in _SPLITS if _labelme_files(root / name)]
@@ -65,6 +68,9 @@ def convert(part: Foreign, every: Sequence[Foreign]) -> Converted:
     Raises:
         UserError: naming the file that can't be understood.
     """
+    if part.voc is not None:
+        *lists, digest = read_voc(part.voc, [other.voc for other in every if other.voc])
+        return Converted(_coco(*lists), digest, [])
     if part.source.is_dir():
         names = sorted({
             str(shape.get("label"))
@@ -186,16 +192,10 @@ def _convert_yolo(part: Foreign) -> Converted:
         Path(*parts[:where], "labels", *parts[where + 1 :]) if where is not None else part.images
     )
     images, annotations, numbers = [], [], itertools.count(1)
-    files = [f for f in sorted(part.images.rglob("*")) if f.suffix.lower() in _IMAGES]
+    files = [f for f in sorted(part.images.rglob("*")) if f.suffix.lower() in IMAGES]
     for image_id, file in enumerate(files, 1):
         below = file.relative_to(part.images)
-        try:
-            with open_image(file.read_bytes()) as image:
-                width, height = stored_size(image)
-                if exif_orientation(image) >= 5:
-                    width, height = height, width
-        except ImageError:
-            width, height = 1, 1  # told when it is read in full
+        width, height = image_size(file)
         images.append(
             {"id": image_id, "file_name": below.as_posix(), "width": width, "height": height}
         )

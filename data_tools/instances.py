@@ -1,6 +1,7 @@
 """COCO annotations to the records of a sample: what is trained on, and why the rest is not."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,11 +9,17 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from casc.data.record import AnnotationRecord
-from casc.data.sample import signed_area
 from casc.data.segmentation import mask_area, pack, part_fault, rle_counts
-from data_tools.boxes import mask_box, mismatch
+from data_tools.boxes import Box, mask_box, mismatch
 from data_tools.report import Finding
-from data_tools.rings import fill_rings, mask_iou, overlaps_itself, trace_mask, trace_within
+from data_tools.rings import (
+    Outlines,
+    fill_rings,
+    mask_iou,
+    measure_outlines,
+    trace_mask,
+    trace_within,
+)
 
 RAGGED_EDGES = 500
 """Edges from which on a traced outline is simplified, unless a tolerance is given."""
@@ -48,22 +55,49 @@ def make_record(
     labels: Mapping[int, int],
     tolerance: float | None = None,
 ) -> Made:
-    """Turn an annotation of `data_tools.coco` into a record.
+    """Turn a single annotation into a record, see `make_records`."""
+    return make_records([annotation], frame, labels, tolerance)[0]
+
+
+def make_records(
+    annotations: Sequence[Mapping[str, Any]],
+    frame: Frame,
+    labels: Mapping[int, int],
+    tolerance: float | None = None,
+) -> list[Made]:
+    """Turn an image's annotations into records.
 
     Args:
-        annotation: with the fields of `Annotations.by_image`.
-        frame: sizes of its image.
+        annotations: with the fields of `data_tools.store.normal`.
+        frame: sizes of their image.
         labels: label by category id.
         tolerance: pixels by which polygons traced from an RLE may deviate from it. None: not at
             all, except that those of over `RAGGED_EDGES` are simplified within `LEAST_IOU`.
     """
+    polygons = _polygons([annotation["segmentation"] for annotation in annotations], frame)
+    return [
+        _make(annotation, shape, frame, labels, tolerance)
+        for annotation, shape in zip(annotations, polygons, strict=True)
+    ]
+
+
+def _make(
+    annotation: Mapping[str, Any],
+    polygons: "_Polygons",
+    frame: Frame,
+    labels: Mapping[int, int],
+    tolerance: float | None,
+) -> Made:
     findings: list[Finding] = []
     number = annotation["id"]
 
     def find(kind: str, detail: str = "") -> None:
         findings.append(Finding(kind, number, detail))
 
-    mask = _mask(annotation["segmentation"], frame, tolerance, find)
+    if isinstance(annotation["segmentation"], dict):
+        mask = _rle_mask(annotation["segmentation"], frame, tolerance, find)
+    else:
+        mask = _polygon_mask(polygons, frame, tolerance, find)
     across, down = frame.stored_width / frame.width, frame.stored_height / frame.height
     x, y, w, h = annotation["bbox"]
     area = annotation["area"]
@@ -74,9 +108,8 @@ def make_record(
         area = area * across * down
 
     label = labels.get(annotation["category_id"], -1)
-    bounds = mask_box(mask.segmentation, frame.stored_width, frame.stored_height)
-    if bounds is not None and not annotation["iscrowd"]:
-        differs = mismatch((x, y, w, h), bounds, frame.stored_height)
+    if mask.box is not None and not annotation["iscrowd"]:
+        differs = mismatch((x, y, w, h), mask.box, frame.stored_height)
         if differs:
             find("box_not_mask", differs)
     reasons = _reasons(annotation, (x, y, w, h), area, label, frame)
@@ -120,58 +153,93 @@ class _Mask(NamedTuple):
     empty: bool
     area: Callable[[], int] | None = None
     """In annotated pixels, as pycocotools counts them."""
+    box: Box | None = None
+    """In stored pixels; None where there is no mask."""
     rings: list[np.ndarray] | None = None
     iou: float | None = None
 
 
-def _mask(segmentation: Any, frame: Frame, tolerance: float | None, find: Any) -> _Mask:
-    if isinstance(segmentation, dict):
-        return _rle_mask(segmentation, frame, tolerance, find)
-    parts: list[list[float]] = []
-    for part in segmentation or []:
-        fault = part_fault(part, frame.width, frame.height)
-        if fault:
-            find("bad_polygon_part", fault)
-        else:
-            parts.append(part)
-    if not parts:
-        return _empty_mask(frame)
-    if len(parts) > 1:
-        find("multi_part")
-    return _polygon_mask(parts, frame, tolerance, find)
+class _Polygons(NamedTuple):
+    """The usable parts of a segmentation."""
+
+    parts: list[list[float]]
+    """In annotated pixels."""
+    stored: list[list[float]]
+    """In stored pixels."""
+    faults: list[str]
+    """Of the parts that can't be used."""
+    outlines: Outlines | None
+    """Of `stored`; None where there is none."""
 
 
-def _polygon_mask(
-    parts: list[list[float]], frame: Frame, tolerance: float | None, find: Any
-) -> _Mask:
+def _polygons(segmentations: Sequence[Any], frame: Frame) -> list[_Polygons]:
+    """Those of all annotations of an image; none of an RLE."""
+    scale = frame.stored_width / frame.width, frame.stored_height / frame.height
+    found: list[_Polygons] = []
+    for segmentation in segmentations:
+        parts: list[list[float]] = []
+        faults: list[str] = []
+        for part in [] if isinstance(segmentation, dict) else segmentation or []:
+            fault = part_fault(part, frame.width, frame.height)
+            if fault:
+                faults.append(fault)
+            else:
+                parts.append(part)
+        stored = parts
+        if scale != (1, 1):
+            stored = [(np.reshape(part, (-1, 2)) * scale).reshape(-1).tolist() for part in parts]
+        found.append(_Polygons(parts, stored, faults, None))
+    every = [part for polygons in found for part in polygons.stored]
+    if not every:
+        return found
+    outlines = measure_outlines(every, frame.stored_height, frame.stored_width)
+    bounds = list(itertools.accumulate((len(each.stored) for each in found), initial=0))
+    return [
+        each._replace(outlines=Outlines(*(column[low:high] for column in outlines)))
+        if each.stored
+        else each
+        for each, (low, high) in zip(found, itertools.pairwise(bounds), strict=True)
+    ]
+
+
+def _polygon_mask(polygons: _Polygons, frame: Frame, tolerance: float | None, find: Any) -> _Mask:
     """Training fills outlines by the non-zero rule, pycocotools by the even-odd one.
 
     They differ where an outline overlaps itself: then training gets pycocotools' mask, traced.
     """
+    for fault in polygons.faults:
+        find("bad_polygon_part", fault)
+    parts, about = polygons.stored, polygons.outlines
+    if about is None:
+        return _empty_mask(frame)
+    if len(parts) > 1:
+        find("multi_part")
     width, height = frame.stored_width, frame.stored_height
-    scale = width / frame.width, height / frame.height
-    whole = parts
-    if scale != (1, 1):
-        parts = [(np.reshape(part, (-1, 2)) * scale).reshape(-1).tolist() for part in parts]
-    outlines = [np.reshape(part, (-1, 2)).astype(np.float64) for part in parts]
-    outlines = [ring if signed_area(ring) >= 0 else ring[::-1] for ring in outlines]
-    overlapping = [overlaps_itself(ring, height, width) for ring in outlines]
+    low, high = about.low.min(axis=0), about.high.max(axis=0)
+    box: Any = (*low.tolist(), *(high - low).tolist())
     # Pycocotools loses some outlines thinner than a pixel, a pixel's centre in them or not.
-    empty = not mask_area(parts, width, height)
+    pixels = mask_area(parts, width, height)
 
     def area() -> int:
-        return mask_area(whole, frame.width, frame.height)
+        if polygons.parts is parts:
+            return pixels
+        return mask_area(polygons.parts, frame.width, frame.height)
 
-    if not any(overlapping):
-        return _Mask(parts, empty=empty, area=area)
+    made = _Mask(parts, empty=not pixels, area=area, box=box)
+    if not about.overlapping.any():
+        return made
     find("self_overlap")
-    if empty:
-        return _Mask(parts, empty=True, area=area)
+    if not pixels:
+        return made
     rings: list[np.ndarray] = []
-    for part, ring, overlaps in zip(parts, outlines, overlapping, strict=True):
-        rings += _trace(_decode([part], width, height), tolerance, find) if overlaps else [ring]
+    for part, backward, overlaps in zip(parts, about.backward, about.overlapping, strict=True):
+        ring = np.reshape(part, (-1, 2)).astype(np.float64)
+        if overlaps:
+            rings += _trace(_decode([part], width, height), tolerance, find)
+        else:
+            rings.append(ring[::-1] if backward else ring)
     iou = mask_iou(_decode(parts, width, height), fill_rings(rings, height, width))
-    return _Mask(parts, empty=False, area=area, rings=rings, iou=round(iou, 6))
+    return made._replace(rings=rings, iou=round(iou, 6))
 
 
 def _trace(mask: np.ndarray, tolerance: float | None, find: Any) -> list[np.ndarray]:
@@ -204,10 +272,11 @@ def _rle_mask(rle: Mapping[str, Any], frame: Frame, tolerance: float | None, fin
         segmentation = {"size": list(mask.shape), "counts": packed["counts"].decode("ascii")}
     if not mask.any():
         return _Mask(segmentation, empty=True, area=lambda: area)
+    box = mask_box(segmentation, frame.stored_width, frame.stored_height)
     rings = _trace(mask, tolerance, find)
     filled = fill_rings(rings, *mask.shape)
     iou = round(mask_iou(mask, filled), 6)
-    return _Mask(segmentation, empty=False, area=lambda: area, rings=rings, iou=iou)
+    return _Mask(segmentation, empty=False, area=lambda: area, box=box, rings=rings, iou=iou)
 
 
 def _resize_mask(mask: np.ndarray, frame: Frame) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ _SPACE = " \t\n\r"
 class JsonLists:
     """The lists under some keys of the JSON object in a file.
 
-    Iterating gives `(key, element, its text)`; the rest of the object is read and passed over.
+    Iterating gives `(key, element, its place)`, which is its first byte in the file and how many it
+    has; the rest of the object is read and passed over.
     It's the standard library's decoder that reads each element, so what is JSON is what it says.
     """
 
@@ -27,8 +29,10 @@ class JsonLists:
         """What lies under those keys where it isn't a list."""
         self.found: set[str] = set()
         """Those of the keys that are there."""
+        self.stamp = 0, 0
+        """Size in bytes and time of the last change in ns of what was read."""
 
-    def __iter__(self) -> Iterator[tuple[str, Any, str]]:
+    def __iter__(self) -> Iterator[tuple[str, Any, tuple[int, int]]]:
         """Give the elements in the file's order.
 
         Raises:
@@ -37,8 +41,14 @@ class JsonLists:
             OSError: when it can't be read.
         """
         with open_plain(self._path) as self._stream:
-            self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+            about = os.fstat(self._stream.fileno())
+            self.stamp = about.st_size, about.st_mtime_ns
+            first = self._stream.read(len(codecs.BOM_UTF8))
+            self._byte = len(first) if first == codecs.BOM_UTF8 else 0
+            self._stream.seek(self._byte)
+            self._utf8 = codecs.getincrementaldecoder("utf-8")()
             self._text, self._start, self._at, self._before, self._end = "", 0, 0, 0, False
+            self._counted = 0
             if self._peek() != "{":
                 self._value()
                 raise TypeError("not an object")
@@ -56,7 +66,8 @@ class JsonLists:
                     continue
                 for _ in self._items("]"):
                     value = self._value()
-                    yield key, value, self._text[self._start : self._at]
+                    first = self._count_to(self._start)
+                    yield key, value, (first, self._count_to(self._at) - first)
             if self._peek():
                 raise self._error("extra data")
 
@@ -107,13 +118,23 @@ class JsonLists:
         """Read on; what was taken is dropped."""
         if self._end:
             return False
+        self._count_to(self._at)
         kept = self._text[self._at :]
         self._before += self._at
         # An element that doesn't fit is read anew: twice as much then, so that it is so seldom.
         data = self._stream.read(max(_CHUNK, len(kept)))
         self._end = not data
         self._text, self._at = kept + self._utf8.decode(data, final=self._end), 0
+        self._counted = 0
         return True
+
+    def _count_to(self, at: int) -> int:
+        """The file's byte at which a character begins; it isn't before the one asked for last."""
+        between = self._counted, at
+        ascii_ = self._text.isascii()
+        self._byte += at - self._counted if ascii_ else len(self._text[slice(*between)].encode())
+        self._counted = at
+        return self._byte
 
     def _error(self, message: str) -> ValueError:
         return ValueError(f"{message} at character {self._before + self._at:,}")

@@ -3,7 +3,8 @@
 COCO has `annotations/instances_<split>.json` and `<split>/`; Roboflow
 `<split>/_annotations.coco.json` among the images; CVAT `annotations/instances_default.json` and
 `images/`; Label Studio `result.json` and `images/`; FiftyOne `labels.json` and `data/`. What
-matters is only which folder has the files that an annotation file lists.
+matters is only which folder has the files that an annotation file lists. For what isn't in COCO's
+format see `data_tools.foreign`.
 """
 
 import difflib
@@ -68,8 +69,8 @@ def choose_parts(root: Path, splits: Sequence[str] | None) -> list[Part]:
     if not found:
         lacking = ", ".join(f"{part.images}/" for part in coco)
         raise UserError(
-            f"{root}: no COCO annotation file with its images, nor LabelMe or YOLO; is {root}"
-            " the root of a data set?"
+            f"{root}: no COCO annotation file with its images, nor LabelMe, YOLO or Pascal VOC;"
+            f" is {root} the root of a data set?"
             f" For any other layout {_REMEDY}" + (f"; there is no {lacking}" if lacking else "")
         )
     return found

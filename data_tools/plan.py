@@ -3,8 +3,8 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence, Set
+from typing import NamedTuple
 
 from casc.data.index import ASPECTS, Category
 from casc.data.segmentation import usable_segmentation
@@ -12,6 +12,7 @@ from casc.errors import UserError
 from data_tools.coco import Annotations, ImageEntry
 from data_tools.images import MISSING, Probe, reduced_size
 from data_tools.report import Finding
+from data_tools.store import Kept, load
 
 SHORTEST_SIDE = 32
 """Pixels. The reference doesn't train on images with a shorter side."""
@@ -54,8 +55,7 @@ class Item(NamedTuple):
     train: bool
     maskless: bool
     """Whether it is trained on where no masks are, and there only."""
-    annotations: tuple[bytes, ...]
-    """For `data_tools.coco.unpack_annotation`."""
+    annotations: Kept
 
 
 class PlannedShard(NamedTuple):
@@ -94,11 +94,11 @@ def plan_items(
     items: list[Item] = []
     findings: list[Finding] = []
     for image, probe in zip(annotations.images, probes, strict=True):
-        objects, packed = annotations.by_image[image.id], annotations.by_image.packed(image.id)
+        numbers, kept = annotations.by_image.ids(image.id), annotations.by_image.kept(image.id)
         if probe.fault:
             kind = "missing_file" if probe.sha256 == MISSING else "unreadable"
             findings.append(Finding(kind, image.id, f"{image.file_name}: {probe.fault}"))
-            findings += [Finding("image_left_out", entry["id"]) for entry in objects]
+            findings += [Finding("image_left_out", number) for number in numbers]
             continue
         left = f"{probe.levels} levels are left; --stretch spreads an image's own range"
         findings += [
@@ -112,15 +112,15 @@ def plan_items(
             sized = kind in ("size_mismatch", "rescaled")
             findings.append(Finding(kind, image.id, detail if sized else ""))
         if kind == "size_mismatch":
-            findings += [Finding("image_left_out", entry["id"]) for entry in objects]
+            findings += [Finding("image_left_out", number) for number in numbers]
             continue
         width, height = reduced_size(*turned, max_size)
-        named = [entry for entry in objects if entry["category_id"] in known]
-        negative = negatives and not objects
+        named = not known.isdisjoint(annotations.by_image.categories(image.id))
+        negative = negatives and not numbers
         reasons = {
             "too_small": min(width, height) < SHORTEST_SIDE,
             "no_annotations": not named and not negative,
-            "only_maskless": _only_maskless(named, image),
+            "only_maskless": named and _only_maskless(kept, image, known),
         }
         if negative:
             findings.append(Finding("negative", image.id))
@@ -129,7 +129,7 @@ def plan_items(
             findings.append(Finding("reduced", image.id))
         maskless = [reason for reason, holds in reasons.items() if holds] == ["only_maskless"]
         train = not any(reasons.values())
-        items.append(Item(image, probe, orientation, width, height, train, maskless, packed))
+        items.append(Item(image, probe, orientation, width, height, train, maskless, kept))
     return items, findings
 
 
@@ -233,13 +233,16 @@ def check_categories(found: Mapping[str, Sequence[Category]]) -> None:
                 )
 
 
-def _only_maskless(entries: Sequence[Mapping[str, Any]], image: ImageEntry) -> bool:
+def _only_maskless(kept: Kept, image: ImageEntry, known: Set[int]) -> bool:
     """Whether an image has objects, but masks of none: it would be trained on as background."""
-    objects = [e for e in entries if not e.get("iscrowd") and not e.get("ignore")]
-    return bool(objects) and all(
-        usable_segmentation(entry["segmentation"], image.width, image.height) is None
-        for entry in objects
-    )
+    found = False
+    for entry in load(kept):  # seldom more than the first
+        if entry["category_id"] not in known or entry["iscrowd"] or entry.get("ignore"):
+            continue
+        if usable_segmentation(entry["segmentation"], image.width, image.height) is not None:
+            return False
+        found = True
+    return found
 
 
 def _turn(image: ImageEntry, probe: Probe) -> tuple[int, str]:

@@ -6,6 +6,9 @@ have positive area (clockwise on the screen), holes have negative area. The wind
 then 1 on the mask and 0 off it, whatever the nesting.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 from pycocotools import mask as coco_mask
 
@@ -85,37 +88,79 @@ def fill_rings(rings: list[np.ndarray], height: int, width: int) -> np.ndarray:
     return winding != 0
 
 
-def overlaps_itself(ring: np.ndarray, height: int, width: int) -> bool:
-    """Whether a closed polygon `[n, 2]` of positive area winds round a pixel other than once."""
-    # Only the pixels around it are looked at: objects are small, images aren't.
-    low = np.clip(np.floor(ring.min(axis=0)), 0, (width, height)).astype(np.int64)
-    high = np.clip(np.ceil(ring.max(axis=0)), low, (width, height)).astype(np.int64)
-    columns, rows = (high - low).tolist()
-    found = winding_numbers(ring - low, rows, columns)
-    return bool(((found < 0) | (found > 1)).any())
+class Outlines(NamedTuple):
+    """What is to be known of closed polygons."""
+
+    backward: np.ndarray
+    """`[r]` bool: of negative area."""
+    overlapping: np.ndarray
+    """`[r]` bool: winds round a pixel's centre other than once, turned to positive area."""
+    low: np.ndarray
+    """`[r, 2]` float64: the smallest x and y."""
+    high: np.ndarray
+    """Likewise the largest."""
 
 
-def winding_numbers(ring: np.ndarray, height: int, width: int) -> np.ndarray:
-    """How often a closed polygon `[n, 2]` winds round the centre of each pixel.
+def measure_outlines(parts: Sequence[Sequence[float]], height: int, width: int) -> Outlines:
+    """Look at polygons, all of an image's at once: most have few points.
 
-    Returns:
-        `[height, width]` int32, positive where it runs clockwise on the screen.
+    Args:
+        parts: flat lists [x0, y0, x1, y1, ...] of three points or more, in pixels.
+        height: the image's.
+        width: likewise.
     """
-    following = np.roll(ring, -1, axis=0)
-    down = following[:, 1] > ring[:, 1]
+    flat: list[float] = []
+    for part in parts:
+        flat += part
+    points = np.array(flat, np.float64).reshape(-1, 2)
+    length = np.array([len(part) // 2 for part in parts], np.int64)
+    start = np.cumsum(length) - length
+    owner = np.repeat(np.arange(len(parts)), length)
+    after = np.arange(1, len(points) + 1)
+    after[start + length - 1] = start
+    # From the first point of each: far from the origin products would lose their digits.
+    near = points - points[start[owner]]
+    following = near[after]
+    twice = near[:, 0] * following[:, 1] - following[:, 0] * near[:, 1]
+    backward = np.add.reduceat(twice, start) < 0
+    return Outlines(
+        backward=backward,
+        overlapping=_overlapping(points, points[after], owner, backward, height, width),
+        low=np.minimum.reduceat(points, start),
+        high=np.maximum.reduceat(points, start),
+    )
+
+
+def _overlapping(
+    points: np.ndarray,
+    following: np.ndarray,
+    owner: np.ndarray,
+    backward: np.ndarray,
+    height: int,
+    width: int,
+) -> np.ndarray:
+    """From where the edges of each polygon cross the middle of each row of pixels."""
+    down = following[:, 1] > points[:, 1]
     # Both directions of an edge are computed from its upper end, so that they cancel exactly.
-    upper = np.where(down[:, None], ring, following)
-    lower = np.where(down[:, None], following, ring)
+    upper = np.where(down[:, None], points, following)
+    lower = np.where(down[:, None], following, points)
     first = np.clip(np.ceil(upper[:, 1] - 0.5), 0, height).astype(np.int64)
     count = np.clip(np.ceil(lower[:, 1] - 0.5), 0, height).astype(np.int64) - first
-    edge = np.repeat(np.arange(len(ring)), count)
+    edge = np.repeat(np.arange(len(points)), count)
     row = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count - first, count)
-    span = lower[edge] - upper[edge]
+    span = (lower - upper)[edge]
     x = upper[edge, 0] + (row + 0.5 - upper[edge, 1]) * span[:, 0] / span[:, 1]
     column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
-    steps = np.zeros((height, width + 1), np.int32)
-    np.add.at(steps, (row, column), np.where(down[edge], -1, 1))
-    return np.cumsum(steps[:, :width], axis=1, dtype=np.int32)
+    of = owner[edge]
+    key = (of * height + row) * (width + 1) + column
+    order = np.argsort(key, kind="stable")
+    # Each row of each polygon adds up to nothing, so the sum begins anew with the next.
+    steps = np.where(down[edge] ^ backward[of], -1, 1)[order]
+    winding, key = np.cumsum(steps), key[order]
+    wrong = np.flatnonzero(((winding[:-1] < 0) | (winding[:-1] > 1)) & (key[1:] > key[:-1]))
+    found = np.zeros(len(backward), bool)
+    found[of[order[wrong]]] = True
+    return found
 
 
 def mask_iou(first: np.ndarray, second: np.ndarray) -> float:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from casc.errors import UserError
 from data_tools.boxes import mend_corners
-from data_tools.coco import Annotations, Packed, check_annotations, read_annotations
-from data_tools.foreign import Foreign, convert
+from data_tools.coco import Annotations, check_annotations, read_annotations
+from data_tools.foreign import convert
 from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
 from data_tools.report import Finding
@@ -55,12 +55,12 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
     if (out / split).resolve() == images.resolve():
         raise UserError(f"{out}: shards would lie among the images; give another --out")
     if foreign:
-        made = convert(Foreign(split, file, images), foreign)
+        made = convert(next(other for other in foreign if other.split == split), foreign)
         annotations, content = check_annotations(made.data, str(file)), made.digest
         others = [Finding("other_shape", number, kind) for number, kind in made.other_shapes]
         annotations = annotations._replace(
             listed_annotations=annotations.listed_annotations + len(others),
-            # Neither format has areas.
+            # None of these formats has areas.
             findings=[f for f in annotations.findings if f.kind != "missing_area"] + others,
         )
     else:
@@ -100,10 +100,7 @@ def hold_out(source: Source, share: float, seed: int) -> list[Source]:
     if source.split == "val":
         raise UserError("--val-share: the only part is called val; give --split train")
     found = source.annotations
-    classes = {
-        image.id: {entry["category_id"] for entry in found.by_image[image.id]}
-        for image in found.images
-    }
+    classes = {image.id: set(found.by_image.categories(image.id)) for image in found.images}
     frequency = Counter(number for numbers in classes.values() for number in numbers)
     rarest = {
         i: min(numbers, key=lambda n: (frequency[n], n), default=-1)
@@ -125,13 +122,13 @@ def hold_out(source: Source, share: float, seed: int) -> list[Source]:
         raise UserError(
             f"--val-share: {share} of {len(found.images)} images leaves a part without any"
         )
-    listed = {i: len(found.by_image.packed(i)) for i in held}
+    listed = {i: len(found.by_image.ids(i)) for i in held}
     parts = []
     for name, wanted in ((source.split, False), ("val", True)):
         images = [image for image in found.images if (image.id in held) == wanted]
         own = found._replace(
             images=images,
-            by_image=Packed({image.id: found.by_image.packed(image.id) for image in images}),
+            by_image=found.by_image.only([image.id for image in images]),
             listed_images=len(held) if wanted else found.listed_images - len(held),
             listed_annotations=sum(listed.values())
             if wanted
@@ -159,8 +156,8 @@ def count_unlisted(source: Source, every: Sequence[Source]) -> int:
         for folder, _, names in os.walk(source.images)
         for name in names
     )
-    labels = ".json" if source.file.is_dir() else None
-    return sum(name not in listed and Path(name).suffix != labels for name in files)
+    labels = (".json", ".xml") if source.file.is_dir() else ()
+    return sum(name not in listed and Path(name).suffix not in labels for name in files)
 
 
 def source_digest(source: Source, images: Sequence[str]) -> str:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from casc.data.record import SampleRecord
 from casc.data.sample import annotations_edges, edge_room
-from data_tools.coco import unpack_annotation
 from data_tools.images import store_image
-from data_tools.instances import Frame, make_record
+from data_tools.instances import Frame, make_records
 from data_tools.plan import Item, PlannedShard, Settings
 from data_tools.report import Finding
+from data_tools.store import load
 from data_tools.tarball import TEMPORARY, write_tar
 
 
@@ -116,10 +116,8 @@ def make_sample(item: Item, task: ShardTask) -> SampleMembers:
         settings.stretch,
     )
     frame = Frame(image.width, image.height, stored.width, stored.height)
-    records = [
-        make_record(unpack_annotation(packed), frame, task.labels, settings.trace_tolerance)
-        for packed in item.annotations
-    ]
+    entries = list(load(item.annotations))
+    records = make_records(entries, frame, task.labels, settings.trace_tolerance)
     return SampleMembers(
         key=f"{image.id:012d}",
         extension=item.probe.extension,

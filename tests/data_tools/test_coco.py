@@ -238,14 +238,39 @@ def test_a_file_is_read_in_pieces_of_any_size(tmp_path: Path, monkeypatch, chunk
     data = make_data()
     data["images"][0]["file_name"] = "Übung 図🙂.jpg"
     data["annotations"][1]["area"] = 12.25e-3
+    data["annotations"][0]["who"] = "数 Ünal"
+    data["annotations"].insert(0, make_annotation(id=9, image_id=2))
     mixed = {"info": {"a": [1, {"b": "]}"}]}, **{k: data[k] for k in sorted(data)}, "licenses": []}
-    for text in (json.dumps(mixed, ensure_ascii=False), json.dumps(mixed, indent=3)):
+    plain = json.dumps(mixed, ensure_ascii=False)
+    for text in (plain, "\ufeff" + plain, json.dumps(mixed, indent=3)):
         file = tmp_path / "a.json"
         file.write_text(text, encoding="utf-8")
         found, whole = read_annotations(file), check_annotations(mixed, "f")
         assert found._replace(by_image=dict(found.by_image)) == whole._replace(
             by_image=dict(whole.by_image)
         )
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path):
+    file, data = tmp_path / "a.json", make_data()
+    file.write_text(json.dumps(data))
+    found = read_annotations(file).by_image
+    assert [entry["id"] for entry in found[1]] == [11]
+    data["annotations"].reverse()
+    file.write_text(json.dumps(data, indent=1))
+    with pytest.raises(UserError, match=r"a\.json: changed while shards were made"):
+        found[1]
+    file.unlink()
+    with pytest.raises(UserError, match=r"a\.json: can't be read any more"):
+        found[1]
+
+
+def test_new_ids_are_free_and_fit_64_bits():
+    data = make_data()
+    data["annotations"] = [make_annotation(id=2**63 - 1, area=area) for area in (1, 2, 3)]
+    data["annotations"].append(make_annotation(id=1))
+    found = check_annotations(data, "f").by_image[1]
+    assert [entry["id"] for entry in found] == [2**63 - 1, 2, 3, 1]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
 from casc.data.sample import signed_area
-from data_tools.rings import fill_rings, mask_iou, trace_mask
+from data_tools.rings import fill_rings, mask_iou, measure_outlines, trace_mask
 
 masks = st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(lambda shape: arrays(bool, shape))
 
@@ -94,3 +94,23 @@ def test_iou_of_masks():
     assert mask_iou(a, b) == 1
     a[:, :3], b[:, 1:] = True, True
     assert mask_iou(a, b) == 0.5
+
+
+points = st.tuples(*[st.floats(-5, 15, width=32)] * 2)
+
+
+@given(st.lists(st.lists(points, min_size=3, max_size=9), min_size=1, max_size=5), st.booleans())
+def test_outlines_that_overlap_themselves_wind_round_a_pixel_more_than_once(polygons, whole: bool):
+    height, width = 11, 10
+    rings = [np.round(ring, 0 if whole else 2) for ring in map(np.array, polygons)]
+    found = measure_outlines([ring.reshape(-1).tolist() for ring in rings], height, width)
+    for i, ring in enumerate(rings):
+        assert found.low[i].tolist() == ring.min(axis=0).tolist()
+        assert found.high[i].tolist() == ring.max(axis=0).tolist()
+        area = signed_area(ring)
+        if abs(area) < 1e-6:
+            continue  # the sign of nothing is a matter of rounding
+        assert found.backward[i] == (area < 0)
+        # A hair to the left, so that no edge passes through a pixel's centre.
+        winding = winding_numbers([ring - np.array([1e-7, 0])], height, width) * np.sign(area)
+        assert found.overlapping[i] == bool(((winding < 0) | (winding > 1)).any())

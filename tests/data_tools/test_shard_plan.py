@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from casc.data.index import Category
 from casc.errors import UserError
-from data_tools.coco import Annotations, ImageEntry, Packed
+from data_tools.coco import Annotations, ImageEntry
 from data_tools.images import MISSING, Probe
 from data_tools.plan import (
     Settings,
@@ -19,6 +19,7 @@ from data_tools.plan import (
     plan_items,
     plan_shards,
 )
+from data_tools.store import Store
 
 ENTRY: dict[str, Any] = {
     "id": 1, "image_id": 1, "category_id": 3, "bbox": [0, 0, 9, 9],
@@ -37,7 +38,7 @@ def plan(
     entries = [{**ENTRY, "id": i, "category_id": category} for i, category in enumerate(objects)]
     annotations = Annotations(
         images=[ImageEntry(1, "a.jpg", *annotated)],
-        by_image=Packed.of({1: entries}),
+        by_image=Store.of({1: entries}),
         categories=(Category(3, "cat"),),
         listed_images=1,
         listed_annotations=0,
@@ -170,7 +171,7 @@ def test_shards_hold_every_image_once(sizes: list[tuple[int, int, bool]], most: 
     images = [ImageEntry(5 * i, f"{i}.jpg", w, h) for i, (w, h, _) in enumerate(sizes)]
     annotations = Annotations(
         images,
-        Packed.of({image.id: [ENTRY] * sizes[image.id // 5][2] for image in images}),
+        Store.of({image.id: [ENTRY] * sizes[image.id // 5][2] for image in images}),
         (Category(3, "cat"),),
         len(images),
         0,
@@ -202,7 +203,7 @@ def test_shards_hold_every_image_once(sizes: list[tuple[int, int, bool]], most: 
 def test_heavy_images_make_more_shards():
     images = [ImageEntry(i, f"{i}.jpg", 60, 50) for i in range(10)]
     annotations = Annotations(
-        images, Packed.of({i: [] for i in range(10)}), (Category(3, "cat"),), 10, 0, []
+        images, Store.of({i: [] for i in range(10)}), (Category(3, "cat"),), 10, 0, []
     )
     probes = [probe(size=2**20)] * 10
     items, _ = plan_items(annotations, probes, None)

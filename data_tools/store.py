@@ -1,0 +1,174 @@
+"""Annotations that stay in their file: of each its place there is held, and what plans go by.
+
+Parsed, a large annotation file takes six times its size, and its processes have no need of all of
+it at once.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from casc.errors import UserError
+
+Stamp = tuple[int, int]
+"""A file's size in bytes and the time of its last change in ns."""
+
+
+class Kept(NamedTuple):
+    """Some annotations, for `load`."""
+
+    source: Path | bytes
+    """The file, or the texts themselves."""
+    stamp: Stamp
+    """The file's."""
+    places: np.ndarray
+    """`[n, 3]` int64: first byte, bytes and the id that counts of each."""
+    corners: bool
+    """Whether the source's boxes are [x, y, x, y]."""
+
+
+class Store(Mapping[int, list[dict[str, Any]]]):
+    """Annotations by image id, in the file's order: see `normal` for the fields."""
+
+    def __init__(
+        self,
+        source: Path | bytes,
+        stamp: Stamp,
+        rows: np.ndarray,
+        images: Sequence[int],
+        corners: bool = False,
+    ) -> None:
+        """Hold what is known of some annotations.
+
+        Args:
+            source: the file, or the texts themselves.
+            stamp: the file's.
+            rows: `[n, 5]` int64, sorted by image: first byte, bytes, id, image and category.
+            images: the images' ids, also of those without annotations.
+            corners: see `Kept`.
+        """
+        self._source, self._stamp, self._rows, self._images = source, stamp, rows, images
+        self._corners = corners
+        # Searched in for every image; of the rows' column that would copy it each time.
+        self._keys = np.ascontiguousarray(rows[:, 3])
+
+    @classmethod
+    def of(cls, by_image: Mapping[int, Sequence[Mapping[str, Any]]]) -> "Store":
+        """Store what isn't in a file."""
+        data, rows = bytearray(), []
+        for number in sorted(by_image):
+            for entry in by_image[number]:
+                text = json.dumps(entry).encode()
+                rows.append([len(data), len(text), entry["id"], number, entry["category_id"]])
+                data += text
+        return cls(bytes(data), (0, 0), np.array(rows, np.int64).reshape(-1, 5), list(by_image))
+
+    def ids(self, image_id: int) -> list[int]:
+        """The ids of an image's annotations."""
+        return self._of(image_id)[:, 2].tolist()
+
+    def categories(self, image_id: int) -> list[int]:
+        """The category of each of an image's annotations."""
+        return self._of(image_id)[:, 4].tolist()
+
+    def every_id(self) -> list[int]:
+        """The ids of all annotations."""
+        return self._rows[:, 2].tolist()
+
+    def kept(self, image_id: int) -> Kept:
+        """An image's annotations, to be loaded in another process."""
+        places = self._of(image_id)[:, :3]
+        if isinstance(self._source, Path):
+            return Kept(self._source, self._stamp, places, self._corners)
+        texts = [self._source[first : first + size] for first, size, _ in places.tolist()]
+        sizes = places[:, 1]
+        own = np.stack([np.cumsum(sizes) - sizes, sizes, places[:, 2]], axis=1)
+        return Kept(b"".join(texts), self._stamp, own, self._corners)
+
+    def only(self, images: Sequence[int]) -> "Store":
+        """The annotations of these images."""
+        return Store(self._source, self._stamp, self._rows, images, self._corners)
+
+    def with_corners(self) -> "Store":
+        """The same, whose boxes are [x, y, x, y] in the file."""
+        return Store(self._source, self._stamp, self._rows, self._images, True)
+
+    def _of(self, image_id: int) -> np.ndarray:
+        key = np.int64(image_id)
+        low, high = (np.searchsorted(self._keys, key, side) for side in ("left", "right"))
+        return self._rows[low:high]
+
+    def __getitem__(self, image_id: int) -> list[dict[str, Any]]:
+        return list(load(self.kept(image_id)))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._images)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+
+def load(kept: Kept) -> Iterator[dict[str, Any]]:
+    """Give annotations, one by one, in the form of `normal`.
+
+    Raises:
+        UserError: when their file isn't what it was.
+    """
+    places = kept.places.tolist()
+    if not places:
+        return
+    if isinstance(kept.source, bytes):
+        for first, size, number in places:
+            yield _entry(kept.source[first : first + size], number, kept.corners)
+        return
+    try:
+        with kept.source.open("rb") as stream:
+            if file_stamp(stream.fileno()) != kept.stamp:
+                raise UserError(
+                    f"{kept.source}: changed while shards were made; run the command again"
+                )
+            for first, size, number in places:
+                stream.seek(first)
+                yield _entry(stream.read(size), number, kept.corners)
+    except OSError as error:
+        raise UserError(f"{kept.source}: can't be read any more ({error.strerror})") from None
+
+
+def file_stamp(file: int | Path) -> Stamp:
+    """What tells whether a file was changed; of its path, or while it is open."""
+    about = os.stat(file)  # noqa: PTH116 - of a descriptor too
+    return about.st_size, about.st_mtime_ns
+
+
+def _entry(text: bytes, number: int, corners: bool) -> dict[str, Any]:
+    entry = normal(json.loads(text))
+    entry["id"] = number
+    if corners:
+        x0, y0, x1, y1 = entry["bbox"]
+        entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+    return entry
+
+
+def normal(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What counts of an annotation that is checked.
+
+    Returns:
+        id, image_id, category_id, bbox, area (None where not given), iscrowd, ignore where set,
+        segmentation (None where not given).
+    """
+    annotation: dict[str, Any] = {
+        "id": int(entry["id"]),
+        "image_id": int(entry["image_id"]),
+        "category_id": int(entry["category_id"]),
+        "bbox": entry["bbox"],
+        "area": entry.get("area"),
+        "iscrowd": int(entry.get("iscrowd") or 0),
+        "segmentation": entry.get("segmentation"),
+    }
+    if entry.get("ignore"):
+        annotation["ignore"] = 1
+    return annotation

@@ -1,0 +1,194 @@
+"""Pascal VOC: boxes and masks are those of the pixels that were drawn."""
+
+import io
+import json
+from xml.sax.saxutils import escape
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from casc.data.index import read_index
+from casc.data.sample import iter_tar
+from casc.errors import UserError
+from data_tools.plan import Settings
+from data_tools.shard import shard_dataset
+
+WIDTH, HEIGHT = 60, 50
+
+
+def numbered(seed: int, objects: int) -> np.ndarray:
+    """Rectangles with a notch, numbered from 1, and VOC's border of 255 around."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    for number in range(1, objects + 1):
+        x, y = 2 + 19 * (number - 1), int(rng.integers(1, 20))
+        w, h = int(rng.integers(6, 15)), int(rng.integers(6, 25))
+        mask[y - 1 : y + h + 1, x - 1 : x + w + 1] = 255
+        mask[y : y + h, x : x + w] = number
+        mask[y : y + 2, x : x + 2] = 255
+    return mask
+
+
+def inclusive(mask: np.ndarray) -> list[int]:
+    """VOC's box of a mask: its first and last pixel, counted from 1."""
+    ys, xs = np.nonzero(mask)
+    return [int(v) + 1 for v in (xs.min(), ys.min(), xs.max(), ys.max())]
+
+
+def coco_box(mask: np.ndarray) -> list[float]:
+    return coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))).tolist()
+
+
+def xml(filename, objects, size=(WIDTH, HEIGHT), head="") -> str:
+    things = "".join(
+        f"<object><name>{escape(name)}</name><difficult>{difficult}</difficult><bndbox>"
+        + "".join(
+            f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+        )
+        + "</bndbox><part><name>head</name><bndbox><xmin>1</xmin></bndbox></part></object>"
+        for name, box, difficult in objects
+    )
+    sides = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+    return f"{head}<annotation><filename>{filename}</filename>{sides}{things}</annotation>"
+
+
+def add(annotations, images, name, text, make_picture):
+    for folder in (annotations, images):
+        folder.mkdir(parents=True, exist_ok=True)
+    (images / f"{name}.jpg").write_bytes(make_picture(WIDTH, HEIGHT, seed=len(name)))
+    (annotations / f"{name}.xml").write_text(text, encoding="utf-8")
+
+
+def shard(root, out, quiet_run):
+    shard_dataset(root, out, None, Settings(), quiet_run())
+    index, found = read_index(out), {}
+    for split, about in index.splits.items():
+        for each in about.shards:
+            for _, image, text in iter_tar(out / each.name):
+                record = json.loads(text)
+                found[split, record["file_name"]] = image, record["annotations"]
+    return index, found
+
+
+def test_the_devkit_with_masks(tmp_path, make_picture, quiet_run):
+    root = tmp_path / "VOCdevkit/VOC2012"
+    lists = {"train": ["2007_1", "2007_22"], "val": ["2007_333"]}
+    drawn = {name: numbered(len(name), 3) for name in ("2007_1", "2007_22", "2007_333")}
+    for name in [*drawn, "2007_4444"]:
+        mask = drawn.get(name, numbered(9, 3))
+        objects = [(n, inclusive(mask == i), int(i == 3)) for i, n in enumerate("cab", 1)]
+        text = xml(f"{name}.jpg", objects)
+        add(root / "Annotations", root / "JPEGImages", name, text, make_picture)
+    (root / "SegmentationObject").mkdir()
+    for name, mask in drawn.items():
+        image = Image.new("P", (WIDTH, HEIGHT))
+        data = io.BytesIO()
+        image.putpalette(bytes(range(256)) * 3)
+        image.putdata(mask.reshape(-1).tolist())
+        image.save(data, "PNG")
+        (root / "SegmentationObject" / f"{name}.png").write_bytes(data.getvalue())
+    for kind, more in (("Segmentation", []), ("Main", ["2007_4444"])):
+        (root / "ImageSets" / kind).mkdir(parents=True)
+        for split, names in lists.items():
+            file = root / "ImageSets" / kind / f"{split}.txt"
+            file.write_text("".join(f"{name}\n" for name in names + more))
+        (root / "ImageSets" / kind / "trainval.txt").write_text("2007_1\n")
+    (root / "ImageSets/Main/a_train.txt").write_text("2007_1 -1\n")
+    index, found = shard(tmp_path / "VOCdevkit", tmp_path / "out", quiet_run)
+    assert [c.name for c in index.categories] == ["a", "b", "c"]
+    assert sorted(found) == [("train", "2007_1.jpg"), ("train", "2007_22.jpg"),
+                             ("val", "2007_333.jpg")]  # fmt: skip
+    for (_, file), (image, entries) in found.items():
+        mask = drawn[file[:-4]]
+        assert image == (root / "JPEGImages" / file).read_bytes()
+        for number, entry in enumerate(entries, 1):
+            own = mask == number
+            assert entry["bbox"] == coco_box(own)
+            np.testing.assert_array_equal(coco_mask.decode(entry["segmentation"]), own)
+            assert entry["area"] == own.sum()
+            assert (entry.get("ignore", 0), entry["train"]) == (int(number == 3), number < 3)
+        assert [index.categories[entry["label"]].name for entry in entries] == ["c", "a", "b"]
+    assert "box_not_mask" not in index.splits["train"].report["findings"]
+
+
+def test_main_lists_without_masks(tmp_path, make_picture, quiet_run):
+    root = tmp_path / "VOC2007"
+    for i in range(4):
+        text = xml(f"{i}.jpg", [("cat", [1, 1, WIDTH, HEIGHT], 0)])
+        add(root / "Annotations", root / "JPEGImages", str(i), text, make_picture)
+    (root / "ImageSets/Main").mkdir(parents=True)
+    (root / "ImageSets/Main/trainval.txt").write_text("0\n1\n")
+    (root / "ImageSets/Main/test.txt").write_text("2\n3\n")
+    _, found = shard(root, tmp_path / "out", quiet_run)
+    assert {split for split, _ in found} == {"train", "test"}
+    # The whole image, by VOC's counting.
+    assert all(e["bbox"] == [0, 0, WIDTH, HEIGHT] for _, [e] in found.values())
+    assert not any(e["train"] for _, [e] in found.values())  # boxes only
+
+
+@pytest.mark.parametrize(
+    ("annotations", "images"),
+    [
+        ("{}", "{}"),
+        ("{}/Annotations", "{}/JPEGImages"),
+        ("annotations", "images"),
+        ("Annotations", "JPEGImages"),
+        (".", "."),
+        ("labels", "."),
+    ],
+)
+def test_xml_files_of_labelling_tools(annotations, images, tmp_path, make_picture, quiet_run):
+    root = tmp_path / "set"
+    splits = ("train", "valid") if "{}" in annotations else ("train",)
+    for split in splits:
+        for name, listed in ((f"{split}-a", "C:\\me\\a.png"), (f"{split}-b", "")):
+            # Counted from 0 here: no pixel of VOC's has that number.
+            objects = [("Kätzchen & Co", ["0", "4.5", "20", "14.5"], 0)]
+            text = xml(listed, objects, size=(0, 0))
+            places = root / annotations.format(split), root / images.format(split)
+            add(*places, name, text, make_picture)
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert set(index.splits) == ({"train", "val"} if len(splits) == 2 else {"train"})
+    assert len(found) == 2 * len(splits)
+    for _, [entry] in found.values():
+        assert entry["bbox"] == [0, 4.5, 20, 10]
+    assert index.categories[0].name == "Kätzchen & Co"
+    for split in index.splits.values():
+        assert split.report["images"]["unlisted_files"] == 0
+        assert "size_mismatch" not in split.report["findings"]
+
+
+BOMB = '<!DOCTYPE a [<!ENTITY x "xxxxxxxx"><!ENTITY y "&x;&x;&x;&x;">]>'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (xml("a.jpg", [], head=BOMB), r"a\.xml: has a document type"),
+        (xml("a.jpg", [("cat", [1, 2, "x", 4], 0)]), r"a\.xml: object 1: bndbox: expected xmin"),
+        (xml("a.jpg", [(" ", [1, 2, 3, 4], 0)]), r"a\.xml: object 1: name: missing"),
+        (xml("a.jpg", [])[:-5], r"a\.xml: not valid XML"),
+        ("<annotation>" + "<a>" * 100 + "</a>" * 100 + "</annotation>", "nested too deeply"),
+    ],
+)
+def test_what_is_refused(text, message, tmp_path, make_picture, quiet_run):
+    add(tmp_path / "set/Annotations", tmp_path / "set/JPEGImages", "a", text, make_picture)
+    with pytest.raises(UserError, match=message):
+        shard(tmp_path / "set", tmp_path / "out", quiet_run)
+
+
+def test_masks_of_another_size_and_lost_files_are_named(tmp_path, make_picture, quiet_run):
+    root = tmp_path / "set"
+    text = xml("a.jpg", [("cat", [1, 2, 30, 40], 0)])
+    add(root / "Annotations", root / "JPEGImages", "a", text, make_picture)
+    (root / "SegmentationObject").mkdir()
+    (root / "SegmentationObject/a.png").write_bytes(make_picture(10, 10, kind="PNG", mode="L"))
+    with pytest.raises(UserError, match=r"a\.png: expected a palette image of 60 x 50"):
+        shard(root, tmp_path / "out", quiet_run)
+    (root / "SegmentationObject/a.png").unlink()
+    (root / "ImageSets/Main").mkdir(parents=True)
+    (root / "ImageSets/Main/train.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match=r"b\.xml: not found; the list of train"):
+        shard(root, tmp_path / "out", quiet_run)
