@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from casc.data.index import Bucket
 from data_tools.plan import PlannedBucket, PlannedShard
 from data_tools.report import Finding
 from data_tools.write import ShardResult
 
 _FAR = 4
-"""An image stands out if it needs so many times what 99 % of its bucket's images do ..."""
+"""An image stands out if it needs so many times what 99 % of the images do, of its bucket or of all
+(it may be alone in its bucket) ..."""
 _LEAST = {"many_objects": 200, "many_edges": 10_000, "large_image": 2_000_000}
 """... and more than so many objects, edges or pixels, which cost nothing worth a word."""
 _NAMES = {"many_objects": "objects", "many_edges": "edges", "large_image": "pixels"}
@@ -32,34 +31,47 @@ def make_bucket(
     """
     own = [(s, r) for s, r in zip(shards, results, strict=True) if s.bucket == number]
     items = [item for shard, _ in own for item in shard.items]
-    needs = [need for _, result in own for need in result.needs]
     ids = [item.image.id for item in items]
-    columns = {
-        "many_objects": [need[0] for need in needs],
-        "many_edges": [need[1] for need in needs],
-        "large_image": [item.width * item.height for item in items],
-    }
+    needs = [need for _, result in own for need in result.needs]
+    columns = _needs(own)
+    every = _needs(list(zip(shards, results, strict=True)))
     made = Bucket(
         name=bucket.name,
         min_aspect=bucket.min_aspect,
         max_aspect=bucket.max_aspect,
         height=max(item.height for item in items),
         width=max(item.width for item in items),
-        instances=max(1, *columns["many_objects"]),
-        edges=max(1, *columns["many_edges"]),
+        instances=max(1, *(need[0] for need in needs)),
+        edges=max(1, *(need[1] for need in needs)),
         samples=len(items),
         boxes=max(1, *(need[2] for need in needs)),
         regions=max(1, *(need[3] for need in needs)),
     )
-    found = [finding for kind, values in columns.items() for finding in _far(kind, ids, values)]
+    found: list[Finding] = []
+    for kind, values in columns.items():
+        usual = min(_usual(values), _usual(every[kind]))
+        limit = max(_FAR * usual, _LEAST[kind])
+        side = max((max(item.width, item.height) for shard in shards for item in shard.items
+                    if item.width * item.height <= limit), default=0)  # fmt: skip
+        remedy = f"; --max-size {side} makes it like them" if kind == "large_image" and side else ""
+        found += [
+            Finding(kind, i, f"{n:,} {_NAMES[kind]}; 99 % of images: up to {usual:,}{remedy}")
+            for i, n in zip(ids, values, strict=True)
+            if n > limit
+        ]
     return made, found
 
 
-def _far(kind: str, ids: Sequence[int], values: Sequence[int]) -> list[Finding]:
+def _needs(own: Sequence[tuple[PlannedShard, ShardResult]]) -> dict[str, list[int]]:
+    needs = [need for _, result in own for need in result.needs]
+    items = [item for shard, _ in own for item in shard.items]
+    return {
+        "many_objects": [need[2] for need in needs],
+        "many_edges": [need[1] for need in needs],
+        "large_image": [item.width * item.height for item in items],
+    }
+
+
+def _usual(values: Sequence[int]) -> int:
     # Of a few images the largest is left out: it would be its own 99th percentile.
-    usual = sorted(values)[int(0.99 * (len(values) - 1))] if len(values) > 1 else values[0]
-    limit = max(_FAR * usual, _LEAST[kind])
-    return [
-        Finding(kind, ids[i], f"{values[i]:,} {_NAMES[kind]}; 99 % of its bucket: up to {usual:,}")
-        for i in np.flatnonzero(np.array(values) > limit).tolist()
-    ]
+    return sorted(values)[int(0.99 * (len(values) - 1))]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from casc.draw.style import PAPER, WHITE, font_of, resize
+from casc.draw.letters import font_of, set_in_type
+from casc.draw.style import PAPER, WHITE, resize
 from casc.draw.tags import shorten
 
 
@@ -62,8 +63,9 @@ def contact_sheet(
             left = gap + c * (width + gap)
             page.paste(Image.fromarray(picture), (left, top))
             if captions is not None:
-                text = shorten(captions[r * columns + c], "", font, width)
+                text, letters = set_in_type(captions[r * columns + c], round(font.size))
+                text = shorten(text, "", letters, width)
                 place = (left, top + picture.shape[0] + line // 2)
-                brush.text(place, text, font=font, fill=WHITE, anchor="lm")
+                brush.text(place, text, font=letters, fill=WHITE, anchor="lm")
         top += heights[r] + line + gap
     return np.asarray(page)

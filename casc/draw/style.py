@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFont
 
+from casc.draw.letters import font_of
+
 Colour = tuple[int, int, int]
 
 # Okabe and Ito's colours, told apart by most colour-blind people; black is left out because
@@ -84,13 +86,6 @@ def pen_for(canvas: np.ndarray, seen_at: int | None = None) -> Pen:
         font=font,
         small_font=font_of(max(round(11 * shrunk), round(size / 52))),
     )
-
-
-def font_of(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own scalable font, so that pictures are alike on all machines."""
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)
-    return font
 
 
 def resize(image: np.ndarray, long_side: int | None) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from PIL import ImageDraw, ImageFont
 
+from casc.draw.letters import set_in_type
 from casc.draw.style import BLACK, WHITE, Colour, Pen, Rect
 
 
@@ -20,7 +21,8 @@ class Tag(NamedTuple):
 
 def tag_of(name: str, tail: str, frame: Rect, pen: Pen, page: tuple[int, int]) -> Tag:
     """The name set in type, its size measured; its place is yet to be found."""
-    font = pen.font if frame.area > (8 * pen.font.size) ** 2 else pen.small_font
+    size = (pen.font if frame.area > (8 * pen.font.size) ** 2 else pen.small_font).size
+    name, font = set_in_type(name, round(size))
     pad = max(2, round(font.size / 6))
     text = shorten(name, tail, font, page[0] - 2 * pad)
     ascent, descent = font.getmetrics()
@@ -69,8 +71,7 @@ def write_tag(brush: ImageDraw.ImageDraw, tag: Tag, colour: Colour) -> None:
 
 
 def shorten(text: str, tail: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text and its tail on one line; where they don't fit, the text loses its end."""
-    text = " ".join(text.split())
+    """The text and its tail, on one line; where they don't fit, the text loses its end."""
     if font.getlength(text + tail) <= width:
         return text + tail
     while text and font.getlength(text + "..." + tail) > width:

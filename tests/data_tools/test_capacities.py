@@ -21,7 +21,7 @@ def test_an_image_of_many_objects_is_named(coco):
     index, _ = coco.shard()
     found = findings(index)["many_objects"]
     assert found["ids"] == str(ids[2])
-    assert "250 objects; 99 % of its bucket: up to 2" in found["examples"][0]
+    assert "250 objects; 99 % of images: up to 2" in found["examples"][0]
     (bucket,) = index.splits["train"].buckets
     assert (bucket.instances, bucket.edges) == (250, 1000)
 
@@ -34,7 +34,21 @@ def test_a_huge_image_among_small_ones_is_named(coco, make_picture):
     index, _ = coco.shard()
     found = findings(index)["large_image"]
     assert found["ids"] == str(huge)
-    assert "3,072,000 pixels; 99 % of its bucket: up to 3,000" in found["examples"][0]
+    assert "3,072,000 pixels; 99 % of images: up to 3,000" in found["examples"][0]
+    assert "--max-size 60 " in found["examples"][0]
+    smaller, _ = coco.shard(max_size=60)
+    assert "large_image" not in findings(smaller)
+
+
+def test_a_huge_image_alone_in_its_bucket_is_named_too(coco, make_picture):
+    for number in [coco.image() for _ in range(3)]:
+        coco.object(number)
+    panorama = coco.image(4000, 800, data=make_picture(4000, 800))
+    for _ in range(201):
+        coco.object(panorama)
+    index, _ = coco.shard()
+    assert findings(index)["large_image"]["ids"] == str(panorama)
+    assert findings(index)["many_objects"]["ids"] == str(panorama)
 
 
 def test_an_even_bucket_names_nothing(coco):

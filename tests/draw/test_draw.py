@@ -1,3 +1,4 @@
+import sys
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from casc.draw import class_colour, contact_sheet, draw_instances
+from casc.draw import class_colour, contact_sheet, draw_instances, letters
 
 GREY = 128
 
@@ -206,6 +207,46 @@ def test_long_odd_and_foreign_names_are_written():
     boxes = np.tile([[10.0, 100, 60, 200]], (5, 1))
     picture = draw_instances(grey(200, 300), boxes, names)
     assert changed(picture).any()
+
+
+FOREIGN = ["猫", "狗", "قطة", "كلب", "Кошка", "naïve", "crème", "😀", "🐈‍⬛", "แมว", "γάτα"]
+
+
+def written(name: str) -> np.ndarray:
+    return draw_instances(grey(200, 300), np.array([[10, 100, 200, 190]]), [name], labels=[1])
+
+
+@pytest.fixture
+def forgetful():
+    yield
+    letters.set_in_type.cache_clear()
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("system", [True, False])
+def test_foreign_names_can_be_told_apart(monkeypatch, system: bool):
+    """Whatever fonts the machine has; a box for each letter looks the same for all names."""
+    letters.set_in_type.cache_clear()
+    if not system:
+        monkeypatch.setattr(letters, "_SYSTEM", ())
+    pictures = [written(name) for name in FOREIGN]
+    for i, picture in enumerate(pictures):
+        assert not any((picture == other).all() for other in pictures[:i]), FOREIGN[i]
+    for name in FOREIGN:
+        text, font = letters.set_in_type(name, 20)
+        shapes: list[Any] = [font.getmask(c) for c in ["\uffff", *filter(str.isalnum, text)]]
+        assert bytes(shapes[0]) not in map(bytes, shapes[1:])
+        assert system or text.isascii()
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_without_a_font_names_are_transliterated(monkeypatch):
+    letters.set_in_type.cache_clear()
+    monkeypatch.setattr(letters, "_SYSTEM", ())
+    assert (written("naïve Кошка 猫") == written("naive Koshka Mao")).all()
+    monkeypatch.setitem(sys.modules, "anyascii", None)
+    letters.set_in_type.cache_clear()
+    assert (written("é猫") == written("\\xe9\\u732b")).all()
 
 
 @settings(max_examples=60, deadline=None)
