@@ -106,7 +106,7 @@ MUTANTS = (
     Mutant("the first claim wins", "model/matching.py", "torch.where(claim >= 0, claim, gt).long()", "gt.long()", ("model/test_matching.py",)),
     Mutant("an overlap of just the threshold", "model/matching.py", "valid & (best >= iou), valid & (best < iou)", "valid & (best > iou), valid & (best <= iou)", ("model/test_matching.py",)),
     Mutant("ignored anchors are background", "model/matching.py", "inside & (best < negative_iou) & ~positive", "inside & (best < positive_iou) & ~positive"),
-    Mutant("the smallest keys of the negatives", "model/matching.py", "torch.where(negative, keys, -1.0)", "torch.where(negative, 1 - keys, -1.0)"),
+    Mutant("the smallest keys of the negatives", "model/matching.py", "negative]), keys, -1.0)", "negative]), torch.where(negative, 1 - keys, keys), -1.0)"),
     Mutant("regions to ignore by the region's own area", "model/matching.py", "area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)", "area = (regions[..., 2:] - regions[..., :2]).prod(dim=-1).amax(dim=1, keepdim=True).expand(boxes.shape[:2]) + 0 * boxes[..., 0]", ("model/test_ignore_regions.py",)),
     Mutant("regions to ignore not mirrored", "model/preprocess.py", "return torch.where(view.flip[:, None, None], mirrored, moved)", "return torch.where(view.flip[:, None, None] & False, mirrored, moved)", ("model/test_ignore_regions.py",)),
     Mutant("a positive too few", "model/matching.py", "is_positive = slot < n_pos", "is_positive = slot < n_pos - 1"),

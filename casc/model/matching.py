@@ -225,11 +225,11 @@ def sample(
     Returns:
         S samples per image; all positives lie within the first `max_positive`.
     """
-    n = keys.shape[1]
-    top_pos, pos = torch.where(positive, keys, -1.0).topk(min(max_positive, n), dim=1)
-    top_neg, neg = torch.where(negative, keys, -1.0).topk(min(count, n), dim=1)
-    n_pos = (top_pos >= 0).sum(dim=1, keepdim=True)
-    n_neg = (top_neg >= 0).sum(dim=1, keepdim=True)
+    # Both kinds at once: an accelerator sorts them side by side.
+    kinds = torch.where(torch.stack([positive, negative]), keys, -1.0)
+    top, (pos, neg) = kinds.topk(min(count, keys.shape[1]), dim=2)
+    n_pos, n_neg = (top >= 0).sum(dim=2, keepdim=True)
+    n_pos = n_pos.clamp(max=max_positive)
     slot = torch.arange(count, device=keys.device).expand(keys.shape[0], count)
     is_positive = slot < n_pos
     index = torch.where(

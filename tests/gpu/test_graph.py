@@ -10,6 +10,23 @@ import torch
 from casc.bench.cards import CARDS
 from casc.cli.main import main
 
+LAUNCHES = 450
+"""The most that a training step may launch, forward and backward."""
+FALLBACKS = {
+    # Left to cuDNN and cuBLAS.
+    "aten.convolution.default",
+    "aten.convolution_backward.default",
+    "aten.mm.out",
+    "aten.addmm.out",
+    "aten.bmm.out",
+    # Sorting, for which Inductor has no code.
+    "aten.topk.default",
+    "aten.sort.stable",
+    # Ours: the neighbourhoods of sampled anchors, opaque on purpose.
+    "casc.bag.default",
+    "casc.bag_backward_onto.default",
+}
+"""All that isn't a Triton kernel."""
 # A small detector, so that lowering takes seconds rather than minutes.
 PROGRAM = """
 import json
@@ -69,3 +86,16 @@ def test_a_canvas_that_does_not_fit_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "graph", "--canvas", "100", "100"])
     assert "multiples of 32" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_reference_models_training_step_is_within_its_budget(capsys, report):
+    """On a small canvas, which is lowered sooner and has about as many launches as a large one."""
+    with pytest.raises(SystemExit) as left:
+        main(["bench", "graph", "--canvas", "128", "160", "--json"])
+    assert left.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["graphs"] == 2
+    assert found["on_host"] == 0
+    assert found["launches"] <= LAUNCHES
+    assert set(found["fallbacks"]) == FALLBACKS
