@@ -106,11 +106,11 @@ def make_data(folder: Path, images: int, val: int, classes: int, hard: bool) -> 
     return shards
 
 
-def make_start(folder: Path, steps: int) -> Path:
+def make_start(folder: Path, steps: int, images: int, val: int) -> Path:
     """Train the weights that all variants start from, on easy shapes, unless that is done."""
     out = folder / "start"
     if not (out / "finished").exists():
-        data = make_data(folder, 600, 60, 8, hard=False)
+        data = make_data(folder, images, val, 8, hard=False)
         train(replace(base(data, 8), name="start", out=out, max_steps=steps, save_every=1000))
         (out / "finished").touch()
     return out
@@ -142,8 +142,8 @@ def table(results: list[dict], names: list[str]) -> str:
         cells = []
         for kind, key in FIGURES:
             values = [100 * (result["figures"][f"{kind} {key}"] or 0.0) for result in found]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}")
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -155,13 +155,15 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--start-steps", type=int, default=500, help="of the common start")
-    parser.add_argument("--images", type=int, default=300, help="to train on")
+    parser.add_argument(
+        "--images", type=int, default=300, help="to train on; twice as many easy ones"
+    )
     parser.add_argument("--val", type=int, default=60, help="to evaluate on")
     parser.add_argument("--classes", type=int, default=5, help="5 to 30")
     parser.add_argument("--only", nargs="*", help="these variants alone, by name")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
-    start = make_start(options.out, options.start_steps)
+    start = make_start(options.out, options.start_steps, 2 * options.images, options.val)
     data = make_data(options.out, options.images, options.val, options.classes, hard=True)
     tried = variants(replace(base(data, options.classes), init=str(start)))
     names = [name for name in tried if not options.only or name in options.only]

@@ -147,7 +147,8 @@ def left_of(edges: Tensor, edge_gt: Tensor, shown: Tensor, objects: int) -> Left
         objects: G.
     """
     rows = _counts(edges, edge_gt, shown, objects)
-    columns = _counts(edges[..., [1, 0, 3, 2]], edge_gt, shown.transpose(1, 2), objects)
+    swapped = edges.unflatten(-1, (2, 2)).flip(-1).flatten(-2)
+    columns = _counts(swapped, edge_gt, shown.transpose(1, 2), objects)
     bounds = [_extent(columns != 0), _extent(rows != 0)]
     boxes = torch.stack([bounds[axis][end] for end in (0, 1) for axis in (0, 1)], dim=-1)
     return Left(boxes.to(torch.float32), rows.sum(dim=2))
