@@ -65,6 +65,14 @@ lint: setup
     {{ bin }}/pyright --pythonpath {{ bin }}/python
     PYTHONPATH=. {{ bin }}/lint-imports --no-logo
 
+# Runs that are killed, stopped, told of full disks, and resumed: just chaos --minutes 60 [--seed 7]
+chaos *args: setup
+    {{ bin }}/python -m pytest -s tests/train/test_chaos.py --minutes 60 {{ args }}
+
+# Hostile input of each kind: just fuzz [--cases 10000] [--seed 7] [-k pickles]
+fuzz *args: setup
+    {{ bin }}/python -m pytest tests/test_fuzz.py tests/data_tools/test_shard_fuzz.py --cases 10000 {{ args }}
+
 # Mistakes of one line in model and ops: does verify, or else a test, find each? (just mutants NAME)
 mutants *args: setup
     PYTHONPATH=. {{ bin }}/python tests/mutants.py {{ args }}

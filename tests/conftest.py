@@ -65,11 +65,19 @@ LONGEST = {
     "test_step_bench.py": 90,
     "test_trajectories.py": 80,
     "test_compile_cache.py": 70,
-    "test_chaos.py": 65,
+    "test_chaos.py": 90,
     "test_convert_goldens.py": 60,
     "test_finetuning.py": 50,
+    "test_fuzz.py": 40,
     "test_report_browser.py": 40,
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `just chaos` and `just fuzz` are told."""
+    parser.addoption("--minutes", type=float, help="of chaos; by default the suite's short form")
+    parser.addoption("--seed", type=int, default=0, help="of chaos and fuzzing")
+    parser.addoption("--cases", type=int, default=300, help="of each kind of fuzzing")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

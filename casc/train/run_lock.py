@@ -6,6 +6,7 @@ elsewhere by a heartbeat that has stopped: the file's time, which is set anew al
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -91,9 +92,9 @@ def run_lock(folder: Path) -> Iterator[RunLock]:
 
 def _acquire(path: Path) -> RunLock:
     mine = Holder(platform.node(), _machine(), os.getpid(), _born(os.getpid()), uuid.uuid4().hex)
-    draft = path.with_name(f".{path.name}.{mine.token}")
-    draft.write_text(json.dumps(mine._asdict()) + "\n", encoding="utf-8")
+    draft = _aside(path, mine)
     try:
+        draft.write_text(json.dumps(mine._asdict()) + "\n", encoding="utf-8")
         unread = 0
         while not _make(draft, path):
             found = _read(path)
@@ -104,10 +105,11 @@ def _acquire(path: Path) -> RunLock:
                 time.sleep(0.02)
                 continue
             _wait_until_dead(found, path, draft)
-            _remove(path, found)
+            _remove(path, found, mine)
         # Of two that take one over at the same moment, the file tells which it was.
         if (now := _read(path)) is None or now.token != mine.token:
             raise UserError(_taken(path, now or mine))
+        _sweep(path, draft)
     finally:
         draft.unlink(missing_ok=True)
     return RunLock(path, mine)
@@ -160,9 +162,29 @@ def _taken(path: Path, holder: Holder) -> str:
     )
 
 
-def _remove(path: Path, holder: Holder) -> None:
+def _aside(path: Path, mine: Holder) -> Path:
+    """A name beside the lock that is this process's alone, and tells whose it was."""
+    machine = hashlib.sha256(mine.machine.encode()).hexdigest()[:8]
+    return path.with_name(f".{path.name}.{machine}.{mine.pid}.{mine.born}.{uuid.uuid4().hex}")
+
+
+def _sweep(path: Path, draft: Path) -> None:
+    """Delete what processes left that were killed while they took the lock."""
+    machine = draft.name.split(".")[3]
+    for left in path.parent.glob(f".{path.name}.*"):
+        parts = left.name.split(".")
+        with contextlib.suppress(OSError):
+            if len(parts) == 7 and parts[3] == machine and parts[4].isdecimal():
+                dead = _born(int(parts[4])) != parts[5]
+            else:  # of another machine
+                dead = draft.stat().st_mtime - left.stat().st_mtime > STALE
+            if dead:
+                left.unlink()
+
+
+def _remove(path: Path, holder: Holder, mine: Holder) -> None:
     """Remove a dead holder's lock, and not the one that another process may have made since."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside = _aside(path, mine)
     try:
         path.rename(aside)
     except FileNotFoundError:

@@ -1,40 +1,70 @@
-"""Kill training at random moments, start it again, and compare with a run that was left alone.
+"""Ranks that can be killed at any moment: how they are started, struck, watched and compared.
 
 Ranks are forked from a server that has imported everything, so a start costs little and
-many of the kills hit the training itself.
+many of the kills hit the training itself. `strike.c` stands before the server's C library.
 """
 
+import ctypes
+import faulthandler
 import json
+import mmap
 import multiprocessing
 import os
-import random
 import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import NamedTuple
+
+import pytest
 
 from casc.train.recipe import Recipe
+from data_tools.plan import Settings
 
 WORLD = 2
-STEPS, AHEAD = 6, 3
-"""Steps of the run per kill, and what a start may get on before it is killed."""
+LIBRARY = Path(__file__).resolve().parents[2] / ".cache" / "strike.so"
 
 
-class Kill(NamedTuple):
-    """One SIGKILL to all ranks."""
+@dataclass(frozen=True)
+class Aim:
+    """What happens to a rank at one of its file operations below a folder, counted from 1."""
 
-    after: float
-    """Seconds after the start."""
-    step: int
-    """The last step in the log, over all starts."""
-    where: str
-    """What the main rank was at."""
+    folder: Path
+    first: int = 0
+    """0: nothing, but operations are counted."""
+    last: int = 0
+    signal: int = 0
+    rank: int | None = None
+    """Who gets the signal; None for all ranks."""
+    torn: bool = False
+    """A write that is struck is done by half before."""
+    error: int = 0
+    """Which operations that need room fail with, from the first to the last."""
+    jump: int = 0
+    """Seconds by which the clock is set on."""
 
 
-def entry(rank: int, port: int, recipe: Recipe, output: Path) -> None:
+def aim(at: Aim, pids: object, count: int) -> None:
+    """Make this process strike; `pids` is a C array of those who may get the signal."""
+    number = ctypes.c_long
+    ctypes.CDLL(None).strike(
+        os.fsencode(at.folder), number(at.first), number(at.last), at.signal, pids, count,
+        int(at.torn), at.error, number(at.jump),
+    )  # fmt: skip
+
+
+def operations() -> int:
+    """File operations of this process since `aim`."""
+    return ctypes.CDLL(None).operations()
+
+
+def entry(
+    rank: int, port: int, world: int, recipe: Recipe, output: Path, at: Aim | None = None
+) -> None:
     """One rank, as torchrun would start it."""
     import torch
 
@@ -47,35 +77,123 @@ def entry(rank: int, port: int, recipe: Recipe, output: Path) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD),
+        "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
     with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.register(signal.SIGUSR2, chain=False)  # for a look at one that hangs
+    if at is not None and rank == 0:
+        # Whom to strike is known once all have been started.
+        with output.with_suffix(".pids").open("r+b") as file:
+            shared = mmap.mmap(file.fileno(), 4 * world)
+        pids = (ctypes.c_int * world).from_buffer(shared)
+        while not all(pids):
+            time.sleep(0.001)
+        chosen = range(world) if at.rank is None else [at.rank]
+        aim(at, (ctypes.c_int * world)(*(pids[i] for i in chosen)), len(chosen))
+    try:
+        with errors_in_one_line():
+            train(recipe)
+    finally:
+        if at is not None and rank == 0:
+            output.with_suffix(".count").write_text(str(operations()))
+
+
+def agent(recipe: Recipe, output: Path, at: Aim) -> None:
+    """What torchrun is, with ranks that are forked."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.setpgid(0, 0)
+    with output.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    config = LaunchConfig(
+        1, 1, WORLD, run_id=output.stem, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        max_restarts=3, start_method="fork", monitor_interval=0.05,
+    )  # fmt: skip
+    elastic_launch(config, attempt)(recipe, output, at)
+
+
+def attempt(recipe: Recipe, output: Path, at: Aim) -> None:
+    """One rank of one of torchrun's attempts."""
+    import torch
+
+    from casc.train.launch import errors_in_one_line
+    from casc.train.loop import train
+
+    multiprocessing.set_start_method("fork", force=True)
+    torch.set_num_threads(1)
+    main = os.environ["RANK"] == "0"
+    number = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if main:
+        output.with_suffix(f".attempt-{number}").touch()
+        # Each attempt is struck a little later than the one before, the last isn't.
+        first = at.first + 7 * number if at.first and number < 3 else 0
+        mine = replace(at, first=first, last=0, error=0)
+        aim(mine, (ctypes.c_int * 1)(os.getpid()), 1)
     with errors_in_one_line():
         train(recipe)
+    if main:
+        output.with_suffix(".count").write_text(str(operations()))
+
+
+def shard(coco: Path, out: Path, settings: Settings, output: Path, at: Aim) -> None:
+    """`data_tools shard`, in this process alone."""
+    from casc.train.launch import errors_in_one_line
+    from data_tools.shard import Run, shard_dataset
+
+    os.setpgid(0, 0)
+    with output.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    aim(at, (ctypes.c_int * 1)(os.getpid()), 1)
+    try:
+        with errors_in_one_line():
+            shard_dataset(coco, out, None, settings, Run())
+    finally:
+        output.with_suffix(".count").write_text(str(operations()))
 
 
 def server():
     """A context whose processes are forked from one that has imported all."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["casc.train.loop", "PIL.PngImagePlugin", "pytest"])
+    context.set_forkserver_preload(["imported_once"])
+    source = Path(__file__).with_name("strike.c")
+    if not LIBRARY.exists() or LIBRARY.stat().st_mtime < source.stat().st_mtime:
+        LIBRARY.parent.mkdir(exist_ok=True)
+        made = LIBRARY.with_suffix(f".{os.getpid()}")
+        command = ["cc", "-O1", "-shared", "-fPIC", "-o", str(made), str(source), "-ldl"]
+        with suppress(FileNotFoundError):  # without a compiler nothing can be aimed at
+            subprocess.run(command, check=True)
+            made.replace(LIBRARY)
+    mine = {"PYTHONPATH": os.pathsep.join([str(source.parent), *sys.path])}
+    mine |= {"LD_PRELOAD": str(LIBRARY)} if LIBRARY.exists() else {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in mine.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
     return context
 
 
-def start(recipe: Recipe, output: Path) -> list:
-    """Start the ranks of a recipe."""
+def start(recipe: Recipe, output: Path, world: int = WORLD, at: Aim | None = None) -> list:
+    """Start the ranks of a recipe; what rank 0 does may be struck."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = server()
     ranks = [
-        context.Process(target=entry, args=(rank, port, recipe, output)) for rank in range(WORLD)
+        context.Process(target=entry, args=(rank, port, world, recipe, output, at))
+        for rank in range(world)
     ]
+    pids = output.with_suffix(".pids")
+    pids.write_bytes(bytes(4 * world))
     for rank in ranks:
         rank.start()
+    with pids.open("r+b") as file:
+        file.write((ctypes.c_int * world)(*(rank.pid for rank in ranks)))
     return ranks
 
 
@@ -115,53 +233,6 @@ def being_written(recipe: Recipe) -> list[Path]:
     return list((recipe.folder / "checkpoints").glob(".step-*"))
 
 
-def chaos(
-    recipe: Recipe, output: Path, *, kills: int, seed: int, first: float, whole: float
-) -> list[Kill]:
-    """Start a run again and again until it has been killed so often, then let it end.
-
-    Every second kill waits for the random moment and then for a save to begin.
-
-    Args:
-        recipe: of the run.
-        output: file for what the ranks print.
-        kills: how many.
-        seed: of the moments.
-        first: seconds from the start of a run to the end of its first step.
-        whole: to its end.
-    """
-    draw = random.Random(seed)
-    done: list[Kill] = []
-    while len(done) < kills:
-        ranks = start(recipe, output)
-        began = time.monotonic()
-        moment = draw.uniform(0, first + AHEAD * (whole - first) / kills)
-        before = last_step(recipe)
-        aimed = len(done) % 2 == 1
-        old = set(being_written(recipe))
-        while all(rank.is_alive() for rank in ranks):
-            late = time.monotonic() - began >= moment or last_step(recipe) >= before + AHEAD
-            if late and (not aimed or set(being_written(recipe)) - old):
-                break
-            time.sleep(0.003)
-        if all(rank.exitcode == 0 for rank in ranks):
-            break
-        kill(ranks)
-        after = time.monotonic() - began
-        for rank in ranks:
-            rank.join()
-        step = last_step(recipe)
-        new = set(being_written(recipe)) - old
-        where = "inside a save" if new else "in the steps" if step >= 0 else "before the first"
-        done.append(Kill(after, step, where))
-    ranks = start(recipe, output)
-    statuses = finish(ranks, 20 * whole)
-    if statuses != [0] * WORLD:
-        kill(ranks)
-        raise AssertionError(f"the last start ended with {statuses}: {output.read_text()[-3000:]}")
-    return done
-
-
 def compare(recipe: Recipe, other: Recipe) -> list[str]:
     """Names of tensors of the last checkpoints that differ in any bit."""
     from safetensors.torch import load_file
@@ -182,24 +253,6 @@ def compare(recipe: Recipe, other: Recipe) -> list[str]:
             if value.numpy().tobytes() != right[name].numpy().tobytes()
         ]
     return different
-
-
-def trial(recipe: Recipe, folder: Path, *, kills: int, seed: int) -> tuple[list[Kill], float]:
-    """A run that is left alone and one that is killed; they must end in the same bits."""
-    straight = replace(recipe, out=folder / "straight")
-    began = time.monotonic()
-    ranks = start(straight, folder / "straight.txt")
-    while last_step(straight) < 0 and ranks[0].is_alive():
-        time.sleep(0.01)
-    first = time.monotonic() - began
-    assert finish(ranks, 300) == [0] * WORLD, (folder / "straight.txt").read_text()[-3000:]
-    whole = time.monotonic() - began
-    broken = replace(recipe, out=folder / "broken")
-    done = chaos(broken, folder / "broken.txt", kills=kills, seed=seed, first=first, whole=whole)
-    different = compare(straight, broken)
-    assert not different, different[:5]
-    assert not being_written(broken), "what was half written has been swept away"
-    return done, whole
 
 
 def hurried(recipe: Recipe, *, steps: int) -> Recipe:

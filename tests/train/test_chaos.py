@@ -1,25 +1,61 @@
-"""The long form: CASC_CHAOS_KILLS=20 python -m pytest -s tests/train/test_chaos.py"""
+"""The long form: just chaos --minutes 60"""
 
-import os
 import signal
 import sys
-from collections import Counter
+from dataclasses import replace
 
 import chaos
 import pytest
+import strikes
+
+from casc.model.preprocess import ImageConfig
+from casc.train.recipe import Recipe
+from data_tools.plan import Settings
+from data_tools.synth import SynthSettings, synthesise
 
 pytestmark = pytest.mark.skipif(
     not hasattr(signal, "SIGKILL") or sys.platform == "darwin", reason="needs /proc and SIGKILL"
 )
 
 
-def test_killed_at_any_moment_a_run_ends_in_the_same_bits(tiny_recipe, tmp_path, capsys):
-    kills = int(os.environ.get("CASC_CHAOS_KILLS", "5"))
-    recipe = chaos.hurried(tiny_recipe, steps=chaos.STEPS * kills)
-    done, whole = chaos.trial(recipe, tmp_path, kills=kills, seed=4)
-    with capsys.disabled():
-        if "CASC_CHAOS_KILLS" in os.environ:
-            for kill in done:
-                print(f"after {kill.after:6.2f} s, last logged step {kill.step:3d}, {kill.where}")
-            print(f"undisturbed {whole:.1f} s;", dict(Counter(kill.where for kill in done)))
-    assert len(done) == kills, "the run ended before it was killed so often"
+@pytest.mark.slow
+def test_whatever_happens_a_run_ends_in_the_same_bytes(tiny_recipe, tmp_path, capsys, request):
+    """In the suite twelve series."""
+    chaos.server()
+    if not chaos.LIBRARY.exists():
+        pytest.skip("needs a C compiler")
+    minutes = request.config.getoption("--minutes")
+    synthesise(tmp_path / "coco", {"train": 9}, SynthSettings(size=64, classes=5))
+    settings = Settings(
+        aspects=(1.0,), max_size=None, samples_per_shard=3, shard_mib=256.0, trace_tolerance=None
+    )
+    recipe = replace(
+        chaos.hurried(tiny_recipe, steps=4),
+        evaluate_every=1,
+        epochs=2,
+        image=ImageConfig(short=32, long=32),
+        model=replace(tiny_recipe.model, stages=tiny_recipe.model.stages[:1]),
+    )
+
+    def run(name: str, ranks: int) -> Recipe:
+        return replace(recipe, out=tmp_path / name / "run", batch=4 // ranks)
+
+    cases = [
+        strikes.training("one", run("one", 1), 1, strikes=4, weight=8),
+        strikes.training("two", run("two", 2), 2, strikes=4, weight=8),
+        strikes.under_torchrun(run("torchrun", 2), weight=1),
+        strikes.sharding(tmp_path / "coco", tmp_path / "sharding/out", settings, weight=8),
+    ]
+    for case in cases:
+        case.folder.parent.mkdir()
+
+    def say(text: object) -> None:
+        with capsys.disabled():
+            print(text, flush=True)
+
+    seed = request.config.getoption("--seed")
+    account = strikes.campaign(cases, minutes, seed, say if minutes else str)
+    if minutes:
+        say(account)
+    assert not account.failures, "\n".join(account.failures)
+    assert account.kills > 0

@@ -181,3 +181,28 @@ def test_ranks_are_one_run(tiny_recipe, tmp_path):
     few = replace(recipe, max_steps=chaos.last_step(recipe) + 1)
     third = chaos.start(few, tmp_path / "third.txt")
     assert chaos.finish(third, 60) == [0, 0], (tmp_path / "third.txt").read_text()
+
+
+def test_what_a_kill_left_beside_the_lock_is_swept(tmp_path):
+    """A draft of this machine's dead process goes at once, one of another machine by its age."""
+    with run_lock(tmp_path) as lock:
+        mine = module._aside(lock.path, lock.holder)
+        dead = module._aside(lock.path, lock.holder._replace(born="1"))
+        far = module._aside(lock.path, lock.holder._replace(machine="another"))
+        old = module._aside(lock.path, lock.holder._replace(machine="another"))
+        for path in (mine, dead, far, old):
+            path.write_text("")
+        os.utime(old, (0, 0))
+    hold(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([mine, far])
+
+
+def test_a_full_disk_leaves_no_draft(tmp_path, monkeypatch):
+    def full(path: Path, *_: object, **__: object) -> int:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="can't be written"):
+        hold(tmp_path)
+    assert not list(tmp_path.iterdir())

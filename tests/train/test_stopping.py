@@ -218,3 +218,19 @@ def test_a_signal_to_one_rank_ends_an_evaluation_on_all(tiny_recipe, write_shard
     assert statuses == [128 + signal.SIGTERM] * 2, output
     assert "SIGTERM: saved at step 2" in output
     assert not list((recipe.folder / "evaluations").iterdir())
+
+
+def test_a_rank_that_dies_before_the_first_step_is_missed_in_one_line(tiny_recipe, tmp_path):
+    recipe = chaos.hurried(tiny_recipe, steps=2)
+    chaos.server()
+    if not chaos.LIBRARY.exists():
+        pytest.skip("needs a C compiler")
+    # As the main rank opens its log, having joined the other.
+    at = chaos.Aim(recipe.folder / "logs", 1, signal=signal.SIGKILL, rank=1)
+    ranks = chaos.start(recipe, tmp_path / "output.txt", at=at)
+    statuses = chaos.finish(ranks, 120)
+    output = (tmp_path / "output.txt").read_text()
+    assert statuses == [1, -signal.SIGKILL], output
+    assert output.count("error: rank 0") == 1, output
+    assert "lost touch with another rank" in output
+    assert "Traceback" not in output
