@@ -1,6 +1,7 @@
 """Frozen dataclasses to JSON and back, with errors that name the field."""
 
 import dataclasses
+import sys
 import types
 import typing
 from pathlib import Path
@@ -68,27 +69,35 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if len(kinds) == len(value):
             pairs = enumerate(zip(kinds, value, strict=True))
             return tuple(_convert(k, entry, f"{where}[{i}]") for i, (k, entry) in pairs)
+    elif origin is dict and isinstance(value, dict):
+        keys, kinds = arguments
+        return {
+            _convert(keys, key, where): _convert(kinds, entry, f"{where}.{key:.60}")
+            for key, entry in value.items()
+        }
+    elif kind is Any:
+        return value
     elif kind is Path and isinstance(value, str):
         return Path(value)
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+    elif kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     elif isinstance(kind, type) and type(value) is kind:
         return value
     elif kind is None and value is None:
         return None
-    raise UserError(f"{where}: {value!r} is not a {getattr(kind, '__name__', kind)}")
+    raise UserError(f"{where}: {value!r:.60} is not a {getattr(kind, '__name__', kind)}")
 
 
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected an object, got {value!r}")
+        raise UserError(f"{where}: expected an object, got {value!r:.60}")
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(value) - set(fields))
     if unknown:
         raise UserError(
-            f"{where}: unknown field {unknown[0]!r} of {kind.__name__}; written by another version"
-            " of casc?"
+            f"{where}: unknown field {unknown[0]!r:.60} of {kind.__name__}; written by another"
+            " version of casc?"
         )
     given = {
         name: _convert(hints[name], entry, f"{where}.{name}".lstrip("."))

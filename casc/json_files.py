@@ -36,6 +36,17 @@ def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def read_plain(path: str | os.PathLike[str], most_bytes: int) -> bytes:
+    """All of a plain file, or one byte more than `most_bytes` of a larger one.
+
+    Raises:
+        OSError: as `open_plain`.
+    """
+    with open_plain(path) as file:
+        # Memory is asked for before there is anything to read.
+        return file.read(min(most_bytes, os.fstat(file.fileno()).st_size) + 1)
+
+
 def parse_json(
     text: str | bytes,
     name: str,
@@ -97,8 +108,7 @@ def read_json(
         UserError: naming the file: it isn't there, can't be read, or as `parse_json` says.
     """
     try:
-        with open_plain(path) as file:
-            data = file.read(most_bytes + 1)
+        data = read_plain(path, most_bytes)
         text = data.decode("utf-8") if len(data) <= most_bytes else data
     except FileNotFoundError:
         raise error(f"{path}: not found") from None

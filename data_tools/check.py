@@ -1,7 +1,6 @@
 """`data_tools check`: whether shards are what their index says."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -10,7 +9,7 @@ from casc.data.decode import decode_image
 from casc.data.index import Bucket, Index, Shard, read_index
 from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.reader import remote_shard
-from casc.data.record import SampleRecord
+from casc.data.record import SampleRecord, parse_record
 from casc.data.remote import FetchError, is_local, join, location
 from casc.data.sample import annotations_edges, iter_tar
 from casc.data.status import Status
@@ -21,26 +20,7 @@ from data_tools.parallel import map_tasks
 from data_tools.plan import order_key
 from data_tools.write import sample_needs
 
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "image_id": int,
-    "file_name": str,
-    "width": int,
-    "height": int,
-    "orientation": int,
-    "train": bool,
-    "annotations": list,
-}
-_ANNOTATION_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "id": int,
-    "category_id": int,
-    "bbox": list,
-    "area": (int, float),
-    "iscrowd": int,
-    "segmentation": (list, dict),
-    "label": int,
-    "train": bool,
-    "box": list,
-}
+_ANNOTATION_FIELDS = ("id", "category_id", "bbox", "area", "iscrowd", "segmentation")
 
 
 class Checked(NamedTuple):
@@ -228,17 +208,16 @@ def _without(place: str, error: UserError) -> str:
 def _check_sample(task: _Task, key: str, image: bytes, text: bytes, before: Checked) -> Checked:
     place = f"{task.shard.name}: {key}"
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        before.faults.append(f"{place}: its JSON can't be parsed ({error})")
+        record = parse_record(text)
+    except UserError as error:
+        before.faults.append(f"{place}: {error}")
         return before
-    wrong = _wrong_field(record, _FIELDS)
-    for i, entry in enumerate(record["annotations"] if not wrong else []):
-        field = _wrong_field(entry, _ANNOTATION_FIELDS)
-        wrong = wrong or (f"annotations[{i}].{field}" if field else "")
-    if wrong:
-        before.faults.append(f"{place}: {wrong} is missing or of a wrong type")
-        return before
+    for i, entry in enumerate(record["annotations"]):
+        # Training and evaluation do without some of them.
+        lacks = [name for name in _ANNOTATION_FIELDS if name not in entry]
+        if lacks:
+            before.faults.append(f"{place}: annotations[{i}].{lacks[0]} is missing")
+            return before
     before.image_ids.append(record["image_id"])
     before.faults.extend(f"{place}: {fault}" for fault in _sample_faults(task, record, image))
     objects = sum(entry["train"] for entry in record["annotations"])
@@ -290,17 +269,6 @@ def _sample_faults(task: _Task, record: SampleRecord, image: bytes) -> list[str]
     if room > bucket.edges:
         faults.append(f"edges need a room of {room}, its bucket has {bucket.edges}")
     return faults
-
-
-def _wrong_field(record: object, fields: dict[str, type | tuple[type, ...]]) -> str:
-    """The first field that isn't there or isn't of its type; empty if all are well."""
-    if not isinstance(record, dict):
-        return "the top level"
-    for name, kind in fields.items():
-        value = record.get(name)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            return name
-    return ""
 
 
 def fault_lines(checks: dict[str, SplitCheck]) -> Sequence[str]:

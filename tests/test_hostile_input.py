@@ -250,6 +250,10 @@ def test_image_bomb():
 INDEXES = {
     "instances": ("splits.train.buckets[0].instances", {"instances": 10**30}),
     "capacity": ("splits.train.buckets[0].instances x edges", {"instances": 10**6, "edges": 10**6}),
+    "area": ("splits.train.buckets[0].height x width", {"height": 10**6, "width": 10**6}),
+    "regions": ("splits.train.buckets[0].regions", {"regions": 10**9}),
+    "boxes": ("splits.train.buckets[0].boxes", {"boxes": 10**9}),
+    "many": ("splits.train.shards[0].samples", {"samples": 10**9}),
     "canvas": ("splits.train.buckets[0].height or width", {"height": 10**9}),
     "sha256": ("splits.train.shards[0].sha256", {"sha256": ""}),
     "not hex": ("splits.train.shards[0].sha256", {"sha256": "x" * 64}),

@@ -252,7 +252,7 @@ def one(value: Any, stated: Any, source: str, flag: str) -> Any:
         UserError: file and user differ.
     """
     if value is not None and stated is not None and value != stated:
-        raise UserError(f"{source}: {flag}: the file says {value!r}, you say {stated!r}")
+        raise UserError(f"{source}: {flag}: the file says {value!r:.60}, you say {stated!r}")
     return stated if value is None else value
 
 

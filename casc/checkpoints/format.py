@@ -232,14 +232,14 @@ def verify(checkpoint: Path) -> None:
     recipe_of(checkpoint)
     step = _json_of(checkpoint / STATE, "position").get("step")
     if type(step) is not int or step < 0:
-        raise CorruptCheckpointError(f"{checkpoint / STATE}: position: step is {step!r}")
+        raise CorruptCheckpointError(f"{checkpoint / STATE}: position: step is {step!r:.60}")
 
 
 def _check_version(path: Path, kind: object, version: object, expected: str) -> None:
     if kind != expected:
-        raise CorruptCheckpointError(f"{path}: format is {kind!r}, expected {expected!r}")
+        raise CorruptCheckpointError(f"{path}: format is {kind!r:.60}, expected {expected!r}")
     if type(version) is not int or version < 1:
-        raise CorruptCheckpointError(f"{path}: version is {version!r}, expected {VERSION}")
+        raise CorruptCheckpointError(f"{path}: version is {version!r:.60}, expected {VERSION}")
     if version > VERSION:
         raise UserError(
             f"{path}: version is {version}, this casc reads {VERSION}; update casc, or choose"
@@ -264,7 +264,7 @@ def _compare(
             raise CorruptCheckpointError(f"{checkpoint / name}: {error.strerror}") from None
         if found != value:
             raise CorruptCheckpointError(
-                f"{checkpoint / name}: {key} is {found}, it was saved with {value}"
+                f"{checkpoint / name}: {key} is {found}, it was saved with {value!s:.80}"
             )
 
 

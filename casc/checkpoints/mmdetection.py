@@ -28,6 +28,7 @@ from casc.checkpoints.foreign import (
     to_text,
 )
 from casc.checkpoints.mmdetection_config import Said, understand
+from casc.checkpoints.pickles import first_line
 from casc.checkpoints.report import Row
 from casc.checkpoints.shapes import model_of
 from casc.data.index import Category
@@ -50,11 +51,11 @@ def categories_of(data: Mapping[str, Any]) -> tuple[Category, ...] | None:
     meta = _meta(data)
     about = meta.get("dataset_meta")
     about = about if isinstance(about, Mapping) else {}
-    names = about.get("classes") or about.get("CLASSES") or meta.get("CLASSES")
-    names = [names] if isinstance(names, str) else names
-    if not names or not isinstance(names, (list, tuple)):
-        return None
-    return tuple(Category(-1, str(name)) for name in names)
+    for names in (about.get("classes"), about.get("CLASSES"), meta.get("CLASSES")):
+        if isinstance(names, (str, list, tuple)) and names:
+            names = [names] if isinstance(names, str) else names
+            return tuple(Category(-1, str(name)) for name in names)
+    return None
 
 
 def settings_of(
@@ -69,10 +70,19 @@ def settings_of(
     ours = from_text(meta.get(FLAVOUR), source)
     if ours:
         return Said(ours.model, ours.image, ours.channels, None)
-    text = meta.get("cfg") or meta.get("config")
-    if not isinstance(text, str):
+    texts = [text for text in (meta.get("cfg"), meta.get("config")) if isinstance(text, str)]
+    if not any(texts):
         return None
-    return understand(read_config(text, source), model, image)
+    config = read_config(next(filter(None, texts)), source)
+    try:
+        return understand(config, model, image)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Its parts may be of any type, as those of the reference are.
+        raise UserError(
+            f"{source}: meta.config: not one that MMDetection reads ({first_line(error)})"
+        ) from None
 
 
 def read_mmdetection(data: Mapping[str, Any], source: str, stated: Stated) -> Read:

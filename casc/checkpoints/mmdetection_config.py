@@ -147,7 +147,7 @@ def _unlike(
         value = at(config, prefix + path, default)
         short = value.rpartition(".")[2] if isinstance(value, str) else value
         if short not in allowed:
-            yield f"{prefix}{path} is {value!r}; casc's model has {allowed[0]!r}"
+            yield f"{prefix}{path} is {value!r:.60}; casc's model has {allowed[0]!r}"
 
 
 def _stages(config: dict[str, Any], name: str, count: int) -> list[str]:

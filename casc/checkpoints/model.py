@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from casc.checkpoints.pickles import first_line
 from casc.checkpoints.read import Weights, fit_weights, read_weights
-from casc.checkpoints.shapes import model_of
+from casc.checkpoints.shapes import BATCHES, expected, model_of
 from casc.config import from_json
 from casc.data.index import Category
 from casc.errors import UserError
@@ -50,12 +51,23 @@ def load_trained(source: str) -> Trained:
         where = f"{weights.source}: recipe"
         model = from_json(DetectorConfig, weights.recipe.get("model"), f"{where}.model")
         image = from_json(ImageConfig, weights.recipe.get("image"), f"{where}.image")
+    if not model.stages:
+        raise UserError(f"{weights.source}: recipe.model.stages: there is none")
+    try:
+        shapes = expected(model)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{weights.source}: recipe.model: there is no such model ({first_line(error)})"
+        ) from None
+    # Before memory is taken for a model of any size.
+    for name, shape in shapes.items():
+        found = weights.tensors.get(name)
+        if found is None and name.endswith(BATCHES):
+            continue
+        if found is None or found.shape != shape:
+            raise UserError(f"{weights.source}: {name!r} is missing or of another shape")
     params, buffers = detector.init(model, torch.Generator().manual_seed(0))
-    params, buffers, fit = fit_weights(params, buffers, weights.tensors)
-    lacking = [name for name in fit.missing if not name.endswith("num_batches_tracked")]
-    lacking += [name for name, _, _ in fit.reshaped]
-    if lacking:
-        raise UserError(f"{weights.source}: {lacking[0]!r} is missing or of another shape")
+    params, buffers, _ = fit_weights(params, buffers, weights.tensors)
     known = weights.categories
     if known is not None and len(known) != model.classes:
         raise UserError(

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import safetensors
@@ -40,6 +40,8 @@ from casc.model.layers import Params
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import PREFIX
 from casc.printing import redacted
+
+T = TypeVar("T")
 
 MOST_TENSORS = 20_000
 MOST_HEADER = 2**25
@@ -196,7 +198,13 @@ def _from_safetensors(path: Path) -> Weights:
             )
         )  # fmt: skip
         recipe = checkpoint.upgrade_recipe(recipe)
-        categories = entries and tuple(Category(entry["id"], entry["name"]) for entry in entries)
+        categories = entries and tuple(
+            Category(
+                _typed(entry, "id", int, f"{path}: classes[{i}]"),
+                _typed(entry, "name", str, f"{path}: classes[{i}]"),
+            )
+            for i, entry in enumerate(entries)
+        )
     except UserError:
         raise
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -204,6 +212,13 @@ def _from_safetensors(path: Path) -> Weights:
     if recipe is None:
         return replace(_from_torch(str(path), tensors), categories=categories)
     return Weights(str(path), "casc", tensors, categories, recipe, step, origin=origin)
+
+
+def _typed(entry: Any, key: str, kind: type[T], where: str) -> T:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if type(value) is not kind:
+        raise UserError(f"{where}.{key}: expected {kind.__name__}, got {value!r:.60}")
+    return value
 
 
 def _check_header(path: Path) -> None:

@@ -86,7 +86,7 @@ def collate(
             columns["regions"][i, : len(sample.regions)] = sample.regions
         if bitmaps:
             for k, segmentation in enumerate(sample.segmentations):
-                columns["bitmaps"][i, k, :h, :w] = _bitmap(segmentation, h, w)
+                columns["bitmaps"][i, k, :h, :w] = _bitmap(segmentation, h, w, sample.image_id)
     return made
 
 
@@ -164,11 +164,17 @@ def _check(sample: Sample, bucket: Bucket) -> None:
             )
 
 
-def _bitmap(segmentation: Any, height: int, width: int) -> np.ndarray:
+def _bitmap(segmentation: Any, height: int, width: int, image_id: int) -> np.ndarray:
     """COCO's own rasteriser: [height, width] uint8 of a polygon list or an RLE."""
     from pycocotools import mask
 
-    rle = segmentation
-    if isinstance(rle, list) or isinstance(rle["counts"], list):
-        rle = mask.frPyObjects(rle, height, width)
-    return mask.decode(mask.merge(rle) if isinstance(rle, list) else rle)
+    from casc.data.segmentation import pack, usable_segmentation
+
+    # What is wrong with an RLE the rasteriser would find out by writing past the mask.
+    usable = usable_segmentation(segmentation, width, height)
+    if usable is None:
+        raise UserError(
+            f"image {image_id}: segmentation: no mask of {width} x {height} pixels can be made of"
+            f" {segmentation!r:.60}; run `data_tools check`"
+        )
+    return mask.decode(pack(usable, width, height))  # type: ignore[arg-type]

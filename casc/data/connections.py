@@ -106,10 +106,15 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     # urllib itself refuses some schemes, and with another error.
     def http_error_302(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any) -> Any:
-        target = urllib.parse.urljoin(req.full_url, headers.get("location", headers.get("uri", "")))
-        if urllib.parse.urlsplit(target).scheme.lower() not in ("http", "https"):
-            return self.redirect_request(req, fp, code, msg, headers, target)
-        return super().http_error_302(req, fp, code, msg, headers)
+        said = headers.get("location", headers.get("uri", ""))
+        fp.close()  # urllib reads all that comes with it, and leaves it open where it gives up
+        try:
+            target = urllib.parse.urljoin(req.full_url, said)
+            if urllib.parse.urlsplit(target).scheme.lower() not in ("http", "https"):
+                return self.redirect_request(req, fp, code, msg, headers, target)
+            return super().http_error_302(req, fp, code, msg, headers)
+        except ValueError:
+            raise RefusedError(f"the server redirects to {said}, which is no address") from None
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 

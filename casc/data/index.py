@@ -16,7 +16,7 @@ from casc.data.files import sync_folder
 from casc.data.loader_config import DEFAULT_LOADING, RemoteConfig
 from casc.data.remote import is_local, join, location, read_remote
 from casc.errors import UserError
-from casc.json_files import MOST_BYTES, open_plain, parse_json
+from casc.json_files import MOST_BYTES, parse_json, read_plain
 from casc.printing import redacted
 
 FORMAT = "casc-shards"
@@ -28,7 +28,13 @@ LARGEST = 2**53
 """Of numbers: what JSON's readers all have exactly."""
 MOST_EDGES = 2**28
 """Of an image's capacity, instances x edges: four gigabytes."""
+MOST_BOXES = 2**22
+"""Of an image's capacity for boxes alone, or for regions to ignore."""
 LONGEST_SIDE = 1_000_000
+MOST_PIXELS = 2**29
+"""Of a bucket's canvas, which holds the widest of its images and the tallest."""
+LEAST_BYTES = 2048
+"""Of a sample in a tar: two members, each a header and at least one block."""
 _HALVES = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _REMEDY = "make the shards again with `data_tools shard`"
@@ -164,8 +170,7 @@ def read_index(path: str | os.PathLike[str], loading: RemoteConfig = DEFAULT_LOA
     if file.is_dir():
         file = file / INDEX_NAME
     try:
-        with open_plain(file) as opened:
-            data = opened.read(MOST_BYTES + 1)
+        data = read_plain(file, MOST_BYTES)
         text = data.decode("utf-8") if len(data) <= MOST_BYTES else data
     except FileNotFoundError:
         raise UserError(f"{file}: not found; make shards with `data_tools shard COCO`") from None
@@ -187,7 +192,7 @@ def parse_index(text: str | bytes, name: str = INDEX_NAME) -> Index:
     top = _Fields(name, "", data)
     found = top.get("format", str)
     if found != FORMAT:
-        raise UserError(f"{name}: format is {found!r}, expected {FORMAT!r}; {_REMEDY}")
+        raise UserError(f"{name}: format is {found!r:.60}, expected {FORMAT!r}; {_REMEDY}")
     version = top.get("version", int)
     if version != VERSION:
         remedy = "update casc" if version > VERSION else _REMEDY
@@ -341,6 +346,17 @@ def _bucket(fields: _Fields) -> Bucket:
     side = max(fields.get("height", int, least=1), fields.get("width", int, least=1))
     if side > LONGEST_SIDE:
         raise fields.error("height or width", f"at most {LONGEST_SIDE:,} pixels", side)
+    area = fields.data["height"] * fields.data["width"]
+    if area > MOST_PIXELS:
+        raise fields.error("height x width", f"at most {MOST_PIXELS:,} pixels", area)
+    more = {
+        key: fields.get(key, int, least=1)
+        for key in ("boxes", "regions")
+        if fields.data.get(key) is not None
+    }
+    for key, value in more.items():
+        if value > MOST_BOXES:
+            raise fields.error(key, f"at most {MOST_BOXES:,}", value)
     return Bucket(
         name=fields.get("name", str),
         min_aspect=low,
@@ -350,11 +366,7 @@ def _bucket(fields: _Fields) -> Bucket:
         instances=fields.get("instances", int, least=1),
         edges=fields.get("edges", int, least=1),
         samples=fields.get("samples", int, least=0),
-        **{
-            key: fields.get(key, int, least=1)
-            for key in ("boxes", "regions")
-            if fields.data.get(key) is not None
-        },
+        **more,
     )
 
 
@@ -367,6 +379,9 @@ def _shard(fields: _Fields, buckets: int) -> Shard:
     bucket = fields.get("bucket", int, least=0)
     if bucket >= buckets:
         raise fields.error("bucket", f"less than {buckets}, the number of buckets", bucket)
+    samples, size = fields.get("samples", int, least=1), fields.get("bytes", int, least=1)
+    if samples * LEAST_BYTES > size:
+        raise fields.error("samples", f"at most {size // LEAST_BYTES} in {size} bytes", samples)
     sha256 = fields.get("sha256", str)
     if not re.fullmatch("[0-9a-f]{64}", sha256):
         raise fields.error("sha256", "64 hexadecimal digits", sha256)
@@ -374,8 +389,8 @@ def _shard(fields: _Fields, buckets: int) -> Shard:
         name=name,
         bucket=bucket,
         train=fields.get("train", bool),
-        samples=fields.get("samples", int, least=1),
-        bytes=fields.get("bytes", int, least=1),
+        samples=samples,
+        bytes=size,
         sha256=sha256,
         maskless=fields.get("maskless", bool) if "maskless" in fields.data else False,
     )

@@ -129,6 +129,11 @@ def _annotation_fault(entry: Any) -> str:
             return f".segmentation.size: expected [height, width], got {_shown(shape, 'size')}"
         if not isinstance(shape.get("counts", []), (str, list)):
             return f".segmentation.counts: expected a text or a list, got {_shown(shape, 'counts')}"
+    outline = "rings" if "rings" in entry else "segmentation"
+    if entry["train"] and "segmentation" not in entry:
+        return ".segmentation: expected polygons or an RLE, got nothing"
+    if entry["train"] and not isinstance(entry.get(outline), list):
+        return f".{outline}: expected polygons to train on, got {_shown(entry, outline)}"
     for key in ("segmentation", "rings"):
         parts = entry.get(key, [])
         if isinstance(parts, dict) and key == "segmentation":
@@ -138,6 +143,8 @@ def _annotation_fault(entry: Any) -> str:
         for part in parts:
             if not _are_numbers(part):
                 return f".{key}: expected lists of finite numbers, got {part!r:.60}"
+            if entry["train"] and key == outline and len(part) % 2:
+                return f".{key}: expected pairs of numbers, got {len(part)} numbers"
     return ""
 
 

@@ -1,8 +1,8 @@
 """The ground truth that evaluation measures against: COCO data sets, from files or shards."""
 
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from numbers import Real
 from typing import Any
@@ -15,6 +15,7 @@ from casc.data.segmentation import mask_area, usable_segmentation
 from casc.errors import UserError
 from casc.json_files import MOST_COCO_BYTES, read_json
 
+_LARGEST = sys.float_info.max
 CocoDict = dict[str, Any]
 """`images`, `annotations` and `categories` as in a COCO annotation file."""
 
@@ -112,10 +113,10 @@ def usable_objects(
     objects: list[dict[str, Any]] = []
     skipped = 0
     for annotation in ground_truth["annotations"]:
-        if annotation.get("image_id") not in images:
+        if not is_key(annotation.get("image_id"), images):
             continue
         box = annotation.get("bbox")
-        if annotation.get("category_id") not in categories or not are_numbers(box, 4):
+        if not is_key(annotation.get("category_id"), categories) or not are_numbers(box, 4):
             skipped += 1
             continue
         area = annotation.get("area")
@@ -157,13 +158,18 @@ def with_masks(
     return masked, without
 
 
+def is_key(value: object, known: Collection[Any]) -> bool:
+    """Whether an id, which may be anything that JSON knows, is one of those that are there."""
+    return isinstance(value, Hashable) and value in known
+
+
 def are_numbers(values: object, count: int) -> bool:
     """Whether this is a sequence of `count` finite numbers."""
     return (
         isinstance(values, Sequence)
         and len(values) == count
         and all(isinstance(v, Real) and not isinstance(v, bool) for v in values)
-        and all(map(math.isfinite, values))
+        and all(-_LARGEST <= v <= _LARGEST for v in values)  # integers may be of any length
     )
 
 

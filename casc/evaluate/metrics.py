@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from casc.config import from_json
 from casc.errors import UserError
 from casc.evaluate.coco_eval import MAX_DETS, EvalShard, IouType, average_precision, match
 from casc.evaluate.coco_results import Result, collect_results
 from casc.evaluate.errors import KINDS, confused
-from casc.evaluate.ground_truth import CocoDict, are_numbers, is_rle, usable_objects
+from casc.evaluate.ground_truth import CocoDict, are_numbers, is_key, is_rle, usable_objects
 from casc.json_files import read_json, write_json
 from casc.model.detector import Detections
 
@@ -209,12 +210,14 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     Raises:
         UserError: when the file can't be read or holds something else.
     """
-    data = read_json(path)
     try:
-        classes = tuple(ClassFigures(**entry) for entry in data.pop("classes"))
-        return Evaluation(classes=classes, **data)
-    except (TypeError, KeyError, AttributeError) as error:
+        found = from_json(Evaluation, read_json(path), "it")
+    except UserError as error:
         raise UserError(f"{path}: not an evaluation written by casc ({error})") from None
+    for types in (found.figures, *(each.ap for each in found.classes)):
+        if not set(types) <= set(IOU_TYPES):
+            raise UserError(f"{path}: not an evaluation written by casc (figures of {set(types)})")
+    return found
 
 
 def format_table(evaluation: Evaluation, *, per_class: bool = False) -> str:
@@ -274,23 +277,23 @@ def _check_results(
 ) -> None:
     needed = {"bbox": "bbox", "segm": "segmentation"}
     for i, result in enumerate(results):
-        place = f"detection {i} (image {result.get('image_id')})"
+        place = f"detection {i} (image {result.get('image_id')!r:.60})"
         for name in ("image_id", "category_id", "score", *(needed[t] for t in iou_types)):
             if name not in result:
                 raise UserError(f"{place}: {name} is missing")
-        if result["image_id"] not in images:
+        if not is_key(result["image_id"], images):
             raise UserError(
                 f"{place}: the ground truth has no such image; are they of the same split?"
             )
-        if result["category_id"] not in category_ids:
+        if not is_key(result["category_id"], category_ids):
             raise UserError(
                 f"{place}: category_id: the ground truth has no category "
-                f"{result['category_id']}; are they of the same data set?"
+                f"{result['category_id']!r:.60}; are they of the same data set?"
             )
         if not are_numbers([result["score"]], 1):
-            raise UserError(f"{place}: score: expected a number, got {result['score']!r}")
+            raise UserError(f"{place}: score: expected a number, got {result['score']!r:.60}")
         if "bbox" in iou_types and not are_numbers(result["bbox"], 4):
-            raise UserError(f"{place}: bbox: expected 4 numbers, got {result['bbox']!r}")
+            raise UserError(f"{place}: bbox: expected 4 numbers, got {result['bbox']!r:.60}")
         if "segm" in iou_types:
             mask = result["segmentation"]
             size = [images[result["image_id"]][side] for side in ("height", "width")]

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import takewhile
+from itertools import groupby, takewhile
 from threading import Event
 from typing import Protocol
 
@@ -275,8 +275,8 @@ def _truth(
     """The ground truth of all shards in which this rank has images."""
     shards = index.splits[split].shards
     plan = plan_evaluation(index.splits[split], batch=batch, world=ranks.world, rank=ranks.rank)
-    mine = sorted({segment.shard for step in plan for segment in step.segments})
-    samples = (s for i in mine for s in read_shard(root, shards[i], loading, warn))
+    mine = (segment.shard for step in plan for segment in step.segments)  # each in one piece
+    samples = (s for i, _ in groupby(mine) for s in read_shard(root, shards[i], loading, warn))
     samples = takewhile(lambda _: not over.is_set(), samples)
     records = (parse_record(record, key) for key, _, record in samples)
     return by_image(ground_truth_from_samples(records, index.categories))

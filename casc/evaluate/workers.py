@@ -19,7 +19,7 @@ from casc.device.signals import end_with_parent
 from casc.errors import UserError
 from casc.evaluate.coco_eval import MAX_DETS, TWICE, EvalShard, IouType, join, match
 from casc.evaluate.coco_results import ImageDetections, image_results
-from casc.evaluate.ground_truth import CocoDict, usable_objects
+from casc.evaluate.ground_truth import CocoDict, is_key, usable_objects
 from casc.evaluate.metrics import IOU_TYPES
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def by_image(ground_truth: CocoDict) -> Truth:
     images = {image["id"]: image for image in ground_truth["images"]}
     annotations: dict[int, list[dict[str, Any]]] = {key: [] for key in images}
     for annotation in ground_truth["annotations"]:
-        if annotation.get("image_id") in annotations:
+        if is_key(annotation.get("image_id"), annotations):
             annotations[annotation["image_id"]].append(annotation)
     categories = {c["id"]: c["name"] for c in ground_truth["categories"]}
     return Truth(images, annotations, categories)

@@ -4,6 +4,7 @@ A series' point is (x, y); a y of None is a gap. The script knows the rest from 
 label with its unit, where they must begin and end, and whether they are shares.
 """
 
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,7 +48,7 @@ def training_charts(history: History) -> list[tuple[str, str, Chart]]:
         {"objectness": "loss_rpn_cls", "box": "loss_rpn_bbox"}, min=0,
     )  # fmt: skip
     for kind, title in _KINDS:
-        stages = [name for name in sorted(names) if name.endswith(f".{kind}")]
+        stages = [name for name in sorted(names) if re.fullmatch(rf"s\d{{1,3}}\.{kind}", name)]
         add(
             kind,
             title,

@@ -4,16 +4,16 @@ A run that was stopped and continued wrote all its parts into one log. Steps tha
 took again, because the newest checkpoint was older than the stop, count as they were taken last.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from casc.checkpoints.format import upgrade_recipe
 from casc.errors import UserError
 from casc.evaluate.metrics import Evaluation, read_evaluation
-from casc.json_files import read_json
+from casc.json_files import parse_json, read_json
 from casc.train.log import LOG
 from casc.train.run import EVALUATIONS
 from casc.train.start import RECIPE
@@ -117,8 +117,10 @@ def read_history(folder: Path) -> History:
             ended = ""
     recipe = read_json(folder / RECIPE) if (folder / RECIPE).exists() else {}
     if not recipe and parts:
-        recipe = parts[-1].facts.get("recipe", {})
+        recipe = parts[-1].facts.get("recipe") or {}
     recipe = upgrade_recipe(recipe)
+    if not isinstance(recipe.get("model", {}), dict):
+        recipe = {**recipe, "model": {}}
     found = [evaluations[key] for key in sorted(evaluations)]
     return History(folder, recipe, parts, train, found, messages, ended, last, damaged)
 
@@ -143,9 +145,29 @@ def newest_evaluation(history: History) -> tuple[int, Evaluation] | None:
 def number(record: Mapping[str, Any], name: str) -> float | None:
     """A figure of a record; None if it isn't there or isn't finite."""
     value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None  # the log writes what isn't finite as text
-    return float(value) if math.isfinite(value) else None
+    # The log writes what isn't finite as text.
+    return float(value) if _is_number(value) and math.isfinite(value) else None
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "kind": lambda value: isinstance(value, str),
+    "time": lambda value: _is_number(value) and 0 <= value < _LAST,
+    "text": lambda value: isinstance(value, str),
+    **dict.fromkeys(("step", "skipped"), lambda value: _is_number(value) and 0 <= value < 2**53),
+    **dict.fromkeys(("steps", "steps_per_epoch"), _is_count),
+    **dict.fromkeys(("figures", "recipe", "environment"), lambda value: isinstance(value, dict)),
+}
+"""What is relied on where a record has it."""
+_LAST = 2.5e11
+"""Seconds since 1970; the calendar of Python ends then."""
 
 
 def _records(path: Path) -> Iterator[Record | None]:
@@ -155,8 +177,10 @@ def _records(path: Path) -> Iterator[Record | None]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-                whole = isinstance(record["kind"], str) and isinstance(record["time"], (int, float))
-            except (ValueError, KeyError, TypeError, RecursionError):
-                whole, record = False, None
+                record = parse_json(line, LOG)
+            except UserError:
+                yield None
+                continue
+            whole = "kind" in record and "time" in record
+            whole &= all(fits(record[key]) for key, fits in _FIELDS.items() if key in record)
             yield record if whole else None

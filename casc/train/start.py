@@ -93,6 +93,10 @@ def resumed_state(
                 f"{found / checkpoint.STATE}: position: {name} isn't what casc writes there; choose"
                 " another --out"
             )
+    if fault := _phases_fault(loaded.position):
+        raise UserError(
+            f"{found / checkpoint.STATE}: position: phases{fault}; choose another --out"
+        )
     changed = _check_recipe(recipe, found)
     past, more = _past(recipe, index, derived, loaded.position)
     params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
@@ -234,6 +238,29 @@ def _phase(recipe: Recipe, derived: Facts, stop: int) -> Phase:
         workers=max(recipe.loading.workers, 1),
         window=recipe.loading.window,
     )
+
+
+def _phases_fault(position: dict[str, Any]) -> str:
+    """What is wrong with how an epoch is said to have begun; empty if nothing is."""
+    phases, images = position["phases"], position["images_per_step"]
+    if not phases:
+        return ": is empty"
+    for i, entry in enumerate(phases):
+        names = list(Phase._fields)
+        if not isinstance(entry, dict) or sorted(entry) != sorted(names):
+            return f"[{i}]: expected {', '.join(names)}"
+        for name in names:
+            least, most = (0, 2**53) if name == "stop" else (1, _MOST_OF.get(name, 2**53))
+            if type(entry[name]) is not int or not least <= entry[name] <= most:
+                expected = f"a whole number from {least} to {most}"
+                return f"[{i}].{name}: expected {expected}, got {entry[name]!r:.60}"
+        if entry["world"] * entry["batch"] != images:
+            return f"[{i}]: world x batch isn't images_per_step, {images}"
+    return ""
+
+
+_MOST_OF = {"workers": 2**10}
+"""Each is gone through where a run goes on within an epoch."""
 
 
 def _past(

@@ -28,9 +28,9 @@ def make_index() -> Index:
         Bucket("wide", 1.0, None, 48, 64, 1, 1, 2),
     )
     shards = (
-        Shard("train/tall-000000.tar", 0, True, 4, 1000, "ab" * 32),
-        Shard("train/tall-eval-000000.tar", 0, False, 1, 100, "cd" * 32),
-        Shard("train/wide-000000.tar", 1, True, 2, 500, "ef" * 32),
+        Shard("train/tall-000000.tar", 0, True, 4, 10_000, "ab" * 32),
+        Shard("train/tall-eval-000000.tar", 0, False, 1, 3000, "cd" * 32),
+        Shard("train/wide-000000.tar", 1, True, 2, 5000, "ef" * 32),
     )
     split = Split(7, 6, buckets, shards, {"findings": {}}, "source")
     return Index((Category(3, "cat"), Category(7, "größer")), {"train": split})

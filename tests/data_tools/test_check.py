@@ -148,28 +148,36 @@ def with_objects(**fields: Any) -> Edit:
     return edit
 
 
+def without(record: dict[str, Any], name: str) -> dict[str, Any]:
+    entries = [{k: v for k, v in entry.items() if k != name} for entry in record["annotations"]]
+    return {**record, "annotations": entries}
+
+
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
         (edited(width=61), "its JSON says 61 x"),
-        (edited(width=True), "width is missing or of a wrong type"),
-        (edited(file_name=None), "file_name is missing or of a wrong type"),
-        (edited(annotations={}), "annotations is missing or of a wrong type"),
-        (edited(annotations=[{}]), "annotations[0].id is missing or of a wrong type"),
-        (edited(annotations=[3]), "annotations[0].the top level is missing"),
+        (edited(width=True), "its JSON: width: expected a whole number"),
+        (edited(file_name=None), "its JSON: file_name: expected a str, got None"),
+        (edited(annotations={}), "its JSON: annotations: expected a list"),
+        (edited(annotations=[{}]), "its JSON: annotations[0].label: expected"),
+        (edited(annotations=[3]), "its JSON: annotations[0]: isn't an object"),
         (edited(train=False), "its `train` isn't its shard's"),
         (edited(orientation=6), "its JSON says"),
-        (edited(orientation=11), "orientation: expected 1 to 8"),
+        (edited(orientation=11), "its JSON: orientation: expected a whole number from 1 to 8"),
         (edited(image_id=1), "keys are not the image ids"),
         (edited(width=6, height=1), "its aspect 6.0000 isn't its bucket's"),
         (edited(width=5000, height=5000), "is larger than its bucket's canvas"),
-        (edited(height=0), "its JSON says"),
+        (edited(height=0), "its JSON: height: expected"),
         (with_objects(label=7), "its label isn't its category's"),
         (
             with_objects(segmentation=[list(range(900))]),
             "edges need a room of 450, its bucket has",
         ),
         (with_objects(segmentation=[]), "it has no edges"),
+        (with_objects(segmentation={"size": [1, 1], "counts": "1"}), "polygons to train on"),
+        (with_objects(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "expected pairs of numbers, got 7"),
+        (lambda k, i, r: (k, i, without(r, "bbox")), "annotations[0].bbox is missing"),
         (lambda k, i, r: (k, i, {**r, "annotations": r["annotations"] * 9}), "room for"),
         (lambda k, i, r: (k, i[:-90], r), "image: can't be decoded"),
         (lambda k, i, r: (k, b"", r), "image: the file is empty"),
@@ -197,7 +205,7 @@ def test_json_that_is_none_is_found(shards: Path):
     split = read_index(shards).splits["train"]
     path = shards / split.shards[0].name
     path.write_bytes(path.read_bytes().replace(b'{"image_id"', b'["image_id"'))
-    assert any("its JSON can't be parsed" in fault for fault in faults(shards))
+    assert any("its JSON: not valid JSON" in fault for fault in faults(shards))
 
 
 def test_an_absent_index_is_refused(tmp_path: Path):

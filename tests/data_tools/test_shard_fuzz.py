@@ -1,4 +1,7 @@
-"""500 damaged data sets: each is refused with a clear line, or stored with a full account."""
+"""500 damaged data sets: each is refused with a clear line, or stored with a full account.
+
+The long form: just fuzz --cases 10000
+"""
 
 import copy
 import io
@@ -13,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzzing import NUMBERS, SPECIAL, STRANGE, places
 from PIL import Image
 
 from casc.data.index import Index, read_index
@@ -22,12 +26,15 @@ from data_tools.check import check_shards, fault_lines
 from data_tools.report import parse_ids
 from data_tools.shard import shard_dataset
 
-BATCHES, PER_BATCH = 10, 50
+PER_BATCH = 50
 
-NUMBERS = [0, -1, 1, 2, 0.5, -0.0, 1e-300, 1e6, 1e300, -1e300, 2**31, 2**63, 2**64, 10**400]
-OTHERS = [None, True, False, "", "1", "\x00", "\ud800", "Ærø", [], {}, [[]], [None], {"a": 1}]
-SPECIAL = [float("nan"), float("inf"), float("-inf")]
-STRANGE = [*NUMBERS, *OTHERS, *SPECIAL]
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "batch" in metafunc.fixturenames:
+        option = metafunc.config.getoption
+        cases, seed = int(option("--cases") or 0), int(option("--seed") or 0)
+        count = max(cases, 500) // PER_BATCH
+        metafunc.parametrize("batch", range(seed * count, (seed + 1) * count))
 
 
 def make_sound(rng: random.Random) -> dict[str, Any]:
@@ -56,17 +63,6 @@ def make_sound(rng: random.Random) -> dict[str, Any]:
         entries.append(entry)
     categories = [{"id": 1, "name": "ant"}, {"id": 2, "name": "cat"}]
     return {"images": images, "annotations": entries, "categories": categories}
-
-
-def places(data: Any) -> list[tuple[Any, Any]]:
-    """All (container, key) of a JSON value."""
-    found: list[tuple[Any, Any]] = []
-    items = data.items() if isinstance(data, dict) else enumerate(data)
-    for key, value in items:
-        found.append((data, key))
-        if isinstance(value, (dict, list)):
-            found += places(value)
-    return found
 
 
 def delete(data: Any, rng: random.Random) -> None:
@@ -196,7 +192,6 @@ def pictures(make_picture: Callable[..., bytes]) -> dict[str, bytes]:
     return {**found, "deep": deep.getvalue()}
 
 
-@pytest.mark.parametrize("batch", range(BATCHES))
 def test_damaged_data_sets(batch, tmp_path: Path, make_picture, pictures, settings, quiet_run):
     rng = random.Random(batch)
     sound = make_sound(rng)
