@@ -51,13 +51,13 @@ def test_a_training_step_of_the_reference_model(capacity, reads):
     config = DetectorConfig(box_head=BoxHeadConfig(samples=16))
     audit = record_training(with_capacity(config, capacity)).audit()
     assert audit.host_reads == reads
-    assert audit.operators <= 5400
+    assert audit.operators <= 4500
 
 
 def test_inference_of_the_reference_model():
     audit = audit_inference(DetectorConfig())
     assert audit.host_reads == 0
-    assert audit.operators <= 2400
+    assert audit.operators <= 1800
 
 
 def graph_operators(function, *args) -> list[str]:
