@@ -16,6 +16,7 @@ from casc.data.decode import (
     open_image,
     orient,
     stored_size,
+    try_decoding,
     values,
 )
 from casc.errors import UserError
@@ -171,12 +172,17 @@ def _probe(data: bytes, name: str) -> Probe:
         orientation = exif_orientation(image)
         transparent = "A" in mode or "transparency" in image.info
         sixteen = mode.startswith("I;16") or (kind == "PNG" and _png_depth(data) == 16)
-    decoded = decode_image(data)
-    if decoded.shape[:2] != size[::-1]:
-        raise ImageError(
-            f"decodes to {decoded.shape[1]} x {decoded.shape[0]} pixels, "
-            f"its header says {size[0]} x {size[1]}"
-        )
+        if kind == "JPEG":
+            try_decoding(image)
+    levels = 0
+    if kind != "JPEG":
+        decoded = decode_image(data)
+        if decoded.shape[:2] != size[::-1]:
+            raise ImageError(
+                f"decodes to {decoded.shape[1]} x {decoded.shape[0]} pixels, "
+                f"its header says {size[0]} x {size[1]}"
+            )
+        levels = len(np.unique(decoded)) if sixteen else 0
     if kind not in _EXTENSIONS:
         traits.append("other_format")
     if mode == "CMYK":
@@ -189,7 +195,6 @@ def _probe(data: bytes, name: str) -> Probe:
         traits.append("alpha")
     if sixteen:
         traits.append("sixteen_bit")
-    levels = len(np.unique(decoded)) if sixteen else 0
     extension = _EXTENSIONS.get(kind, "png")
     given = Path(name).suffix.lower().lstrip(".")
     if kind in _EXTENSIONS and given not in _ALIASES.get(extension, {extension}):

@@ -72,6 +72,23 @@ def decode_image(data: bytes, orientation: int = 1) -> np.ndarray:
     return np.ascontiguousarray(orient(array, orientation))
 
 
+def try_decoding(image: Image.Image) -> None:
+    """Decode an opened JPEG at an eighth of its size, in half the time: all of its data is read.
+
+    The image can't be used for its pixels afterwards.
+
+    Raises:
+        ImageError: as `decode_image` does.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.draft("L", (1, 1))
+            image.load()
+    except Exception as error:  # Pillow's decoders raise whatever they stumble upon
+        raise ImageError(f"can't be decoded: {_reason(error)}") from None
+
+
 def open_image(data: bytes) -> Image.Image:
     """Open an image without decoding it: format, size and mode are known, pixels aren't.
 

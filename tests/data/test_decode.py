@@ -18,6 +18,7 @@ from casc.data.decode import (
     orient,
     rgb,
     stored_size,
+    try_decoding,
 )
 from casc.errors import UserError
 
@@ -232,3 +233,33 @@ def test_a_tiff_is_turned_as_other_formats_are(kind: str, orientation: int):
     np.testing.assert_array_equal(opened, plain)
     np.testing.assert_array_equal(decode_image(data), plain)
     np.testing.assert_array_equal(decode_image(data, orientation), orient(plain, orientation))
+
+
+def verdict(function, data: bytes) -> str:
+    try:
+        function(data)
+    except ImageError:
+        return "refused"
+    return "taken"
+
+
+def tried(data: bytes) -> None:
+    with open_image(data) as image:
+        try_decoding(image)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_what_decodes_at_an_eighth_decodes_in_full(mode: str, options: dict):
+    rng = np.random.default_rng(1)
+    noise = Image.fromarray(rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)).convert(mode)
+    whole = encode(noise, "JPEG", quality=60, **options)
+    assert verdict(tried, whole) == "taken"
+    found = []
+    for cut in rng.integers(2, len(whole), 25).tolist():
+        spoilt = bytearray(whole)
+        spoilt[cut] ^= 0x5A
+        for data in (whole[:cut], bytes(spoilt)):
+            found.append(verdict(tried, data))
+            assert found[-1] == verdict(decode_image, data), cut
+    assert set(found) == {"taken", "refused"}
