@@ -10,6 +10,8 @@ Four functions are all that most programs need; docs/python.md shows them:
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -19,6 +21,22 @@ if TYPE_CHECKING:
     from casc.inference.load import load as load
     from casc.train.loop import train as train
     from data_tools.shard import shard as shard
+
+
+def make_callable(package: str, place: str) -> None:
+    """Let a call of a package be one of a function in it, imported when it is first called.
+
+    Args:
+        package: its name, from its own `__init__`.
+        place: module and function, such as casc.train.loop.train.
+    """
+    module, _, name = place.rpartition(".")
+
+    class Package(ModuleType):
+        def __call__(self, *arguments: Any, **named: Any) -> Any:
+            return getattr(importlib.import_module(module), name)(*arguments, **named)
+
+    sys.modules[package].__class__ = Package
 
 
 def __getattr__(name: str) -> Any:

@@ -6,10 +6,11 @@ import io
 import itertools
 import os
 import re
+import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn, get_args
 
 import tyro
 
@@ -26,6 +27,7 @@ def parse_arguments(
     description: str | None = None,
     default: Any = None,
     config: tuple[Any, ...] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
     """The command that the arguments mean.
 
@@ -39,15 +41,23 @@ def parse_arguments(
         description: for `--help`.
         default: a value of `kind` whose fields are the defaults.
         config: tyro's markers.
+        groups: how `--help` puts flags together; see `regrouped`. By default by their prefix.
     """
     options: dict[str, Any] = {"prog": prog, "description": description, "config": config}
     if default is not None:
         options["default"] = default
     said = io.StringIO()
+    shown = _Page()
     try:
-        with contextlib.redirect_stderr(said):
+        with (
+            contextlib.redirect_stderr(said),
+            _one_column(shown) if groups else contextlib.nullcontext(),
+        ):
             command, unknown = tyro.cli(kind, args=arguments, return_unknown_args=True, **options)
     except SystemExit as stop:
+        if groups and not stop.code:
+            sys.stdout.write(regrouped(shown.getvalue(), groups))
+            raise
         # What tyro takes for a missing argument may follow from a flag that there isn't.
         if not stop.code or not (unknown := _unknown_flags(kind, arguments, options)):
             say(said.getvalue().rstrip("\n"), sys.stderr)
@@ -59,6 +69,82 @@ def parse_arguments(
     if unknown:
         refuse(prog, f"unexpected argument {unknown[0]!r}")
     return command
+
+
+def overview(kind: Any, prog: str, description: str) -> str:
+    """A program's own `--help`: each subcommand with the first line of what it says of itself.
+
+    Args:
+        kind: the union of subcommands.
+        prog: the program's name.
+        description: of the program.
+    """
+    commands = {about.name: command for command, about in map(get_args, get_args(kind))}
+    width = max(map(len, commands))
+    lines = [f"usage: {prog} COMMAND ...", "", description.strip(), ""]
+    for name, command in commands.items():
+        lines.append(f"  {name:{width}}  {(command.__doc__ or '').strip().splitlines()[0]}")
+    return "\n".join(lines)
+
+
+class _Page(io.StringIO):
+    """Text that tyro may draw boxes in where stdout would take them."""
+
+    encoding: str = getattr(sys.__stdout__, "encoding", None) or "utf-8"
+
+
+@contextlib.contextmanager
+def _one_column(page: io.StringIO) -> Iterator[None]:
+    """Have what is printed in a page, and no wider than tyro makes one column of."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(min(shutil.get_terminal_size().columns, 120))
+    try:
+        with contextlib.redirect_stdout(page):
+            yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def regrouped(text: str, groups: Mapping[str, Sequence[str]]) -> str:
+    """A page of `--help` with its flags in boxes of other titles.
+
+    Args:
+        text: as tyro prints it: a box for each prefix, a flag's lines one after the other.
+        groups: titles in their order, each with the flags that belong there, without "--", and in
+            the order that they are listed in. "optim." means all that begin so and aren't listed by
+            their whole names; "" all that is left.
+    """
+    head: list[str] = []
+    flags: list[tuple[str, list[str]]] = []
+    inside, width = False, 0
+    for line in text.splitlines():
+        if line.startswith(("╭", "╰")):
+            inside = line.startswith("╭")
+            width = len(line)
+        elif not inside:
+            head.append(line)
+        elif found := re.match(r"│ (?:-h, )?--([\w.-]+)", line):
+            flags.append((found[1], [line]))
+        elif flags and line.startswith("│      "):
+            flags[-1][1].append(line)
+    if not flags:
+        return text  # in a terminal that has no boxes
+    listed = [(title, entry) for title, entries in groups.items() for entry in entries]
+    boxes: dict[str, list[tuple[int, list[str]]]] = {title: [] for title in groups}
+    for flag, lines in flags:
+        fitting = [e for _, e in listed if flag == e or (flag.startswith(e) and e[-1:] in ".")]
+        best = max(fitting, key=len)
+        place = next(i for i, (_, entry) in enumerate(listed) if entry == best)
+        boxes[listed[place][0]].append((place, lines))
+    page = "\n".join(head).rstrip("\n") + "\n\n"
+    for title, entries in boxes.items():
+        if entries:
+            inner = [line for _, lines in sorted(entries, key=lambda e: e[0]) for line in lines]
+            top = f"╭─ {title} ".ljust(width - 1, "─") + "╮"
+            page += "\n".join([top, *inner, "╰" + "─" * (width - 2) + "╯"]) + "\n"
+    return page
 
 
 @contextlib.contextmanager

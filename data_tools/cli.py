@@ -1,4 +1,7 @@
-"""The command line: `data_tools shard | check | synth | show`."""
+"""From annotations and images to shards, and back to pictures.
+
+`data_tools COMMAND --help` explains a command.
+"""
 
 import signal
 import sys
@@ -9,7 +12,7 @@ from typing import Annotated, Literal, NoReturn
 
 import tyro
 
-from casc.arguments import parse_arguments, reader_may_leave
+from casc.arguments import overview, parse_arguments, reader_may_leave
 from casc.data.index import ASPECTS, Index
 from casc.data.loader_config import RemoteConfig, check_loading
 from casc.data.status import warn_on_stderr
@@ -111,6 +114,8 @@ class ShardCommand:
         index = shard_dataset(root, self.out, self.splits or None, settings, run, parts)
         say(_describe(index, splits))
         say(f"shards are in {self.out}")
+        if hint := _next(index, self.out):
+            say(hint)
         return _verdict(index, splits, self.allow_missing)
 
 
@@ -267,9 +272,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _main(arguments: Sequence[str] | None) -> NoReturn:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given in (["-h"], ["--help"]):
+        say(overview(Command, "data_tools", __doc__ or ""))
+        sys.exit(0)
     command = parse_arguments(
         Command,
-        sys.argv[1:] if arguments is None else arguments,
+        given,
         prog="data_tools",
         description=__doc__,
     )
@@ -317,6 +326,22 @@ def _verdict(index: Index, splits: Sequence[str], allow_missing: bool) -> int:
             )
             code = max(code, int(failed))
     return code
+
+
+def _next(index: Index, out: Path) -> str:
+    """What to type next, where recipes' own names of splits and number of classes don't fit."""
+    splits = index.splits
+    train = next((name for name, split in splits.items() if split.train_samples), None)
+    if train is None or ("train2017" in splits and len(index.categories) == 80):
+        return ""
+    val = next((name for name in ("val2017", "val", "valid", *splits) if name in splits
+                and name != train), None)  # fmt: skip
+    evaluated = f" --val-split {val}" if val else " --evaluate-every 0"
+    return (
+        f"to train on them: casc train RECIPE --data {out} --train-split {train}{evaluated}"
+        f" --model.classes {len(index.categories)}"
+        + ("" if val else "; --val-share 0.1 here would hold images out to measure on")
+    )
 
 
 def _describe(index: Index, splits: Sequence[str]) -> str:

@@ -108,6 +108,12 @@ def shard_dataset(
     """
     check_settings(settings)
     if not coco.is_dir():
+        if coco.is_file() and coco.suffix in (".zip", ".tar", ".gz", ".tgz"):
+            raise UserError(f"{coco}: is an archive; unpack it, and give the folder")
+        if coco.is_file():
+            raise UserError(
+                f"{coco}: isn't a folder; a single annotation file goes to --annotations"
+            )
         raise UserError(f"{coco}: no such folder")
     if splits is not None and not splits:
         raise UserError("--splits: names no split")

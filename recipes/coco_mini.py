@@ -37,7 +37,7 @@ def coco_mini() -> Recipe:
         evaluate_every=4,
         log_every=8,
         optim=replace(recipe.optim, lr=0.08, clip_norm=10.0),
-        schedule=replace(recipe.schedule, kind="cosine", warmup_steps=64),
+        schedule=replace(recipe.schedule, kind="cosine", warmup_steps=64, warmup_limit=0.25),
         image=replace(recipe.image, short=256, long=416),
         model=replace(
             model,

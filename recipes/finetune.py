@@ -22,9 +22,11 @@ What to expect: no published counterpart. docs/finetuning.md has an example with
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from casc.checkpoints.model import load_trained
 from casc.data.index import read_index
+from casc.errors import UserError
 from casc.train.launch import launch
 from casc.train.recipe import Recipe
 
@@ -46,6 +48,11 @@ def finetune() -> Recipe:
 
 def fitted(recipe: Recipe) -> Recipe:
     """The recipe with the detector of its weights and the number of classes of its data."""
+    if recipe.init == finetune().init and not Path(recipe.init).exists():
+        raise UserError(
+            f"--init {recipe.init}: isn't there; give --init a run, a checkpoint or a published"
+            " one, such as mmdet:cascade_mask_rcnn_r50_fpn_1x_coco (`casc weights` lists them)"
+        )
     trained = load_trained(recipe.init)
     classes = len(read_index(recipe.data, recipe.loading).categories)
     return replace(recipe, model=replace(trained.model, classes=classes), image=trained.image)

@@ -303,7 +303,7 @@ def tiny_recipe(tmp_path, write_shards) -> Recipe:
         evaluate_every=0,
         log_every=1,
         optim=Optim(lr=0.01, reference_batch=2),
-        schedule=Schedule(drops=(1,), warmup_steps=3),
+        schedule=Schedule(drops=(1,), warmup_steps=3, warmup_limit=1.0),
         image=ImageConfig(short=64, long=64),
         loading=TrainLoaderConfig(workers=1, window=4),
         model=DetectorConfig(

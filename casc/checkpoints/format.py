@@ -130,7 +130,7 @@ def load(checkpoint: Path) -> Loaded:
         CorruptCheckpointError: naming the file that is missing, cut short or changed.
     """
     verify(checkpoint)
-    position = _json_of(checkpoint / STATE, "position")
+    position = position_of(checkpoint)
     weights, rest = load_file(checkpoint / WEIGHTS), load_file(checkpoint / STATE)
     guard, raw, ema, second = (_taken(rest, name) for name in (_GUARD, _RAW, _EMA, _SECOND))
     if raw:
@@ -141,6 +141,11 @@ def load(checkpoint: Path) -> Loaded:
 def recipe_of(checkpoint: Path) -> Any:
     """The recipe, as JSON, that a checkpoint's weights were trained with."""
     return upgrade_recipe(_json_of(checkpoint / WEIGHTS, "recipe"))
+
+
+def position_of(checkpoint: Path) -> dict[str, Any]:
+    """What resuming needs of a checkpoint beside the tensors, as JSON."""
+    return _json_of(checkpoint / STATE, "position")
 
 
 def upgrade_recipe(recipe: Any) -> Any:
@@ -156,6 +161,8 @@ def upgrade_recipe(recipe: Any) -> Any:
     made = {_RENAMED.get(name, name): upgrade_recipe(value) for name, value in recipe.items()}
     if made.get("nms_kernel") == "matrix":
         made["nms_kernel"] = "fixed"
+    if "warmup_steps" in made:  # before there was a limit, none held
+        made.setdefault("warmup_limit", 1.0)
     return made
 
 
@@ -230,7 +237,7 @@ def verify(checkpoint: Path) -> None:
         WEIGHTS_FORMAT,
     )
     recipe_of(checkpoint)
-    step = _json_of(checkpoint / STATE, "position").get("step")
+    step = position_of(checkpoint).get("step")
     if type(step) is not int or step < 0:
         raise CorruptCheckpointError(f"{checkpoint / STATE}: position: step is {step!r:.60}")
 

@@ -117,7 +117,9 @@ def read_weights(source: str) -> Weights:
     if path.is_dir():
         path = _in_folder(path)
     if not path.is_file():
-        raise UserError(f"{source}: no such file or folder")
+        raise UserError(
+            f"{source}: no such file or folder, and no published checkpoint's name (`casc weights`)"
+        )
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
     return _from_file(path)

@@ -43,7 +43,7 @@ class DoctorCommand:
 
     Exits with 0 if casc can train on some device here, else with 1.
 
-    Examples: `casc doctor`; `casc doctor --help`.
+    Examples: `casc doctor`; `casc doctor --json`.
     """
 
     json: bool = False

@@ -1,6 +1,7 @@
 """Train, evaluate and use Cascade Mask R-CNN.
 
-`casc COMMAND --help` explains a command, `casc train NAME --help` a recipe.
+`casc COMMAND --help` explains a command, `casc train NAME --help` a recipe; `casc --version` says
+which casc this is. Data sets are made by data_tools.
 """
 
 import sys
@@ -10,7 +11,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 import casc
-from casc.arguments import parse_arguments, reader_may_leave
+from casc.arguments import overview, parse_arguments, reader_may_leave
 from casc.cli.bench import BenchCommand, with_default
 from casc.cli.convert import ConvertCommand
 from casc.cli.doctor import DoctorCommand
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments in (["-h"], ["--help"]):
+        say(overview(Command, "casc", __doc__ or ""))
+        return 0
     if arguments == ["--version"]:
         say(f"casc {casc.__version__}")
         return 0

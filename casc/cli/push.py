@@ -10,7 +10,7 @@ from casc.printing import say
 
 @dataclass(frozen=True)
 class PushCommand:
-    """Upload a run's detector to the Hugging Face hub, with its classes, figures and a model card.
+    """Upload a run's detector to the Hugging Face hub, with classes, figures and a model card.
 
     `casc.load("hf://OWNER/NAME")` and all commands read it from there. Needs casc[hub], and a
     login as `hf auth login` makes it. The run's paths and URLs aren't sent.

@@ -73,4 +73,7 @@ def train(name: str, arguments: Sequence[str]) -> None:
     from casc.train.launch import launch
 
     module = importlib.import_module(f"{_PACKAGE}.{name}")
-    launch(getattr(module, name)(), module.__doc__)
+    if hasattr(module, "main"):  # the recipe does more than train, such as making its data
+        module.main(list(arguments))
+    else:
+        launch(getattr(module, name)(), module.__doc__, list(arguments))

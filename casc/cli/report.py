@@ -41,6 +41,9 @@ class ReportCommand:
     """Run over about so many images of the split only: whole shards, spread evenly over it."""
     threshold: float = 0.5
     """On images, leave out detections with a score below."""
+    errors: bool = False
+    """Also show what kinds of errors there are (TIDE, Bolya et al., 2020) and which classes are
+    taken for each other. Needs casc[errors]."""
     shards: str | None = None
     """Folder or URL of the shards; by default where the run read them."""
     split: str | None = None
@@ -66,6 +69,8 @@ class ReportCommand:
         check_loading(self.loading)
         if not 0 <= self.threshold <= 1:
             raise UserError(f"--threshold {self.threshold}: must be in [0, 1]")
+        if self.errors and not self.images:
+            raise UserError("--errors: the checkpoint isn't run with --no-images; drop one of them")
         history = read_history(self.folder)
         evaluated = newest_evaluation(history)
         analysis, without = None, "--no-images was given."
@@ -122,6 +127,7 @@ class ReportCommand:
                 threshold=self.threshold,
                 count=self.count,
                 limit=self.limit,
+                errors=self.errors,
                 watch=bar.update,
             )
         return trained.weights.step or 0, analysis

@@ -97,15 +97,22 @@ def evaluation_batches(
     loading: EvalLoaderConfig = DEFAULT_LOADING,
     pin_memory: bool = False,
     warn: Callable[[str], object] | None = None,
+    seed: int | None = None,
+    bitmaps: bool = False,
+    masks: bool = True,
+    regions: bool = False,
 ) -> BatchStream:
     """Yield (bucket, batch) until this rank has seen its part of the split, each image once.
 
-    The rows that fill up a batch have image id -1. Raises as `training_batches`.
+    The rows that fill up a batch have image id -1. With a seed, images have noise that follows
+    from it and from their ids; else they have none. Otherwise as `training_batches`.
     """
     walk = partial(
-        _walk_evaluation, root, split, batch=batch, world=world, rank=rank, loading=loading
-    )
-    return BatchStream(walk, split, batch, loading, pin_memory, warn=warn)
+        _walk_evaluation, root, split,
+        batch=batch, world=world, rank=rank, loading=loading, seed=seed, bitmaps=bitmaps,
+        masks=masks, regions=regions,
+    )  # fmt: skip
+    return BatchStream(walk, split, batch, loading, pin_memory, bitmaps, warn, regions)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -194,6 +201,10 @@ def _walk_evaluation(
     world: int,
     rank: int,
     loading: EvalLoaderConfig,
+    seed: int | None,
+    bitmaps: bool,
+    masks: bool,
+    regions: bool,
 ) -> Iterator[tuple[int, Batch]]:
     plan = plan_evaluation(
         split, batch=batch, world=world, rank=rank, workers=worker.workers, worker=worker.number
@@ -202,10 +213,19 @@ def _walk_evaluation(
         for bucket, segments in plan:
             members = [member for part in segments for member in reader.read(part)]
             worker.status.set(DECODING)
-            samples = [decode(*member) for member in members]
+            samples = [decode(*member, masks=masks, regions=regions) for member in members]
+            seeds = None if seed is None else [noise_seed(seed, 0, s.image_id) for s in samples]
             yield (
                 bucket,
-                collate(samples, split.buckets[bucket], batch=batch, block=next(worker.blocks)),
+                collate(
+                    samples,
+                    split.buckets[bucket],
+                    batch=batch,
+                    seeds=seeds,
+                    bitmaps=bitmaps,
+                    regions=regions,
+                    block=next(worker.blocks),
+                ),
             )
 
 

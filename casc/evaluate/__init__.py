@@ -3,16 +3,6 @@
 `casc.evaluate(detector, shards)` is `casc.evaluate.run.evaluate`: the package can be called.
 """
 
-import sys
-from types import ModuleType
-from typing import Any
+from casc import make_callable
 
-
-class _Package(ModuleType):
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        from casc.evaluate.run import evaluate
-
-        return evaluate(*arguments, **named)
-
-
-sys.modules[__name__].__class__ = _Package
+make_callable(__name__, "casc.evaluate.run.evaluate")

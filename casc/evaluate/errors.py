@@ -4,6 +4,7 @@ hotcoco computes both; the figures that they are compared with stay pycocotools'
 """
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,10 +48,9 @@ def find_errors(
     Raises:
         UserError: hotcoco isn't installed.
     """
-    try:
-        from hotcoco import COCO, COCOeval
-    except ImportError:
-        raise UserError("--errors: needs `pip install 'casc[errors]'`") from None
+    check_hotcoco()
+    from hotcoco import COCO, COCOeval
+
     images = {image["id"]: image for image in ground_truth["images"]}
     categories = {c["id"]: c["name"] for c in ground_truth["categories"]}
     objects, _ = usable_objects(ground_truth, images, categories)
@@ -73,6 +73,28 @@ def find_errors(
             "confusion": np.asarray(confusion["matrix"]).tolist(),
         }
     return found
+
+
+def check_hotcoco() -> None:
+    """See that error kinds can be found, before hours are spent on what they are found in.
+
+    Raises:
+        UserError: hotcoco isn't installed.
+    """
+    if importlib.util.find_spec("hotcoco") is None:
+        raise UserError("--errors: needs `pip install 'casc[errors]'`")
+
+
+def confusion_rows(errors: dict[str, Any], names: Sequence[str]) -> list[list[str | int]]:
+    """Give the confusion matrix with its heads: what is true down, what was found across.
+
+    Args:
+        errors: of one IoU type.
+        names: of the classes, ascending by id.
+    """
+    heads: list[list[str | int]] = [["true, found", *names, "missed"]]
+    rows = zip([*names, "background"], errors["confusion"], strict=True)
+    return heads + [[name, *row] for name, row in rows]
 
 
 def confused(errors: dict[str, Any], names: Sequence[str], most: int = 10) -> list[tuple[str, int]]:

@@ -14,7 +14,7 @@ from casc.config import from_json
 from casc.errors import UserError
 from casc.evaluate.coco_eval import MAX_DETS, EvalShard, IouType, average_precision, match
 from casc.evaluate.coco_results import Result, collect_results
-from casc.evaluate.errors import KINDS, confused
+from casc.evaluate.errors import KINDS, confused, confusion_rows
 from casc.evaluate.ground_truth import CocoDict, are_numbers, is_key, is_rle, usable_objects
 from casc.json_files import read_json, write_json
 from casc.model.detector import Detections
@@ -36,6 +36,10 @@ FIGURES = {
     "ARl": "ARl   area > 96^2",
 }
 """pycocotools' twelve figures in its order, and what a table calls them."""
+
+
+_MOST_IN_MATRIX = 12
+"""Classes of which a terminal has room for a confusion matrix."""
 
 
 def figure_names(max_dets: int = MAX_DETS) -> dict[str, str]:
@@ -262,8 +266,11 @@ def _error_tables(evaluation: Evaluation, titles: Mapping[str, str]) -> list[str
         cells = [(str(e["count"][kind]), _percent(e["lost"][kind])) for e in errors.values()]
         rows.append((text, *(cell for pair in cells for cell in pair)))
     names = [c.name for c in sorted(evaluation.classes, key=lambda c: c.id)]
-    pairs = confused(next(iter(errors.values())), names)
+    first = next(iter(errors.values()))
+    pairs = confused(first, names)
     blocks = [_columns(rows)]
+    if len(names) <= _MOST_IN_MATRIX:
+        blocks.append(_columns([[str(v) for v in row] for row in confusion_rows(first, names)]))
     if pairs:
         blocks.append(_columns([("most confused", "times"), *((t, str(n)) for t, n in pairs)]))
     return blocks

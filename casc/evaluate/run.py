@@ -26,7 +26,7 @@ from casc.distributed import ALONE, Ranks, gather
 from casc.errors import UserError
 from casc.evaluate.coco_eval import MAX_DETS, IouType, join
 from casc.evaluate.coco_results import found_in, write_results
-from casc.evaluate.errors import find_errors
+from casc.evaluate.errors import check_hotcoco, find_errors
 from casc.evaluate.ground_truth import ground_truth_from_samples, ground_truth_from_shards
 from casc.evaluate.metrics import IOU_TYPES, Evaluation, accumulate
 from casc.evaluate.workers import Truth, by_image, evaluate_images
@@ -102,6 +102,8 @@ def evaluate(
             f"--max-dets {max_dets}: must be more than 10, and at most what the detector gives of"
             f" an image, {most}; --detections {max_dets} makes it give more"
         )
+    if errors:
+        check_hotcoco()
     loading = loading or EvalLoaderConfig()
     check_loading(loading)
     root = location(shards)

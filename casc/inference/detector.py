@@ -166,13 +166,20 @@ class Detector:
                 trained, wanted = (self._called(category) for category in pair)
                 if trained != wanted:
                     raise UserError(
-                        f"{self.source}: class {i} is {trained}, in {where} it is {wanted}"
+                        f"{self.source}: class {i} is {trained}, in {where} it is"
+                        f" {wanted}{self._ways_out()}"
                     )
         if len(self.categories) != len(categories):
             raise UserError(
                 f"{self.source}: trained on {len(self.categories)} classes, {where} has"
-                f" {len(categories)}"
+                f" {len(categories)}{self._ways_out()}"
             )
+
+    def _ways_out(self) -> str:
+        return (
+            "; take shards of the checkpoint's classes in their order, or train it on these:"
+            f" casc train finetune --init {self.source} --data SHARDS"
+        )
 
     def _called(self, category: Category) -> str:
         return repr(category.name) + (f" (id {category.id})" if self.known == "classes" else "")

@@ -58,7 +58,9 @@ def ready_detector(
         trained.model, place, dtype=dtype, compile=compiled, programs=programs
     )
     for note in notes:
-        _log.warning("%s", note)
+        # What isn't one, such as the compiler's name, is for those who ask for it.
+        serious = note.startswith("warning: ")
+        _log.log(logging.WARNING if serious else logging.INFO, "%s", note.removeprefix("warning: "))
     stated = trained.weights.categories
     params = to_format({k: v.to(place) for k, v in trained.params.items()}, compute.memory_format)
     return Detector(

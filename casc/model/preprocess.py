@@ -8,7 +8,7 @@ Legend: B images, Hi x Wi input canvas (stored pixels), H x W canvas that the ne
 G ground-truth capacity, E edge capacity.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -114,6 +114,13 @@ def random_view(size: Tensor, seed: Tensor, config: ImageConfig, canvas: tuple[i
     if config.train_short is not None:
         short = _drawn(noises.uniform(seed, noises.SCALE, 1), *config.train_short)
     return View(resized(size, short, config.long), None, flip, seed)
+
+
+def without_randomness(config: ImageConfig) -> ImageConfig:
+    """The config with which `random_view` sees images as they are evaluated."""
+    nothing = ImageConfig(flip=0.0)
+    random = ("flip", "train_short", "jitter", "copy_paste", "colour", "erase")
+    return replace(config, **{name: getattr(nothing, name) for name in random})
 
 
 def training_canvas(bucket: Bucket, config: ImageConfig) -> tuple[int, int]:

@@ -42,6 +42,15 @@ def training_charts(history: History) -> list[tuple[str, str, Chart]]:
             found.append((name, title, chart))
 
     add("loss", "Loss", "loss", {"loss": "loss"}, min=0)
+    losses = [(r["step"], number(r.get("losses") or {}, "loss")) for r in history.evaluations]
+    if any(value is not None for _, value in losses):
+        line = {"name": "validation", "points": losses}
+        if found:  # beside that of training
+            series = found[0][2]["series"]
+            series[0]["name"] = "training"
+            series.append(line)
+        else:
+            found.append(("loss", "Loss", _chart("step", "loss", [line], min=0)))
     add("lr", "Learning rate", "learning rate", {"learning rate": "lr"}, min=0)
     add(
         "rpn", "Losses of the region proposals", "loss",

@@ -21,6 +21,7 @@ from casc.device.devices import traits
 from casc.draw import draw_instances, draw_sample
 from casc.evaluate.coco_eval import IouType, join, match, precision_at_recall
 from casc.evaluate.coco_results import ImageDetections, Result, found_in, image_results
+from casc.evaluate.errors import check_hotcoco, find_errors
 from casc.evaluate.ground_truth import ground_truth_from_shards, usable_objects, with_masks
 from casc.evaluate.metrics import Evaluation, accumulate
 from casc.evaluate.run import detect_stream, measured_types
@@ -72,6 +73,7 @@ def analyse(
     threshold: float,
     count: int,
     limit: int | None = None,
+    errors: bool = False,
     watch: Callable[[int], object] = lambda images: None,
 ) -> ErrorAnalysis:
     """Run a detector over a split and keep what a report shows.
@@ -87,18 +89,23 @@ def analyse(
             aren't drawn.
         count: how many of the best and of the worst images.
         limit: look at whole shards spread over the split, until they have so many images.
+        errors: also find the kinds of errors, and which classes are taken for each other.
         watch: is told how many images each batch had.
 
     Raises:
-        UserError: a shard can't be read, or a detection isn't finite.
+        UserError: a shard can't be read, a detection isn't finite, or hotcoco isn't installed.
     """
+    if errors:
+        check_hotcoco()
     whole = index.splits[split].samples
     index = replace(index, splits={split: part_of(index.splits[split], limit)})
-    truth = by_image(ground_truth_from_shards(root, index, split, loading))
+    every = ground_truth_from_shards(root, index, split, loading)
+    truth = by_image(every)
     qualities: dict[int, Quality] = {}
     kept: dict[int, list[Result]] = {}
     tallies = []
     types = measured_types(detector.model)
+    found_in_all: list[Result] = []
 
     stream = evaluation_batches(
         root,
@@ -126,6 +133,7 @@ def analyse(
         for found in chunk:
             mine = image_results(found, list(truth.categories))
             results += mine
+            found_in_all += mine if errors else []
             sure = [result for result in mine if result["score"] >= threshold]
             kept[found.image_id] = sure
             qualities[found.image_id] = _quality(truth, found, sure, types)
@@ -134,13 +142,17 @@ def analyse(
         objects, skipped = usable_objects({"annotations": annotations}, images, truth.categories)
         tallies.append(match(images, truth.categories, objects, results, types, skipped))
     tally = join(tallies)
+    evaluation = accumulate(tally, truth.categories)
+    if errors:
+        kinds = find_errors(every, found_in_all, types, threshold=threshold)
+        evaluation = replace(evaluation, errors=kinds)
     ids = sorted(truth.categories)
     worst, best = extremes(qualities, count)
     shown = _draw(root, index, split, loading, {k: qualities[k] for k in (*worst, *best)}, kept)
     return ErrorAnalysis(
         images=len(qualities),
         whole=whole,
-        evaluation=accumulate(tally, truth.categories),
+        evaluation=evaluation,
         curves={kind: precision_at_recall(m, ids, kind) for kind, m in tally.matches.items()},
         categories=[Category(key, truth.categories[key]) for key in ids],
         worst=[shown[key] for key in worst],

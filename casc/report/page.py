@@ -57,6 +57,9 @@ def report_page(
             ("precision", "Precision and recall", sections.curves(errors, step, _CHOICE)),
             ("images", "Worst and best images", sections.images(errors, step, threshold)),
         ]
+        if errors.evaluation.errors is not None:
+            kinds = ("errors", "Kinds of errors", sections.kinds(errors, step, threshold))
+            parts.insert(-1, kinds)
     else:
         text = f"Left out: {without}"
         parts.append(("images", "Precision, worst and best images", f"<p>{escape(text)}</p>"))

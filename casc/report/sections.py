@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from casc.draw.html import chart, escape, picture, table
+from casc.evaluate.errors import KINDS, confusion_rows
 from casc.evaluate.metrics import FIGURES, Evaluation
 from casc.report.charts import group_size, typical_speed
 from casc.report.error_analysis import ErrorAnalysis, Example
@@ -15,6 +16,8 @@ from casc.report.history import History, number
 _MESSAGES = 200
 _WIDEST = 1200
 _TITLES = {"bbox": "box", "segm": "mask"}
+_MATRIX = {"bbox": "boxes", "segm": "masks"}
+_SIZES = ("APs", "APm", "APl")
 _ENDS = {
     "results": "finished",
     "stopped": "stopped",
@@ -134,16 +137,25 @@ def accuracy(history: History, evaluated: tuple[int, Evaluation] | None, charted
     ):
         if count:
             body += note(f"{count:,} {what}.")
+    sized = [
+        key
+        for key in _SIZES
+        if any(c.more.get(t, {}).get(key) is not None for c in evaluation.classes for t in types)
+    ]
     rows = [
         [
             (c.name, c.name),
             (f"{c.instances:,}", c.instances),
             *(_figure(c.ap.get(t)) for t in types),
+            *(_figure(c.more.get(t, {}).get(k)) for t in types for k in sized),
         ]
         for c in evaluation.classes
     ]
     heads = ["class", "objects", *(f"{_TITLES[t]} AP" for t in types)]
+    heads += [f"{_TITLES[t]} {k}" for t in types for k in sized]
     title = f"AP by class in %, IoU .50 to .95, at step {step:,}"
+    if sized:
+        title += "; APs below 32² pixels, APm to 96², APl above"
     return body + table(title, heads, rows, sortable=True, filtered="Find a class")
 
 
@@ -163,6 +175,38 @@ def curves(analysis: ErrorAnalysis, step: int, choice: str) -> str:
         f'<select id="{escape(choice)}">{options}</select></div>'
         f'<div class="charts">{charts}</div>'
     )
+
+
+def kinds(analysis: ErrorAnalysis, step: int, threshold: float) -> str:
+    """What kinds of errors there are, and which classes are taken for which."""
+    errors = analysis.evaluation.errors or {}
+    rows = [
+        [
+            (text, text),
+            *(
+                cell
+                for e in errors.values()
+                for cell in ((f"{e['count'][kind]:,}", e["count"][kind]), _figure(e["lost"][kind]))
+            ),
+        ]
+        for kind, text in KINDS.items()
+    ]
+    heads = [f"{_TITLES[t]} {what}" for t in errors for what in ("errors", "AP50 lost")]
+    text = (
+        f"{_extent(analysis, step)} Kinds are TIDE's (Bolya et al., 2020), at an IoU of .50; what"
+        " is lost is the AP50, in %, that there would be more without them."
+    )
+    body = f"<p>{escape(text)}</p>" + table("Kinds of errors", ["", *heads], rows)
+    names = [category.name for category in analysis.categories]
+    for kind, found in errors.items():
+        head, *lines = confusion_rows(found, names)
+        cells = [[(str(value), value) for value in line] for line in lines]
+        title = (
+            f"Confusion matrix of {_MATRIX[kind]}, scores of {threshold:g} or more: rows are what"
+            " objects are, columns what they were found as"
+        )
+        body += table(title, [str(name) for name in head], cells)
+    return body
 
 
 def images(analysis: ErrorAnalysis, step: int, threshold: float) -> str:

@@ -13,7 +13,7 @@ from casc.model import detector
 from casc.model.preprocess import ImageConfig, training_canvas
 from casc.train.recipe import Recipe, resolved
 from casc.train.recipe_checks import advice
-from casc.train.schedule import rate_table, scaled_rate
+from casc.train.schedule import rate_table, scaled_rate, warmup_length
 
 
 class Facts(NamedTuple):
@@ -110,7 +110,7 @@ def describe(recipe: Recipe, index: Index, device: torch.device, world: int = 1)
                 f" room for {bucket.instances} objects, {bucket.edges} edges"
                 + (f", {repeats} repeated an epoch" if repeats else "")
             )
-    lines += [f"note: {text}" for text in advice(recipe)]
+    lines += [f"note: {text}" for text in (*shortened(recipe, derived), *advice(recipe))]
     return "\n".join(lines)
 
 
@@ -133,4 +133,17 @@ def rate_lines(recipe: Recipe, derived: Facts) -> list[str]:
     return [f"peak {derived.rate:g}{scaled}"] + [
         f"steps {first:,} to {last:,}: {a:.6g}" + (f" to {b:.6g}" if b != a else "")
         for first, last, a, b in table
+    ]
+
+
+def shortened(recipe: Recipe, derived: Facts) -> list[str]:
+    """A line that says so where warm-up is shorter than the recipe asks for; else none."""
+    schedule, steps = recipe.schedule, recipe.epochs * derived.steps_per_epoch
+    warmup = warmup_length(schedule, steps)
+    if warmup == schedule.warmup_steps:
+        return []
+    return [
+        f"warm-up is shortened from {schedule.warmup_steps:,} steps to {warmup:,},"
+        f" {schedule.warmup_limit:.4g} of the {steps:,} steps of all epochs;"
+        " --schedule.warmup-limit 1 keeps it whole"
     ]

@@ -11,11 +11,12 @@ from casc.device.devices import choose_device
 from casc.distributed import ranks_from_environment
 from casc.errors import TransientError, UserError
 from casc.printing import plain, say
-from casc.train.derived import describe
+from casc.train.derived import describe, facts
 from casc.train.loop import Summary, train
-from casc.train.recipe import Recipe, parse
+from casc.train.recipe import Recipe, parse, resolved
 from casc.train.recipe_checks import check
 from casc.train.sinks import Sink
+from casc.train.start import resumption
 
 
 def launch(
@@ -57,6 +58,9 @@ def launch(
         world = ranks_from_environment().world
         check(recipe, index, world)
         say(describe(recipe, index, choose_device(recipe.device), world))
+        recipe = resolved(recipe)
+        for line in resumption(recipe, index, facts(recipe, index, world)):
+            say(f"existing run    {line}")
     return None
 
 

@@ -4,6 +4,7 @@ Each rank also has a file of its own, `logs/rank-N.jsonl`, for what happens to i
 where it runs, warnings, errors.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -163,6 +164,24 @@ def run_log(
             raise UserError(f"--out {folder}: can't be written ({error})") from None
         stack.callback(log.close)
         yield log
+
+
+def logged_figures(folder: Path, step: int) -> list[dict[str, float | None]]:
+    """Figures of a run's evaluations up to a step, in order, from its log; none without a log.
+
+    What came of steps that the run left behind, when it went on from an earlier one, doesn't count.
+    """
+    found: dict[int, dict[str, float | None]] = {}
+    with contextlib.suppress(FileNotFoundError), (folder / LOG).open("rb") as lines:
+        for line in lines:
+            # A line may have been cut short by a crash.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                if record["kind"] == "run":
+                    found = {at: found[at] for at in found if at <= record["step"]}
+                elif record["kind"] == "evaluation":
+                    found[record["step"]] = dict(record["figures"])
+    return [found[at] for at in sorted(found) if at <= step]
 
 
 class _Lines:

@@ -82,7 +82,7 @@ def _loop(run: Run, state: State, activity: Activity, stopping: Stopping, saver:
             _scheduled_collection() as collect,
             profiling(recipe.profile if run.ranks.main else None, log.say) as traced,
         ):
-            while state.step < run.facts.steps:
+            while state.step < run.facts.steps and not evaluator.ending:
                 activity.set("waiting for data", state.step)
                 bucket, batch, on_device = meter.waiting(stream)
                 activity.batch(bucket, batch.image_id)

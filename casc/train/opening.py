@@ -8,7 +8,7 @@ from casc.data.index import read_index
 from casc.data.stream import training_batches
 from casc.data.workers import BatchStream
 from casc.device.compile_cache import use_cache
-from casc.device.devices import choose_device, make_deterministic, traits
+from casc.device.devices import choose_device, is_accelerator, make_deterministic, traits
 from casc.device.replay import choose_replay
 from casc.distributed import process_group, ranks_from_environment
 from casc.model.choose_compute import choose_compute
@@ -65,7 +65,9 @@ def open_run(recipe: Recipe, sinks: Sequence[Sink]) -> Iterator[tuple[Run, State
             run = Run(
                 recipe, index, derived, compute, device, ranks, log, past, replay.replay, lock
             )
-            yield run, state, [*notes, *compute_notes, replay.note]
+            # On a CPU nobody expects a replay.
+            replay_notes = [replay.note] if is_accelerator(device) else []
+            yield run, state, [*notes, *compute_notes, *replay_notes]
 
 
 def open_batches(run: Run, step: int) -> BatchStream:

@@ -101,6 +101,11 @@ class Recipe:
 
     evaluate_every: int = 1
     """Epochs between evaluations, and one at the end; 0 never evaluates."""
+    validation_loss: bool = False
+    """Evaluations also compute the losses on --val-split: no flip, no jitter, the same noise each
+    time. It takes about as long again as the detections."""
+    patience: int | None = None
+    """End the run when the figure of --keep-best hasn't risen for so many evaluations in a row."""
     save_every: int = 1
     """Epochs between checkpoints, and one at the end; 0 leaves it to --save-steps."""
     save_steps: int | None = None
@@ -152,7 +157,8 @@ RESUMABLE_CHANGES = frozenset(
         "compile_cache", "compile_backend", "replay", "deterministic", "model.roi_kernel",
         "model.rpn.nms_kernel", "model.inference.nms_kernel", "model.mask_head.capacity", "warm_up",
         "ddp_bucket_mb",
-        "evaluate_every", "save_every", "save_steps", "keep_last", "keep_best",
+        "evaluate_every", "validation_loss", "patience", "save_every", "save_steps", "keep_last",
+        "keep_best",
         "log_every", "watchdog_minutes", "tensorboard", "profile", "optim.max_skips",
     )
 )  # fmt: skip
@@ -179,10 +185,42 @@ class _Command:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     dry_run: bool = False
-    """Print the resolved recipe and what follows from it, and stop."""
+    """Print the resolved recipe, what follows from it and what the run that may be in the output
+    folder would go on from, and stop; fails where the run itself would be refused."""
     config: Path | None = None
     """Begin with this saved recipe (a run's recipe.json) in place of the recipe's own settings;
     other flags change it."""
+
+
+_GROUPS = {
+    "most used": (
+        "help", "data", "out", "init", "epochs", "batch", "optim.lr", "device", "dtype", "resume",
+        "dry-run",
+    ),
+    "the run": (
+        "name", "config", "seed", "train-split", "val-split", "max-steps", "resume-from", "allow",
+        "",
+    ),
+    "evaluating, saving, logging": (
+        "evaluate-every", "validation-loss", "patience", "save-every", "save-steps", "keep-last",
+        "keep-best", "log-every", "tensorboard", "profile", "watchdog-minutes",
+    ),
+    "speed and exactness": (
+        "compile", "compile-backend", "compile-cache", "warm-up", "replay", "exactness",
+        "deterministic", "ddp-bucket-mb", "model.roi-align", "model.roi-kernel",
+    ),
+    "learning": ("accumulate", "normalise", "optim.", "schedule.", "ema."),
+    "images": ("image.",),
+    "reading data": ("loading.",),
+    "model: classes, backbone, pyramid": (
+        "model.classes", "model.", "model.backbone.", "model.fpn.",
+    ),
+    "model: proposals": ("model.anchors.", "model.rpn."),
+    "model: box heads": ("model.stages.", "model.box-head."),
+    "model: mask heads": ("model.mask-head.",),
+    "model: detections": ("model.inference.",),
+}  # fmt: skip
+"""How `--help` lists the flags; those that most people touch come first."""
 
 
 def parse(
@@ -195,6 +233,7 @@ def parse(
         given,
         default=_Command(_saved(given) or recipe),
         description=description,
+        groups=_GROUPS,
     )
     return command.recipe, command.dry_run
 

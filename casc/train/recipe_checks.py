@@ -30,6 +30,7 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
         ("max-steps", recipe.max_steps, 1),
         ("save-steps", recipe.save_steps, 1),
         ("resume-from", recipe.resume_from, 1),
+        ("patience", recipe.patience, 1),
         ("log-every", recipe.log_every, 1),
         ("evaluate-every", recipe.evaluate_every, 0),
         ("save-every", recipe.save_every, 0),
@@ -46,9 +47,20 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
     ):
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
+    for flag, given in (("patience", recipe.patience), ("validation-loss", recipe.validation_loss)):
+        if given and not recipe.evaluate_every:
+            raise UserError(f"--{flag}: there are no evaluations; use --evaluate-every 1 or more")
+    if recipe.patience and recipe.keep_best == "none":
+        raise UserError(
+            "--patience: goes by the figure of --keep-best; set that to box_ap or mask_ap"
+        )
     if recipe.allow and recipe.resume_from is None:
         raise UserError(
             f"--allow {' '.join(recipe.allow)}: goes with --resume-from STEP, where to go on from"
+        )
+    if not 0 <= recipe.schedule.warmup_limit <= 1:
+        raise UserError(
+            f"--schedule.warmup-limit {recipe.schedule.warmup_limit}: must be from 0 to 1"
         )
     check_loading(recipe.loading)
     _check_image(recipe.image)
@@ -189,16 +201,38 @@ def _check_data(recipe: Recipe, index: Index) -> None:
     for flag, name in flags:
         if name not in index.splits:
             known = ", ".join(index.splits) or "none"
+            others = [other for other in index.splits if other not in dict(flags).values()]
             raise UserError(
                 f"--{flag} {name}: {recipe.data} has no such split (it has {known})"
-                + ("; or use --evaluate-every 0" if flag == "val-split" else "")
+                + (f"; use --{flag} {others[0]}" if others else "")
+                + (
+                    "; hold images out with `data_tools shard --val-share 0.1`, or use"
+                    " --evaluate-every 0"
+                    if flag == "val-split"
+                    else ""
+                )
             )
     _check_objects(recipe, index.splits[recipe.train_split])
+    if recipe.validation_loss:
+        validation_split(recipe, index)
     if recipe.model.classes != len(index.categories):
         raise UserError(
             f"--model.classes {recipe.model.classes}: {recipe.data} has {len(index.categories)}"
             f" categories; use --model.classes {len(index.categories)}"
         )
+
+
+def validation_split(recipe: Recipe, index: Index) -> Split:
+    """The split to evaluate on, with room for what losses are computed of.
+
+    Raises:
+        UserError: its shards don't know enough.
+    """
+    return training_split(
+        index.splits[recipe.val_split],
+        masks=recipe.model.masks != "none",
+        regions=recipe.model.ignore == "crowds",
+    )
 
 
 def _check_objects(recipe: Recipe, split: Split) -> None:

@@ -11,6 +11,7 @@ from casc.distributed import from_main
 from casc.evaluate.metrics import Evaluation
 from casc.json_files import read_json, write_json
 from casc.train.derived import spread
+from casc.train.patience import out_of_patience
 from casc.train.run import Run
 
 RESULTS = "results.json"
@@ -49,7 +50,7 @@ def conclude(run: Run, step: int, speed: float, evaluation: Evaluation | None) -
 
 
 def concluded(run: Run, step: int) -> bool:
-    """Whether this step is the run's end and it got there before; if so, print its row.
+    """Whether the run got to its end before, and this step is it; if so, print its row.
 
     All ranks ask together and are told the same.
     """
@@ -57,13 +58,15 @@ def concluded(run: Run, step: int) -> bool:
 
 
 def _concluded(run: Run, step: int) -> bool:
-    if step < run.facts.steps:
+    ending = out_of_patience(run.recipe, step)
+    if step < run.facts.steps and not ending:
         return False
     path = run.recipe.folder / RESULTS
     results = read_json(path) if path.exists() else {}
     if results.get("step") != step:
         return False
-    run.log.say(f"{run.recipe.folder}: the run is already at its end, step {step:,}")
+    why = f" ({ending})" if ending else ""
+    run.log.say(f"{run.recipe.folder}: the run is already at its end, step {step:,}{why}")
     run.log.say(results_table(results["row"]))
     return True
 

@@ -20,7 +20,7 @@ from casc.device.compute import Compute
 from casc.distributed import Ranks
 from casc.errors import UserError
 from casc.json_files import write_json
-from casc.train.derived import Facts, rate_lines
+from casc.train.derived import Facts, rate_lines, shortened
 from casc.train.environment import environment
 from casc.train.log import LOGS, RunLog, run_log
 from casc.train.recipe import Recipe
@@ -156,5 +156,7 @@ def announce(run: Run, state: State, notes: list[str]) -> None:
         f" {run.ranks.world} x {run.device.type}, {run.compute.dtype}; output in {recipe.folder}"
     )
     log.say("learning rate: " + "; ".join(rate_lines(recipe, run.facts)))
+    for line in shortened(recipe, run.facts):
+        log.say(line)
     for bucket, count in run.facts.wrapped.items():
         log.say(f"bucket {bucket}: {count} images an epoch are seen twice, to fill its last step")

@@ -90,6 +90,26 @@ def run_lock(folder: Path) -> Iterator[RunLock]:
                 folder.rmdir()  # where the run came to nothing
 
 
+def check_free(folder: Path) -> None:
+    """See that no run holds a folder, without taking or changing anything.
+
+    Of another machine's run the clocks have to agree within a minute or so.
+
+    Raises:
+        UserError: one holds it.
+    """
+    path = folder / NAME
+    holder = _read(path)
+    if holder is None:
+        return
+    if holder.machine == _machine():
+        alive = _born(holder.pid) == holder.born
+    else:
+        alive = path.exists() and time.time() - path.stat().st_mtime < STALE
+    if alive:
+        raise UserError(_taken(path, holder))
+
+
 def _acquire(path: Path) -> RunLock:
     mine = Holder(platform.node(), _machine(), os.getpid(), _born(os.getpid()), uuid.uuid4().hex)
     draft = _aside(path, mine)

@@ -24,13 +24,14 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
         record: what a sink gets.
 
     Returns:
-        "train/loss" and so on of a `train` record, "val/box_ap" and so on of an `evaluation`;
+        "train/loss" and so on of a `train` record, "val/box_ap" and, with --validation-loss,
+        "val/loss" and so on of an `evaluation`;
         nothing of other kinds, and nothing of what wasn't measured (None).
     """
     if record["kind"] == "train":
         group, values = "train", {k: v for k, v in record.items() if k not in _NOT_FIGURES}
     elif record["kind"] == "evaluation":
-        group, values = "val", record["figures"]
+        group, values = "val", {**record["figures"], **record.get("losses", {})}
     else:
         return {}
     return {

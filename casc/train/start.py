@@ -23,6 +23,8 @@ from casc.model.resnet import PREFIX
 from casc.train.derived import Facts, trained_split
 from casc.train.optim import moments_of
 from casc.train.recipe import IMAGENET, RANDOM, RESUMABLE_CHANGES, Recipe
+from casc.train.run_lock import check_free
+from casc.train.schedule import warmup_length
 from casc.train.state import new_state
 from casc.train.transfer import transfer
 
@@ -81,24 +83,7 @@ def resumed_state(
     if found is None:
         return None, NO_HISTORY, notes
     loaded = checkpoint.load(found)
-    if "phases" not in loaded.position:
-        raise UserError(
-            f"{found}: saved by an earlier version of casc, which didn't record what a run needs"
-            " to go on in an epoch; start a new one from its weights: --init"
-            f" {found / checkpoint.WEIGHTS} and another --out"
-        )
-    for name, kind in (("data", str), ("images_per_step", int), ("phases", list)):
-        if not isinstance(loaded.position.get(name), kind):
-            raise UserError(
-                f"{found / checkpoint.STATE}: position: {name} isn't what casc writes there; choose"
-                " another --out"
-            )
-    if fault := _phases_fault(loaded.position):
-        raise UserError(
-            f"{found / checkpoint.STATE}: position: phases{fault}; choose another --out"
-        )
-    changed = _check_recipe(recipe, found)
-    past, more = _past(recipe, index, derived, loaded.position)
+    past, changed = _continued(recipe, index, derived, found, loaded.position)
     params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
     scaled = choose_dtype(recipe.dtype, device) == torch.float16
     averaged = recipe.ema.decay is not None
@@ -107,12 +92,58 @@ def resumed_state(
         moments=moments_of(recipe.optim), scaled=scaled, averaged=averaged,
     )  # fmt: skip
     state = checkpoint.restore(state, loaded, found)
-    notes += [f"continuing from {found} at step {state.step:,}", *more, *changed]
+    notes += [f"continuing from {found} at step {state.step:,}", *changed]
     if recipe.resume_from == state.step and ranks.main:
         aside = checkpoint.set_aside(recipe.folder / CHECKPOINTS, state.step)
         if aside is not None:
             notes.append(f"--resume-from {state.step}: later checkpoints are in {aside}")
     return state, past, notes
+
+
+def resumption(recipe: Recipe, index: Index, derived: Facts) -> list[str]:
+    """What the run in the recipe's folder would go on from; nothing if none is there.
+
+    Nothing is written or locked, and tensors aren't loaded.
+
+    Raises:
+        UserError: as `resumed_state`, or a run is going on in the folder.
+    """
+    check_free(recipe.folder)
+    found, notes = _find(recipe)
+    if found is None:
+        return notes
+    position = checkpoint.position_of(found)
+    _, changed = _continued(recipe, index, derived, found, position)
+    return [*notes, f"goes on from {found} at step {position['step']:,}", *changed]
+
+
+def _continued(
+    recipe: Recipe, index: Index, derived: Facts, found: Path, position: dict[str, Any]
+) -> tuple[EpochHistory, list[str]]:
+    """How the epoch to go on with began, and what there is to say of changes.
+
+    Raises:
+        UserError: the recipe doesn't continue this checkpoint.
+    """
+    if "phases" not in position:
+        raise UserError(
+            f"{found}: saved by an earlier version of casc, which didn't record what a run needs"
+            " to go on in an epoch; start a new one from its weights: --init"
+            f" {found / checkpoint.WEIGHTS} and another --out"
+        )
+    for name, kind in (("data", str), ("images_per_step", int), ("phases", list)):
+        if not isinstance(position.get(name), kind):
+            raise UserError(
+                f"{found / checkpoint.STATE}: position: {name} isn't what casc writes there; choose"
+                " another --out"
+            )
+    if fault := _phases_fault(position):
+        raise UserError(
+            f"{found / checkpoint.STATE}: position: phases{fault}; choose another --out"
+        )
+    changed = _check_recipe(recipe, derived, found)
+    past, more = _past(recipe, index, derived, position)
+    return past, [*more, *changed]
 
 
 def data_position(
@@ -199,7 +230,7 @@ def _is_continued(recipe: Recipe, newest: Path | None) -> bool:
     )
 
 
-def _check_recipe(recipe: Recipe, found: Path) -> list[str]:
+def _check_recipe(recipe: Recipe, derived: Facts, found: Path) -> list[str]:
     """Refuse to continue with settings that change what is learnt, unless they are allowed to.
 
     Returns:
@@ -210,6 +241,9 @@ def _check_recipe(recipe: Recipe, found: Path) -> list[str]:
     free = RESUMABLE_CHANGES | {"batch", "accumulate"}
     if recipe.schedule.kind == "step":
         free |= {"epochs"}
+    steps = recipe.epochs * derived.steps_per_epoch
+    if warmup_length(before.schedule, steps) == warmup_length(recipe.schedule, steps):
+        free |= {"schedule.warmup_limit"}
     notes: list[str] = []
     for name, (old, new) in differences(to_json(before), to_json(recipe)).items():
         if name not in free and not name.startswith("loading."):

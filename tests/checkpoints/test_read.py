@@ -10,8 +10,9 @@ import torchvision
 from safetensors.torch import save_file
 
 from casc.checkpoints import read
-from casc.checkpoints.model import class_names, load_trained
+from casc.checkpoints.model import Trained, class_names, load_trained
 from casc.checkpoints.read import (
+    Weights,
     download_weights,
     fit_weights,
     imagenet_weights,
@@ -20,9 +21,11 @@ from casc.checkpoints.read import (
 from casc.checkpoints.shapes import backbone_of
 from casc.config import to_json
 from casc.data.index import Category
+from casc.device.compute import Compute
 from casc.errors import UserError
 from casc.inference.load import ready_detector
 from casc.model import detector
+from casc.model.preprocess import ImageConfig
 from casc.model.resnet import ResNetConfig
 from casc.train.recipe import Recipe
 
@@ -110,7 +113,10 @@ def test_casc_checkpoints_say_what_they_are(tmp_path, tiny_recipe):
     assert class_names(trained) == CATEGORIES
     ready = ready_detector(trained, "cpu", compile="off")
     ready.check_classes(CATEGORIES, "shards")
-    with pytest.raises(UserError, match=r"class 0 is 'cat' \(id 3\), in shards it is 'dog'"):
+    with pytest.raises(
+        UserError,
+        match=r"class 0 is 'cat' \(id 3\), in shards it is 'dog'.*; .*casc train finetune --init",
+    ):
         ready.check_classes(CATEGORIES[::-1], "shards")
     with pytest.raises(UserError, match="trained on 2 classes, shards has 1"):
         ready.check_classes(CATEGORIES[:1], "shards")
@@ -118,6 +124,18 @@ def test_casc_checkpoints_say_what_they_are(tmp_path, tiny_recipe):
     save_casc(tmp_path / "w.safetensors", tiny_recipe, params, buffers)
     with pytest.raises(UserError, match=r"'rpn_head.rpn_cls.bias' is missing"):
         load_trained(str(tmp_path / "w.safetensors"))
+
+
+def test_only_warnings_are_logged_as_warnings(tiny_recipe, monkeypatch, caplog):
+    notes = ["compiling with inductor", "warning: no kernel, so plain ATen"]
+    monkeypatch.setattr("casc.inference.load.choose_compute", lambda *_, **__: (Compute(), notes))
+    trained = Trained(Weights("made up", "reference", {}), tiny_recipe.model, ImageConfig(), {}, {})
+    with caplog.at_level("INFO"):
+        ready_detector(trained, "cpu")
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "compiling with inductor"),
+        ("WARNING", "no kernel, so plain ATen"),
+    ]
 
 
 def test_heads_of_other_classes_keep_their_initial_values(model18, tiny_recipe):

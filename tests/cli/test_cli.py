@@ -31,7 +31,7 @@ def test_help_is_there_and_quick():
         [sys.executable, "-X", "importtime", "-m", "casc", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
-    for word in ("eval", "predict", "verify", "casc.recipes"):
+    for word in ("eval", "predict", "verify", "recipes"):
         assert word in done.stdout
     assert not any(f" {name}\n" in done.stderr for name in ("torch", "numpy"))
 

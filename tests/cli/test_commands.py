@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -21,6 +22,7 @@ from casc.cli.recipes import descriptions
 from casc.config import to_json
 from casc.train.recipe import parse
 from data_tools import cli as data_tools
+from recipes.coco_1x import coco_1x
 from recipes.coco_mini import coco_mini
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,9 @@ def test_train_runs_the_recipe_of_a_name(capsys):
         assert "usage: casc train coco_mini" in out
         _, err, code = said(capsys, "train", "coco_mini", "--data", "nowhere", "--dry-run")
         assert "nowhere" in str(code)
+        # What a recipe's own main does is done: this one takes the classes of the shards.
+        _, _, code = said(capsys, "train", "finetune", "--data", "nowhere")
+        assert "--init runs/coco_1x: isn't there" in str(code)
     finally:
         sys.argv[:] = before
 
@@ -87,12 +92,18 @@ def test_a_saved_recipe_is_begun_with_and_changed_by_flags(tmp_path, capsys):
 def test_help_names_every_command(capsys):
     out, _, code = said(capsys, "--help")
     assert code == 0
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 100
     names = {f.stem for f in (ROOT / "casc" / "cli").glob("[!_]*.py")} - {
         "main",
         "device_checks",
         "card",
     }
-    assert names | {"train"} <= set(re.findall(r"• (\w+)", out))
+    assert names | {"train"} <= {line.split()[0] for line in lines if line.startswith("  ")}
+    with pytest.raises(SystemExit):
+        data_tools.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in ("shard", "check", "synth", "show"))
 
 
 def commands() -> list[tuple[str, type]]:
@@ -106,7 +117,7 @@ def test_help_shows_two_examples_and_names_what_goes_where(capsys, name: str, ki
     program, command = name.split()
     text = inspect.getdoc(kind) or ""
     examples = re.findall(rf"`({name}\b[^`]*)`", text.partition("Examples:")[2])
-    assert len(examples) >= 2 or command in ("train", "recipes", "doctor")
+    assert len(examples) >= 2 or command == "recipes"
     union = cli.Command if program == "casc" else data_tools.Command
     for example in examples:
         words = with_default(" ".join(example.split()).split()[1:])
@@ -116,6 +127,39 @@ def test_help_shows_two_examples_and_names_what_goes_where(capsys, name: str, ki
         parse_arguments(union, [command, "--help"], prog=program)
     usage = capsys.readouterr().out.splitlines()[0]
     assert not re.search(r"\b(STR|PATH|None)\b", usage)
+
+
+@pytest.mark.parametrize("width", ["80", "250"])
+def test_a_recipes_flags_are_in_few_groups_the_most_used_first(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", width)
+    with pytest.raises(SystemExit) as stop:
+        parse(coco_1x(), "Nothing is lost of it.", ["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "Nothing is lost of it." in out
+    assert os.environ["COLUMNS"] == width
+    _, *boxes = out.split("╭─ ")
+    assert len(boxes) <= 12
+    flags = [re.findall(r"^│ (?:-h, )?(--[\w.-]+)", box, re.MULTILINE) for box in boxes]
+    assert flags[0] == ["--help", "--data", "--out", "--init", "--epochs", "--batch", "--optim.lr",
+                        "--device", "--dtype", "--resume", "--dry-run"]  # fmt: skip
+    assert sorted(flag for group in flags for flag in group) == sorted(set(every_flag(coco_1x())))
+    assert out.count("(default:") == sum(map(len, flags)) - 1
+
+
+def every_flag(config: object, prefix: str = "") -> Iterator[str]:
+    """The first name of each field's flag, and of those that only the command line has."""
+    if not prefix:
+        yield from ("--help", "--dry-run", "--config")
+    for f in fields(config):  # type: ignore[arg-type]
+        name, value = f.name.replace("_", "-"), getattr(config, f.name)
+        nested = isinstance(value, tuple) and value and is_dataclass(value[0])
+        for at, part in enumerate(value) if nested else [(None, value)]:
+            place = prefix + name + ("" if at is None else f".{at}")
+            if is_dataclass(part):
+                yield from every_flag(part, f"{place}.")
+            else:
+                yield f"--{place}"
 
 
 def test_flags_that_are_on_are_listed_with_their_opposite(capsys):

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -5,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from casc.data.index import read_index
+from casc.train.recipe import parse
+from casc.train.recipe_checks import check
 from data_tools.cli import main
+from recipes.demo import demo
 
 
 def run(*arguments: object) -> int:
@@ -24,6 +28,10 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "train2017: 12 images" in text
     assert "val2017: 4 images" in text
     assert "nothing of a known category" not in text
+    # What is typed next is what a recipe's parser takes, and fits these shards.
+    (hint,) = re.findall(r"casc train RECIPE (.*)", text)
+    recipe, _ = parse(demo(), None, hint.split())
+    check(recipe, read_index(out))
     assert run("check", out, "--workers", 1) == 0
     assert "all well" in capsys.readouterr().out
     assert run("show", out, "--out", tmp_path / "c.png", "--split", "val2017", "--n", 2) == 0
@@ -39,6 +47,11 @@ def test_shards_go_below_the_current_folder(
     text = capsys.readouterr().out
     assert "annotation: crowd" in text
     assert "shards are in shards" in text
+    classes = len(read_index(tmp_path / "shards").categories)
+    assert (
+        f"--data shards --train-split train --evaluate-every 0 --model.classes {classes};" in text
+    )
+    assert "--val-share 0.1" in text
 
 
 def test_no_aspects_make_one_bucket(varied, tmp_path: Path):
@@ -48,8 +61,11 @@ def test_no_aspects_make_one_bucket(varied, tmp_path: Path):
 
 
 def test_mistakes_are_a_line_on_stderr(varied, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "export.zip").write_bytes(b"")
     for arguments in (
         ["shard", tmp_path / "absent"],
+        ["shard", tmp_path / "export.zip"],
+        ["shard", __file__],
         ["shard", varied.write(), "--workers", 0],
         ["shard", varied.write(), "--aspects", 2, 1],
         ["check", tmp_path],

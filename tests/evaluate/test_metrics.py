@@ -199,7 +199,10 @@ def test_each_kind_of_error_is_told():
     assert confused(errors, ["cat", "dog"]) == [("cat taken for dog", 1)]
     assert find_errors(truth, results, ["bbox"], threshold=0.85)["bbox"]["confusion"][0][1] == 0
     evaluation = replace(evaluate(truth, results, ["bbox"]), errors={"bbox": errors})
-    assert "missed" in format_table(evaluation)
+    table = [line.split() for line in format_table(evaluation).splitlines()]
+    assert ["true,", "found", "class", "1", "class", "2", "missed"] in table
+    assert ["class", "1", "1", "1", "0"] in table
+    assert ["background", "2", "1", "0"] in table
     assert find_errors(truth, [], ["bbox"])["bbox"]["count"]["Miss"] == 4
 
 

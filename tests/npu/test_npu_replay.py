@@ -39,7 +39,7 @@ def test_replayed_steps_are_launched_steps(
     recipe = replace(
         tiny_recipe, data=tmp_path / "both", batch=1, accumulate=2 if world == 1 else 1,
         device="npu", compile=False, ema=Ema(0.9), max_steps=STEPS, save_steps=3, log_every=1,
-        evaluate_every=0, schedule=Schedule(warmup_steps=4, warmup_ratio=0.1),
+        evaluate_every=0, schedule=Schedule(warmup_steps=4, warmup_ratio=0.1, warmup_limit=1),
     )  # fmt: skip
     runs = {
         "off": replace(recipe, replay="off"),

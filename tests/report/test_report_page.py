@@ -14,7 +14,10 @@ from made_up_run import EVIL, a_look
 from PIL import Image
 
 from casc.cli import main as cli
+from casc.data.index import Category
 from casc.draw.html import document, picture
+from casc.evaluate.errors import KINDS
+from casc.report.charts import training_charts
 from casc.report.history import newest_evaluation, read_history
 from casc.report.page import report_page
 from casc.train.loop import train
@@ -75,6 +78,23 @@ def test_a_log_without_steps_still_gives_a_page(new_log):
     assert "doesn't say where it ran" in texts["environment"]
 
 
+def test_validation_losses_are_drawn_beside_those_of_training(new_log):
+    log = new_log()
+    log.start()
+    log.train(10)
+    log.evaluate(50)
+    history = read_history(log.folder)
+    assert [s["name"] for s in training_charts(history)[0][2]["series"]] == ["loss"]
+    log.add("evaluation", step=100, figures={"box_ap": 0.5}, losses={"loss": 2.5, "s0.loss_cls": 1})
+    name, title, chart = training_charts(read_history(log.folder))[0]
+    assert (name, title) == ("loss", "Loss")
+    assert [(s["name"], s["points"]) for s in chart["series"]] == [
+        ("training", [(10, 1.5)]),
+        ("validation", [(50, None), (100, 2.5)]),
+    ]
+    assert '"validation"' in page_of(log.folder)
+
+
 def test_a_finished_run(new_log):
     log = new_log()
     log.start(environment={"python": "3.99.1"})
@@ -89,6 +109,32 @@ def test_a_finished_run(new_log):
     assert "n/a" in texts["accuracy"]  # the class without objects
     assert "3.99.1" in texts["environment"]
     assert "quality 25.0\u00a0%1 found, 2 missed, 3 wrong" in texts["images"]
+
+
+def test_kinds_of_errors_and_sizes_are_shown(new_log):
+    log = new_log()
+    log.start()
+    log.evaluate(50)
+    names = ["dog", EVIL]
+    look = a_look()
+    classes = tuple(
+        replace(c, more={"bbox": {"APs": None, "APm": 0.25}, "segm": {"APm": None}})
+        for c in look.evaluation.classes[:2]
+    )
+    counts = dict(zip(KINDS, range(31, 37), strict=True))
+    errors = {"count": counts, "lost": dict.fromkeys(KINDS, 0.125), "ap50": 0.5,
+              "confusion": [[41, 42, 43], [44, 45, 46], [47, 48, 49]]}  # fmt: skip
+    evaluation = replace(look.evaluation, classes=classes, errors={"bbox": errors})
+    categories = [Category(i + 1, name) for i, name in enumerate(names)]
+    page = page_of(log.folder, (60, look._replace(evaluation=evaluation, categories=categories)))
+    texts = Reader(page).texts
+    shown = re.sub(r"\s+", " ", texts["errors"])
+    assert "missed3612.5" in shown.replace(" ", "")
+    assert f"dog414243{EVIL}444546background474849" in shown
+    assert "box APm" in texts["accuracy"]
+    assert "box APs" not in texts["accuracy"]
+    assert "25.0" in texts["accuracy"]
+    assert "errors" not in Reader(page_of(log.folder, (60, look))).texts
 
 
 def test_trouble_is_told(new_log):
@@ -229,7 +275,7 @@ def test_the_command_looks_at_the_newest_checkpoint(tiny_recipe, capsys):
     assert summary.evaluation is not None
     arguments = ["report", str(recipe.folder), "--device", "cpu", "--loading.workers", "0"]
     with pytest.raises(SystemExit) as stop:
-        cli.main([*arguments, "--threshold", "0", "--count", "1"])
+        cli.main([*arguments, "--threshold", "0", "--count", "1", "--errors"])
     assert stop.value.code == 0
     assert "the report is in" in capsys.readouterr().out
     page = (recipe.folder / "report.html").read_text()
@@ -242,6 +288,10 @@ def test_the_command_looks_at_the_newest_checkpoint(tiny_recipe, capsys):
     data = re.search(r'id="data">(.*?)</script>', page, re.S)
     assert data is not None
     curve = json.loads(data.group(1))["pr-bbox"]["choices"][0]
+    objects = summary.evaluation.instances
+    rows = re.findall(r"<tr>(.*?)</tr>", page.partition("Confusion matrix of boxes")[2], re.S)
+    counts = [list(map(int, re.findall(r">(\d+)</td>", row))) for row in rows[1:3]]
+    assert sum(map(sum, counts)) == objects
     expected = summary.evaluation.figures["bbox"]["AP"]
     assert np.mean(curve[2]) / 1000 == pytest.approx(expected, abs=6e-4)
 

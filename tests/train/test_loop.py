@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 from hashlib import sha256
@@ -178,6 +179,8 @@ def as_an_earlier_version_saved(folder):
     ):
         assert new in text
         text = text.replace(new, old)
+    text, found_limit = re.subn(r'"warmup_limit": [\d.]+,\s*', "", text)
+    assert found_limit == 1
     (folder / "recipe.json").write_text(text)
     for found in (folder / "checkpoints").glob("step-*"):
         with safe_open(found / checkpoint.WEIGHTS, "pt") as file:
@@ -203,7 +206,13 @@ def test_a_run_with_fields_of_other_names_goes_on(tiny_recipe):
     trained = load_trained(str(recipe.folder))
     assert trained.model == model
     assert read_history(recipe.folder).recipe["ddp_bucket_mb"] == recipe.ddp_bucket_mb
-    assert train(replace(recipe, max_steps=2)).state.step == 2
+    # There was no limit to warm-up: 3 of the 10 steps, which this one allows and a tenth doesn't.
+    some, less = (replace(recipe.schedule, warmup_limit=limit) for limit in (0.3, 0.1))
+    with pytest.raises(
+        UserError, match=r"--schedule.warmup-limit: the run in .* has 1.0, now it is"
+    ):
+        train(replace(recipe, schedule=less, max_steps=2))
+    assert train(replace(recipe, schedule=some, max_steps=2)).state.step == 2
 
 
 def test_resume_must(tiny_recipe):

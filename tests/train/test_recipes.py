@@ -19,7 +19,7 @@ from casc.train.derived import describe, facts
 from casc.train.launch import launch
 from casc.train.recipe import Recipe, parse
 from casc.train.recipe_checks import advice, check
-from casc.train.schedule import learning_rate
+from casc.train.schedule import learning_rate, warmup_length
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -351,6 +351,13 @@ def test_help_shows_every_field_with_its_meaning():
         assert len(meaning.split("(default:")[0]) > 5, name
 
 
+def test_fine_tuning_says_what_it_begins_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("casc.recipes.finetune").main(["--data", "shards"])
+    assert "give --init a run, a checkpoint or a published" in str(stop.value.code)
+
+
 def test_the_command_line_changes_the_recipe():
     recipe, dry_run = parse(
         coco_1x(), None,
@@ -389,10 +396,39 @@ def test_dry_run_shows_facts_and_touches_nothing(tiny_recipe, capsys):
     assert describe(tiny_recipe, index, torch.device("cpu")).strip() == output.strip()
 
 
+def test_a_shortened_warm_up_is_told(tiny_recipe, capsys):
+    schedule = replace(tiny_recipe.schedule, warmup_limit=0.1)
+    launch(replace(tiny_recipe, schedule=schedule), None, ["--dry-run"])
+    output = capsys.readouterr().out
+    assert (
+        "note: warm-up is shortened from 3 steps to 1, 0.1 of the 10 steps of all epochs" in output
+    )
+    assert "steps 0 to 0: 1e-05" in output
+    launch(tiny_recipe, None, ["--dry-run"])
+    assert "is shortened" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["coco_1x", "coco_20e", "coco_mini", "demo"])
+def test_recipes_on_their_own_data_warm_up_in_full(name):
+    recipe = getattr(importlib.import_module(f"casc.recipes.{name}"), name)()
+    images = {"coco_mini": 128, "demo": 1200}.get(name, 117_266)
+    batch = recipe.optim.reference_batch if name.startswith("coco_1") else recipe.batch
+    steps = recipe.epochs * (images // batch)
+    assert warmup_length(recipe.schedule, steps) == recipe.schedule.warmup_steps > 0
+
+
 def test_mistakes_are_one_line(tiny_recipe, capsys):
     for args, message in (
         (["--data", "nowhere"], "error: nowhere: not found"),
         (["--model.classes", "3", "--dry-run"], "use --model.classes 2"),
+        (
+            ["--train-split", "train2017"],
+            r"no such split (it has train, val); use --train-split train",
+        ),
+        (
+            ["--val-split", "x", "--evaluate-every", "1"],
+            "use --val-split val; hold images out with",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             launch(tiny_recipe, None, args)
