@@ -55,6 +55,12 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, where)
     if origin in (Union, types.UnionType):
+        kinds = [option for option in arguments if dataclasses.is_dataclass(option)]
+        if kinds and isinstance(value, dict):
+            # The one that has most of these fields; errors are of that one then.
+            names = [{field.name for field in dataclasses.fields(kind)} for kind in kinds]
+            shared = [len(known & value.keys()) for known in names]
+            return _dataclass(kinds[shared.index(max(shared))], value, where)
         for option in arguments:
             try:
                 return _convert(option, value, where)

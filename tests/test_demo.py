@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from casc.data.index import INDEX_NAME
+from casc.model.resnet import ResNetConfig
 from data_tools import synth
 
 
@@ -55,6 +56,7 @@ def test_an_interrupted_demo_can_be_started_again(tmp_path, monkeypatch):
 def test_the_small_recipes_differ_from_the_reference_only_where_they_say():
     mini = importlib.import_module("casc.recipes.coco_mini").coco_mini()
     reference = importlib.import_module("casc.recipes.coco_1x").coco_1x()
+    assert isinstance(mini.model.backbone, ResNetConfig)
     assert mini.model.backbone.depth == 50
     assert mini.model.classes == 80
     assert mini.model.rpn == reference.model.rpn

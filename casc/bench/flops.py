@@ -65,7 +65,7 @@ def own_step(config: DetectorConfig, load: Load, positives: Sequence[int]) -> in
         inputs = training_inputs(batch, image, canvas, COMPUTE)
         count = anchor_count(config.anchors, canvas)
         noise = detector.draw_noise(config, batch.seed, count, inputs.targets.valid.shape[1])
-        features = detector.extract(params, buffers, config, inputs.image)
+        features = detector.extract(params, buffers, config, inputs.image, drop=noise.drop)
         found, pyramid, rois = detector.box_branch(params, config, features, inputs, noise)
         for i, positive in enumerate(positives[: len(rois)]):
             slots = rois[i].valid.shape[0]

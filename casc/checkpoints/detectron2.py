@@ -21,6 +21,7 @@ from casc.checkpoints.foreign import (
     from_text,
     in_rgb,
     one,
+    resnet_of,
     stated_image,
     stated_model,
     stds,
@@ -166,9 +167,10 @@ def _renamed(found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Row],
 
 def _usual(model: DetectorConfig) -> DetectorConfig:
     """The model with what Detectron2's config has by default and its code does."""
+    backbone = resnet_of(model)
     return replace(
         model,
-        backbone=replace(model.backbone, stride_in_1x1=model.backbone.depth >= 50),
+        backbone=replace(backbone, stride_in_1x1=backbone.depth >= 50),
         stages=tuple(
             replace(stage, stds=stds(weights))
             for stage, weights in zip(model.stages, _REG_WEIGHTS, strict=False)

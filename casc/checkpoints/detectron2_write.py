@@ -14,6 +14,7 @@ from casc.checkpoints.foreign import (
     Written,
     channel_line,
     check_expressible,
+    resnet_of,
     to_rgb,
     to_text,
 )
@@ -57,7 +58,7 @@ def write_detectron2(
         differences.append(
             "scores: this model averages the stages' logits, Detectron2 their probabilities"
         )
-    names = layer_names("gn" if model.backbone.norm == "gn" else "bn", stages=len(model.stages))
+    names = layer_names("gn" if resnet_of(model).norm == "gn" else "bn", stages=len(model.stages))
     state: dict[str, Tensor] = {}
     rows = []
     for name, value in tensors.items():
@@ -99,7 +100,7 @@ def _settings(
     model: DetectorConfig, image: ImageConfig, channels: str, mean: list[float], std: list[float]
 ) -> list[str]:
     """Lines of Detectron2's YAML."""
-    backbone, found, anchors = model.backbone, model.inference, model.anchors
+    backbone, found, anchors = resnet_of(model), model.inference, model.anchors
     weights = [[round(1 / v, 6) for v in stage.stds] for stage in model.stages]
     sizes = [[stride * anchors.scale] for stride in anchors.strides]
     return [

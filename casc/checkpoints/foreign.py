@@ -21,7 +21,7 @@ from casc.errors import UserError
 from casc.json_files import parse_json
 from casc.model.detector import DetectorConfig
 from casc.model.preprocess import ImageConfig
-from casc.model.resnet import PREFIX
+from casc.model.resnet import PREFIX, ResNetConfig
 
 Channels = Literal["rgb", "bgr"]
 Known = Literal["file", "given", "assumed", "fixed"]
@@ -85,6 +85,20 @@ class Written(NamedTuple):
     differences: list[str]
 
 
+def resnet_of(model: DetectorConfig) -> ResNetConfig:
+    """The model's ResNet, the one backbone that other programs' checkpoints are written for.
+
+    Raises:
+        UserError: it has another one.
+    """
+    if not isinstance(model.backbone, ResNetConfig):
+        raise UserError(
+            f"model.backbone {type(model.backbone).__name__}: only casc reads such a network; keep"
+            " the weights as they are, or export the detector (casc export)"
+        )
+    return model.backbone
+
+
 def check_expressible(model: DetectorConfig) -> None:
     """Refuse heads that have no place in other programs' checkpoints as casc writes them.
 
@@ -92,6 +106,7 @@ def check_expressible(model: DetectorConfig) -> None:
         UserError: naming the field.
     """
     plain = DetectorConfig()
+    resnet_of(model)
     for part, names in (
         ("fpn", ("norm",)),
         ("rpn", ("convs",)),
@@ -272,7 +287,7 @@ def stated_model(
     """
     known: Known = "file" if from_file else "assumed"
     stride_known = stds_known = known
-    backbone = model.backbone
+    backbone = resnet_of(model)
     if stated.stride_in_1x1 != "auto":
         said = backbone.stride_in_1x1 if from_file else None
         stride = one(said, stated.stride_in_1x1 == "yes", source, "--stride-in-1x1")

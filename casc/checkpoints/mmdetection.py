@@ -22,6 +22,7 @@ from casc.checkpoints.foreign import (
     complete,
     from_text,
     one,
+    resnet_of,
     stated_image,
     stated_model,
     to_rgb,
@@ -147,12 +148,13 @@ def write_mmdetection(checkpoint: Checkpoint, stated: Stated) -> Written:
         meta |= {"CLASSES": tuple(names), "dataset_meta": {"classes": tuple(names)}}
     turn = slice(None) if channels == "rgb" else slice(None, None, -1)
     mean, std = list(image.mean[turn]), list(image.std[turn])
-    style = "caffe" if model.backbone.stride_in_1x1 else "pytorch"
-    norm = {"frozen_bn": "BN", "gn": "GN"}[model.backbone.norm]
+    backbone = resnet_of(model)
+    style = "caffe" if backbone.stride_in_1x1 else "pytorch"
+    norm = {"frozen_bn": "BN", "gn": "GN"}[backbone.norm]
     rgb = channels == "rgb"
     settings = [
-        f"backbone: depth={model.backbone.depth}, style={style!r}, norm_cfg type {norm!r},"
-        f" base_channels={model.backbone.width}",
+        f"backbone: depth={backbone.depth}, style={style!r}, norm_cfg type {norm!r},"
+        f" base_channels={backbone.width}",
         f"neck: out_channels={model.fpn.channels}; heads: num_classes={model.classes}",
         f"2.x: img_norm_cfg mean={mean}, std={std}, to_rgb={rgb}",
         f"3.x: data_preprocessor mean={mean}, std={std}, bgr_to_rgb={rgb}",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from casc.checkpoints.config_text import at
-from casc.checkpoints.foreign import Channels
+from casc.checkpoints.foreign import Channels, resnet_of
 from casc.config import from_json, to_json
 from casc.errors import UserError
 from casc.model.detector import DetectorConfig
@@ -106,8 +106,8 @@ def understand(config: dict[str, Any], model: DetectorConfig, image: ImageConfig
             model = from_json(DetectorConfig, made, "as casc's config")
         except (TypeError, ValueError) as error:
             problem = f"a setting of its config is of an unexpected kind ({error})"
-    elif at(config, "model.backbone.style") == "caffe" and model.backbone.depth >= 50:
-        model = replace(model, backbone=replace(model.backbone, stride_in_1x1=True))
+    elif at(config, "model.backbone.style") == "caffe" and resnet_of(model).depth >= 50:
+        model = replace(model, backbone=replace(resnet_of(model), stride_in_1x1=True))
     return Said(model, image, channels, problem)
 
 
@@ -175,13 +175,14 @@ def _model(config: dict[str, Any], model: DetectorConfig) -> DetectorConfig:
     rpn, rcnn = "model.test_cfg.rpn.", "model.test_cfg.rcnn."
     proposals = at(config, rpn + "max_per_img", at(config, rpn + "max_num"))
     found = model.inference
+    backbone = resnet_of(model)
     caffe = at(config, "model.backbone.style", "pytorch") == "caffe"
     sampling = at(config, _ROI + "bbox_roi_extractor.roi_layer.sampling_ratio", 0)
     return replace(
         model,
         anchors=anchors,
         stages=stages,
-        backbone=replace(model.backbone, stride_in_1x1=caffe and model.backbone.depth >= 50),
+        backbone=replace(backbone, stride_in_1x1=caffe and backbone.depth >= 50),
         rpn=replace(
             model.rpn,
             test_pre_nms=at(config, rpn + "nms_pre", model.rpn.test_pre_nms),

@@ -53,7 +53,7 @@ class Weights:
     """Tensors by the reference's names, and what their file says about them."""
 
     source: str
-    kind: Literal["casc", "reference", "torchvision"]
+    kind: Literal["casc", "reference", "torchvision", "timm"]
     tensors: dict[str, Tensor]
     categories: tuple[Category, ...] | None = None
     """The classes in the order of labels; id -1 where the file has names only."""
@@ -129,8 +129,8 @@ def _from_file(path: Path) -> Weights:
     return _from_torch(str(path), load_pickle(path) if path.suffix == ".pkl" else load_torch(path))
 
 
-def imagenet_weights(depth: int) -> Weights:
-    """Read the ResNet of this depth of torchvision, IMAGENET1K_V1, as the reference starts from.
+def imagenet_weights(depth: int, version: Literal[1, 2] = 1) -> Weights:
+    """Read the ResNet of this depth of torchvision; the reference starts from IMAGENET1K_V1.
 
     torch.hub keeps the file in its cache (`$TORCH_HOME/hub/checkpoints`).
 
@@ -139,7 +139,7 @@ def imagenet_weights(depth: int) -> Weights:
     """
     import torchvision
 
-    url = torchvision.models.get_weight(f"ResNet{depth}_Weights.IMAGENET1K_V1").url
+    url = torchvision.models.get_weight(f"ResNet{depth}_Weights.IMAGENET1K_V{version}").url
     return _from_torch(url, load_torch(download_weights(url)))
 
 

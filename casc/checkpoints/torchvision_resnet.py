@@ -14,6 +14,7 @@ from casc.checkpoints.foreign import (
     as_float32,
     channel_line,
     complete,
+    resnet_of,
     stated_image,
 )
 from casc.checkpoints.report import Convention, Row
@@ -76,7 +77,7 @@ def write_torchvision(checkpoint: Checkpoint, stated: Stated) -> Written:
     Raises:
         UserError: torchvision has no such network.
     """
-    backbone, image = checkpoint.model.backbone, checkpoint.image
+    backbone, image = resnet_of(checkpoint.model), checkpoint.image
     for wrong, text in (
         (backbone.norm != "frozen_bn", "has group norm"),
         (backbone.width != 64, f"has {backbone.width} channels in its stem instead of 64"),

@@ -226,6 +226,8 @@ def _key(settings: tuple, free: list[Tensor], args: tuple) -> str:
         # Without what names folders of this machine: Inductor has a path made from the current one.
         [sorted(config.save_config_portable().items()) for config in configs],
         _sources(),
+        # Its networks are part of what is compiled.
+        getattr(sys.modules.get("timm"), "__version__", None),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 

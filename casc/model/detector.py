@@ -16,6 +16,14 @@ from torch import Tensor
 
 from casc.model import noise as noises
 from casc.model.anchors import AnchorConfig, grid_anchors
+from casc.model.backbone import (
+    Backbone,
+    drop_places,
+    feature_maps,
+    init_backbone,
+    is_frozen,
+    map_channels,
+)
 from casc.model.box_head import (
     BoxHeadConfig,
     BoxOutput,
@@ -45,7 +53,7 @@ from casc.model.mask_head import (
     mask_targets,
 )
 from casc.model.matching import take
-from casc.model.resnet import ResNetConfig, init_resnet, is_frozen, out_channels, resnet
+from casc.model.resnet import ResNetConfig
 from casc.model.rpn import (
     Proposals,
     RPNConfig,
@@ -105,7 +113,7 @@ class DetectorConfig:
 
     classes: int = 80
     """Object classes, background not counted."""
-    backbone: ResNetConfig = field(default_factory=ResNetConfig)
+    backbone: Backbone = field(default_factory=ResNetConfig)
     fpn: FPNConfig = field(default_factory=FPNConfig)
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
     rpn: RPNConfig = field(default_factory=RPNConfig)
@@ -154,6 +162,8 @@ class Noise(NamedTuple):
     """[B, A]."""
     stages: tuple[Tensor, ...]
     """Per stage [B, G + P] or [B, G + S]."""
+    drop: Tensor | None = None
+    """[B, D], which paths of the backbone are dropped; None where none are."""
 
 
 class Features(NamedTuple):
@@ -188,8 +198,8 @@ def init(config: DetectorConfig, generator: torch.Generator) -> tuple[Params, Pa
     """
     params: Params = {}
     buffers: Params = {}
-    init_resnet(config.backbone, params, buffers, generator)
-    init_fpn(config.fpn, out_channels(config.backbone), params, generator)
+    init_backbone(config.backbone, params, buffers, generator)
+    init_fpn(config.fpn, map_channels(config.backbone), params, generator)
     channels = config.fpn.channels
     init_rpn(config.rpn, config.anchors, channels, params, generator)
     for i in range(len(config.stages)):
@@ -222,8 +232,11 @@ def draw_noise(config: DetectorConfig, seed: Tensor, anchors: int, capacity: int
     """
     boxes = [config.rpn.train_proposals] + [config.box_head.samples] * (len(config.stages) - 1)
     stages = {noises.STAGE + i: capacity + count for i, count in enumerate(boxes)}
-    rpn, *others = noises.uniforms(seed, {noises.RPN: anchors} | stages)
-    return Noise(rpn, tuple(others))
+    places = drop_places(config.backbone)
+    drops = {noises.DROP_PATH: places} if places else {}
+    rpn, *others = noises.uniforms(seed, {noises.RPN: anchors} | stages | drops)
+    drop = others.pop() if places else None
+    return Noise(rpn, tuple(others), drop)
 
 
 def cast_heads(params: Params, image: Tensor, *, masks: bool = True) -> Params:
@@ -244,9 +257,10 @@ def extract(
     config: DetectorConfig,
     image: Tensor,
     probe: Probe = unwatched,
+    drop: Tensor | None = None,
 ) -> Features:
-    """Backbone and pyramid of [B, 3, H, W] images."""
-    maps = probe("maps", resnet(params, buffers, config.backbone, image))
+    """Backbone and pyramid of [B, 3, H, W] images; `drop` is the step's noise of that name."""
+    maps = probe("maps", feature_maps(params, buffers, config.backbone, image, drop))
     levels = probe("levels", fpn(params, config.fpn, maps))
     strides = config.anchors.strides[:ROI_LEVELS]
     return Features(levels, flatten_pyramid(levels[:ROI_LEVELS], strides))
@@ -295,7 +309,7 @@ def losses(
         Losses and measures, named like the reference's log.
     """
     params = cast_heads(params, inputs.image)
-    features = extract(params, buffers, config, inputs.image, probe)
+    features = extract(params, buffers, config, inputs.image, probe, noise.drop)
     result, pyramid, rois = box_branch(params, config, features, inputs, noise, probe, anchors)
     stages = range(mask_stages(config))
     if not stages:

@@ -301,6 +301,16 @@ def recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
     return result
 
 
+def keep_path(noise: Tensor, probability: float) -> Tensor:
+    """Factors that drop paths (stochastic depth, Huang et al., 2016) or make up for those dropped.
+
+    Args:
+        noise: uniform in [0, 1), any shape.
+        probability: of 0, in [0, 1); others are 1 / (1 - probability).
+    """
+    return (noise >= probability).to(noise.dtype) / (1 - probability)
+
+
 def group_norm(params: Params, name: str, x: Tensor) -> Tensor:
     """Group normalisation (Wu & He, 2018) over at most 32 groups: [B, C, H, W], same shape."""
     channels = x.shape[1]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # What a number is for; distinct purposes of one image must not share their noise.
 FLIP, RPN, SCALE, CROP, COLOUR, PASTE, ERASE = 1, 2, 3, 4, 5, 6, 7
-STAGE = 16  # stage k uses STAGE + k
+DROP_PATH, STAGE = 15, 16  # stage k uses STAGE + k
 
 _MASK = 0xFFFFFFFF
 

@@ -36,6 +36,9 @@ BLOCKS = {
 }
 BOTTLENECK_EXPANSION = 4
 PREFIX = "backbone"
+LAYER_BLOCKS = 3
+"""Blocks of a stage that share a layer's learning rate, as ConvNeXt's authors (Liu et al., 2022)
+have it for detection."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,20 @@ def resnet(params: Params, buffers: Params, config: ResNetConfig, image: Tensor)
     return maps
 
 
-def is_frozen(config: ResNetConfig, name: str) -> bool:
-    """Whether `frozen_stages` keeps this parameter from training."""
-    if not name.startswith(f"{PREFIX}.") or config.frozen_stages < 0:
-        return False
+def resnet_stage(name: str) -> int:
+    """The stage of a parameter of the backbone, 0 being the stem."""
     if not name.startswith(f"{PREFIX}.layer"):
-        return True
-    return int(name.removeprefix(f"{PREFIX}.layer")[0]) <= config.frozen_stages
+        return 0
+    return int(name.removeprefix(f"{PREFIX}.layer")[0])
+
+
+def resnet_layer(config: ResNetConfig, name: str) -> int:
+    """The layer of a parameter of the backbone, 0 being the stem: three blocks of a stage each."""
+    stage = resnet_stage(name)
+    if stage == 0:
+        return 0
+    below = sum(-(-count // LAYER_BLOCKS) for count in BLOCKS[config.depth][: stage - 1])
+    return below + 1 + int(name.split(".")[2]) // LAYER_BLOCKS
 
 
 def init_resnet(

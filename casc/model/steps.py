@@ -91,7 +91,7 @@ def _counted_step(
     ) -> tuple[LossSums, Pyramid, list[MaskRois], Targets]:
         inputs, noise = _step_inputs(batch, config, image, canvas, compute, probe)
         params = detector.cast_heads(params, inputs.image, masks=False)
-        features = detector.extract(params, buffers, config, inputs.image, probe)
+        features = detector.extract(params, buffers, config, inputs.image, probe, noise.drop)
         found, pyramid, rois = detector.box_branch(
             params, config, features, inputs, noise, probe, anchors
         )

@@ -7,9 +7,10 @@ has torch.optim's fused kernels instead: they read and write each number once wi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ from casc.distributed import ALONE, Ranks, mean_
 from casc.model.layers import Params
 from casc.train.flat import ALIGNMENT, as_vector, buffer_of, spans
 from casc.train.guard import SCALE, UPDATES, follow
+
+NO_LAYERS: Mapping[str, int] = MappingProxyType({})
+# Tables that say where something is: as little to be drawn towards 0 as a bias.
+_POSITIONS = ("pos_embed", "relative_position_bias_table")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Optim:
     weight_decay: float = 1e-4
     """Weight decay, on everything that trains, norms and biases included."""
     decay_vectors: bool = True
-    """Whether biases and norms decay; newer recipes spare them (--no-decay-vectors)."""
+    """Whether biases, norms and embeddings of positions decay; newer recipes spare them
+    (--no-decay-vectors)."""
     clip_norm: float | None = None
     """Clip the gradients' total norm to this; None doesn't clip."""
     backbone_lr: float = 1.0
@@ -56,6 +62,10 @@ class Optim:
     """Multiplies the learning rate of the FPN."""
     heads_lr: float = 1.0
     """Multiplies the learning rate of the RPN and of the box and mask heads."""
+    layer_decay: float = 1.0
+    """Multiplies the learning rate of the backbone once more for each of its layers from the top
+    down to the stem (Bao et al., 2022): 0.7 for instance. A ViT's block is a layer, and so are
+    three blocks of a stage of another network."""
     max_skips: int = 20
     """Stop after so many updates in a row were skipped because the loss or its gradient wasn't
     finite."""
@@ -66,15 +76,23 @@ def moments_of(config: Optim) -> int:
     return 2 if config.kind == "adamw" else 1
 
 
-def rate_factor(config: Optim, name: str) -> float:
-    """What multiplies the learning rate of a parameter."""
+def rate_factor(config: Optim, name: str, layers: Mapping[str, int] = NO_LAYERS) -> float:
+    """What multiplies the learning rate of a parameter.
+
+    Args:
+        config: the recipe's.
+        name: of the parameter.
+        layers: how many layers the backbone's parameters lie below the neck, by name.
+    """
     part = name.partition(".")[0]
-    return {"backbone": config.backbone_lr, "neck": config.neck_lr}.get(part, config.heads_lr)
+    factors = {"backbone": config.backbone_lr, "neck": config.neck_lr}
+    return factors.get(part, config.heads_lr) * config.layer_decay ** layers.get(name, 0)
 
 
-def decay_of(config: Optim, param: Tensor) -> float:
+def decay_of(config: Optim, name: str, param: Tensor) -> float:
     """The weight decay of a parameter."""
-    return config.weight_decay if param.ndim > 1 or config.decay_vectors else 0.0
+    spared = param.ndim <= 1 or name.rpartition(".")[2] in _POSITIONS
+    return 0.0 if spared and not config.decay_vectors else config.weight_decay
 
 
 def sgd(
@@ -147,12 +165,16 @@ class Stretch(NamedTuple):
 class FlatOptimizer:
     """Updates a state's tensors in place: from one buffer of gradients, as accelerators want it."""
 
-    def __init__(self, config: Optim, state: State, *, compute: Compute | None = None):
+    def __init__(
+        self, config: Optim, state: State, *, compute: Compute | None = None,
+        layers: Mapping[str, int] = NO_LAYERS,
+    ):  # fmt: skip
         """Prepare.
 
         Args:
             config: the recipe's.
             state: from `casc.train.state.new_state`.
+            layers: as of `rate_factor`.
             compute: says whether to compile the update, and with what; eager if None.
         """
         self.config = config
@@ -161,7 +183,7 @@ class FlatOptimizer:
         # Gradients come one by one; side by side they are exchanged and measured at once.
         self.gradient = torch.zeros_like(buffer_of(self.trained))
         self.gaps = self.gradient.new_zeros(ALIGNMENT)
-        self.stretches = _stretches(config, self.trained, _moments(config, state))
+        self.stretches = _stretches(config, self.trained, _moments(config, state), layers)
         self._apply = _apply
         if compute is not None and compute.compile:
             # Each stretch is of another length.
@@ -207,13 +229,13 @@ class FlatOptimizer:
 class FusedOptimizer:
     """The same on a CPU, one parameter after the other, by torch.optim."""
 
-    def __init__(self, config: Optim, state: State):
-        """Prepare."""
+    def __init__(self, config: Optim, state: State, *, layers: Mapping[str, int] = NO_LAYERS):
+        """Prepare; arguments are `FlatOptimizer`'s."""
         self.config = config
         self.trained = {name: state.params[name] for name in state.momentum}
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, param in self.trained.items():
-            key = rate_factor(config, name), decay_of(config, param)
+            key = rate_factor(config, name, layers), decay_of(config, name, param)
             groups.setdefault(key, []).append(param)
         columns: list[dict[str, Any]] = [
             {"params": params, "factor": factor, "weight_decay": decay}
@@ -262,12 +284,15 @@ class FusedOptimizer:
 Optimizer = FlatOptimizer | FusedOptimizer
 
 
-def make_optimizer(config: Optim, state: State, *, compute: Compute | None = None) -> Optimizer:
+def make_optimizer(
+    config: Optim, state: State, *, compute: Compute | None = None,
+    layers: Mapping[str, int] = NO_LAYERS,
+) -> Optimizer:  # fmt: skip
     """The optimizer of a state, as its device wants it. Arguments are `FlatOptimizer`'s."""
     device = next(iter(state.momentum.values())).device
     if is_accelerator(device):
-        return FlatOptimizer(config, state, compute=compute)
-    return FusedOptimizer(config, state)
+        return FlatOptimizer(config, state, compute=compute, layers=layers)
+    return FusedOptimizer(config, state, layers=layers)
 
 
 def update(
@@ -336,9 +361,11 @@ def _moments(config: Optim, state: State) -> tuple[Params, ...]:
     return (state.momentum, state.second)[: moments_of(config)]
 
 
-def _stretches(config: Optim, trained: Params, moments: Sequence[Params]) -> list[Stretch]:
+def _stretches(
+    config: Optim, trained: Params, moments: Sequence[Params], layers: Mapping[str, int]
+) -> list[Stretch]:
     def alike(name: str) -> tuple[float, float]:
-        return rate_factor(config, name), decay_of(config, trained[name])
+        return rate_factor(config, name, layers), decay_of(config, name, trained[name])
 
     buffers = [buffer_of(trained), *(buffer_of(moment) for moment in moments)]
     runs = [(key, next(run).start) for key, run in groupby(spans(trained), lambda s: alike(s.name))]

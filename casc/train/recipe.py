@@ -25,7 +25,7 @@ from casc.train.ema import Ema
 from casc.train.optim import Optim
 from casc.train.schedule import Schedule
 
-IMAGENET, RANDOM = "imagenet", "random"
+IMAGENET, IMAGENET_V2, RANDOM = "imagenet", "imagenet-v2", "random"
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Recipe:
     out: Path | None = None
     """Output folder; by default runs/NAME under the current directory."""
     init: str = IMAGENET
-    """Starting weights. imagenet: torchvision's for the backbone. random: none. Else a file,
-    a run's folder or a URL: of casc, the reference, or a torchvision ResNet."""
+    """Starting weights. imagenet, imagenet-v2: torchvision's first or second for the backbone.
+    timm:NAME: timm's for the backbone (timm:convnext_tiny.fb_in22k). random: none. Else a file, a
+    run's folder or a URL: of casc, the reference, or a torchvision ResNet."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue the run in the output folder if there is one, else start. never: refuse
     to touch a folder that has a run. must: refuse to start anew."""
@@ -233,6 +234,8 @@ def parse(
         given,
         default=_Command(_saved(given) or recipe),
         description=description,
+        # Which kind of backbone it is, the recipe says; flags change its settings.
+        config=(tyro.conf.AvoidSubcommands,),
         groups=_GROUPS,
     )
     return command.recipe, command.dry_run

@@ -2,13 +2,17 @@
 
 import math
 
+from casc.checkpoints.timm_weights import SOURCE
 from casc.data.index import Index, Split, training_split
 from casc.data.loader_config import check_loading
 from casc.device.devices import TRAITS
 from casc.errors import UserError
+from casc.model.backbone import map_channels, stage_count
 from casc.model.preprocess import ImageConfig
+from casc.model.resnet import ResNetConfig
+from casc.model.vit import ViTConfig
 from casc.train.optim import Optim
-from casc.train.recipe import IMAGENET, RANDOM, Recipe
+from casc.train.recipe import IMAGENET, IMAGENET_V2, RANDOM, Recipe
 
 
 def check(recipe: Recipe, index: Index, world: int = 1) -> None:
@@ -72,13 +76,18 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
     if not recipe.optim.lr > 0:
         raise UserError(f"--optim.lr {recipe.optim.lr}: must be more than 0")
     _check_moments(recipe.optim)
+    if not 0 < recipe.optim.layer_decay <= 1:
+        raise UserError(
+            f"--optim.layer-decay {recipe.optim.layer_decay}: must be more than 0 and at most 1"
+        )
+    most = stage_count(recipe.model.backbone)
     for part in ("backbone", "neck", "heads"):
         factor = getattr(recipe.optim, f"{part}_lr")
         if not 0 < factor < math.inf:
             raise UserError(
                 f"--optim.{part}-lr {factor}: must be more than 0"
                 + (
-                    ", to freeze it use --model.backbone.frozen-stages 4"
+                    f", to freeze it use --model.backbone.frozen-stages {most}"
                     if part == "backbone"
                     else ""
                 )
@@ -88,11 +97,6 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
         raise UserError(f"--ema.decay {decay}: must be between 0 and 1")
     if decay is None and not recipe.ema.evaluate:
         raise UserError("--ema.no-evaluate: there is no average; give --ema.decay, such as 0.9998")
-    if not -1 <= recipe.model.backbone.frozen_stages <= 4:
-        raise UserError(
-            f"--model.backbone.frozen-stages {recipe.model.backbone.frozen_stages}: must be from -1"
-            " (none) to 4 (all)"
-        )
     if not 0 < recipe.model.box_head.box_weight < math.inf:
         raise UserError(
             f"--model.box-head.box-weight {recipe.model.box_head.box_weight}: must be more than 0"
@@ -107,28 +111,86 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
             f"--device {recipe.device}: torchrun gives each process its own; drop the number"
         )
     _check_data(recipe, index)
-    backbone = recipe.model.backbone
-    if recipe.init == IMAGENET and (backbone.norm != "frozen_bn" or backbone.width != 64):
+    _check_backbone(recipe)
+
+
+def _check_backbone(recipe: Recipe) -> None:
+    backbone, init = recipe.model.backbone, recipe.init
+    map_channels(backbone)  # timm has it
+    most = stage_count(backbone)
+    if not -1 <= backbone.frozen_stages <= most:
         raise UserError(
-            "--init imagenet: there are such weights for --model.backbone.norm frozen_bn and"
-            " --model.backbone.width 64 only; use --init random or a file"
+            f"--model.backbone.frozen-stages {backbone.frozen_stages}: must be from -1 (none) to"
+            f" {most} (all)"
         )
-    if backbone.stride_in_1x1 and (backbone.depth < 50 or recipe.init == IMAGENET):
+    if isinstance(backbone, ResNetConfig):
+        _check_resnet(backbone, init)
+    elif init in (IMAGENET, IMAGENET_V2):
         raise UserError(
-            "--model.backbone.stride-in-1x1: neither torchvision's weights (--init imagenet) nor"
-            " networks of fewer than 50 layers are built so"
+            f"--init {init}: there are such weights for ResNets only; use --init timm:NAME, such as"
+            " timm:convnext_tiny.fb_in22k for --model.backbone.name convnext_tiny"
         )
-    if recipe.init == RANDOM and backbone.frozen_stages >= 0:
+    elif not 0 <= backbone.drop_path < 1:
+        raise UserError(
+            f"--model.backbone.drop-path {backbone.drop_path}: must be from 0 to less than 1"
+        )
+    if isinstance(backbone, ViTConfig):
+        _check_vit(backbone)
+    if init == RANDOM and backbone.frozen_stages >= 0:
         raise UserError(
             "--init random: frozen stages would keep their random weights;"
             " use --model.backbone.frozen-stages -1, or start from pretrained weights"
         )
 
 
+def _check_resnet(backbone: ResNetConfig, init: str) -> None:
+    pretrained = init in (IMAGENET, IMAGENET_V2) or init.startswith(SOURCE)
+    if pretrained and (backbone.norm != "frozen_bn" or backbone.width != 64):
+        raise UserError(
+            f"--init {init}: there are such weights for --model.backbone.norm frozen_bn and"
+            " --model.backbone.width 64 only; use --init random or a file"
+        )
+    if init == IMAGENET_V2 and backbone.depth < 50:
+        raise UserError(
+            f"--init {init}: torchvision has no second weights of a ResNet-{backbone.depth}; use"
+            " --init imagenet"
+        )
+    if backbone.stride_in_1x1 and (backbone.depth < 50 or pretrained):
+        raise UserError(
+            f"--model.backbone.stride-in-1x1: neither torchvision's weights (--init {init}) nor"
+            " networks of fewer than 50 layers are built so"
+        )
+
+
+def _check_vit(backbone: ViTConfig) -> None:
+    for flag, value, least in (
+        ("channels", backbone.channels, 4),
+        ("depth", backbone.depth, 1),
+        ("heads", backbone.heads, 1),
+        ("grid", backbone.grid, 1),
+        ("window", backbone.window, 0),
+        ("relative-grid", backbone.relative_grid, 1),
+    ):
+        if value < least:
+            raise UserError(f"--model.backbone.{flag} {value}: must be at least {least}")
+    if backbone.channels % backbone.heads or backbone.channels % 4:
+        raise UserError(
+            f"--model.backbone.channels {backbone.channels}: must be a multiple of 4 and of"
+            f" --model.backbone.heads {backbone.heads}"
+        )
+    unknown = [block for block in backbone.global_blocks if not 0 <= block < backbone.depth]
+    if unknown:
+        raise UserError(
+            f"--model.backbone.global-blocks {unknown[0]}: there are blocks 0 to"
+            f" {backbone.depth - 1}"
+        )
+
+
 def advice(recipe: Recipe) -> list[str]:
     """What is allowed but seldom meant."""
     found = []
-    if recipe.init == RANDOM and recipe.model.backbone.norm == "frozen_bn":
+    backbone = recipe.model.backbone
+    if recipe.init == RANDOM and isinstance(backbone, ResNetConfig) and backbone.norm != "gn":
         found.append(
             "training from random weights without normalisation seldom converges;"
             " see --model.backbone.norm gn"

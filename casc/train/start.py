@@ -10,8 +10,9 @@ import torch
 
 import casc
 from casc.checkpoints import format as checkpoint
-from casc.checkpoints.read import fit_weights, imagenet_weights, read_weights
+from casc.checkpoints.read import Weights, fit_weights, imagenet_weights, read_weights
 from casc.checkpoints.state import State
+from casc.checkpoints.timm_weights import SOURCE, timm_weights
 from casc.config import differences, from_json, to_json
 from casc.data.index import Category, Index, Split
 from casc.data.plan import NO_HISTORY, EpochHistory, Phase
@@ -19,14 +20,14 @@ from casc.device.devices import choose_dtype
 from casc.distributed import Ranks, from_main
 from casc.errors import UserError
 from casc.model import detector
-from casc.model.resnet import PREFIX
+from casc.model.resnet import PREFIX, ResNetConfig
 from casc.train.derived import Facts, trained_split
 from casc.train.optim import moments_of
-from casc.train.recipe import IMAGENET, RANDOM, RESUMABLE_CHANGES, Recipe
+from casc.train.recipe import IMAGENET, IMAGENET_V2, RANDOM, RESUMABLE_CHANGES, Recipe
 from casc.train.run_lock import check_free
 from casc.train.schedule import warmup_length
 from casc.train.state import new_state
-from casc.train.transfer import transfer
+from casc.train.transfer import check_conventions, transfer
 
 RECIPE = "recipe.json"
 CHECKPOINTS = "checkpoints"
@@ -42,15 +43,18 @@ def fresh_state(
     """
     params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
     notes: list[str] = []
-    if recipe.init == IMAGENET:
-        weights = imagenet_weights(recipe.model.backbone.depth)
-        params, buffers, fit = fit_weights(params, buffers, weights.tensors)
+    if (pretrained := _pretrained_backbone(recipe)) is not None:
+        notes = check_conventions(recipe, pretrained)
+        params, buffers, fit = fit_weights(params, buffers, pretrained.tensors)
         lost = [n for n in (*fit.missing, *(n for n, _, _ in fit.reshaped)) if n.startswith(PREFIX)]
+        # ViTDet adds these to whatever it was pretrained with.
+        lost = [name for name in lost if ".rel_pos_" not in name] + fit.unused
         if lost:
             raise UserError(
-                f"--init imagenet: {weights.source} doesn't fit the backbone at {lost[0]}"
+                f"--init {recipe.init}: {pretrained.source} doesn't fit the backbone at {lost[0]};"
+                " use weights of the network that --model.backbone describes"
             )
-        notes.append(f"weights from {weights.source}: {fit}")
+        notes.append(f"weights from {pretrained.source}: {fit}")
     elif recipe.init != RANDOM:
         weights = read_weights(recipe.init)
         params, buffers, notes = transfer(recipe, weights, params, buffers, index.categories)
@@ -61,6 +65,17 @@ def fresh_state(
         moments=moments_of(recipe.optim), scaled=scaled, averaged=averaged,
     )  # fmt: skip
     return state, notes
+
+
+def _pretrained_backbone(recipe: Recipe) -> Weights | None:
+    """The weights of a backbone alone that `--init` names by a word, if it does."""
+    backbone = recipe.model.backbone
+    if recipe.init.startswith(SOURCE):
+        return timm_weights(recipe.init, backbone)
+    if recipe.init in (IMAGENET, IMAGENET_V2):
+        assert isinstance(backbone, ResNetConfig)  # `recipe_checks.check` has seen to it
+        return imagenet_weights(backbone.depth, 2 if recipe.init == IMAGENET_V2 else 1)
+    return None
 
 
 def resumed_state(

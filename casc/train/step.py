@@ -7,6 +7,7 @@ from casc.checkpoints.state import State
 from casc.data.batch import Batch
 from casc.device.replay import Pool, Replay
 from casc.distributed import Exchange
+from casc.model.backbone import layers_above
 from casc.model.steps import LossStep, make_loss_step
 from casc.train.accumulate import backward
 from casc.train.ema import average, decay_at
@@ -25,7 +26,8 @@ class TrainStep:
 
     def __init__(self, run: Run, state: State, meter: Meter):
         self.run, self.state, self.meter = run, state, meter
-        self.optimizer = make_optimizer(run.recipe.optim, state, compute=run.compute)
+        layers = layers_above(run.recipe.model.backbone, list(state.params))
+        self.optimizer = make_optimizer(run.recipe.optim, state, compute=run.compute, layers=layers)
         self.trained = {name: state.params[name] for name in state.momentum}
         self.exchange = Exchange(self.trained.values(), run.ranks, run.recipe.ddp_bucket_mb)
         self.loss_steps: dict[int, LossStep] = {}

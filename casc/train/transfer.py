@@ -16,10 +16,10 @@ from casc.checkpoints.read import Fit, Weights, fit_weights
 from casc.config import differences, to_json
 from casc.data.index import Category
 from casc.errors import UserError
+from casc.model.backbone import is_frozen
 from casc.model.box_head import PREFIX as BOX
 from casc.model.layers import Params
 from casc.model.mask_head import PREFIX as MASK
-from casc.model.resnet import is_frozen
 from casc.train.recipe import Recipe
 
 _BY_CLASS = {BOX: "fc_cls", MASK: "conv_logits"}
@@ -60,7 +60,7 @@ def transfer(
         UserError: nothing fits, a frozen layer would keep its initial values, or the weights
             were trained on images of another kind.
     """
-    warnings = _check_conventions(recipe, weights)
+    warnings = check_conventions(recipe, weights)
     known = match_classes(weights, categories)
     tensors, made, notes = dict(weights.tensors), [], []
     if known is not None:
@@ -169,7 +169,7 @@ def _rows(
     return made
 
 
-def _check_conventions(recipe: Recipe, weights: Weights) -> list[str]:
+def check_conventions(recipe: Recipe, weights: Weights) -> list[str]:
     """Compare what weights were trained with, where they say so.
 
     Raises:
@@ -186,7 +186,7 @@ def _check_conventions(recipe: Recipe, weights: Weights) -> list[str]:
         if name.partition(".")[0] in (before.get(room) or {})
     }
     for name in ("image.mean", "image.std", "model.backbone.stride_in_1x1"):
-        if name in found and found[name][0] is not None:
+        if name in found and None not in found[name]:
             old, new = found[name]
             raise UserError(
                 f"--{name.replace('_', '-')}: the weights of {weights.source} were trained with"

@@ -14,7 +14,7 @@ from detectron2_names import detectron2_model, detectron2_name
 from torch import Tensor
 
 from casc.checkpoints.detectron2 import read_detectron2
-from casc.checkpoints.foreign import Stated
+from casc.checkpoints.foreign import Stated, resnet_of
 from casc.checkpoints.mmdetection import read_mmdetection
 from casc.checkpoints.model import class_names, load_trained
 from casc.cli import main as cli
@@ -163,7 +163,7 @@ def test_mmdetection_3(tmp_path, capsys, state):
     trained = load_trained(str(tmp_path / "a.safetensors"))
     assert trained.image.std == (58.395, 57.12, 57.375)
     assert (trained.image.short, trained.image.long) == (600, 1000)
-    assert not trained.model.backbone.stride_in_1x1
+    assert not resnet_of(trained.model).stride_in_1x1
     assert trained.weights.categories == (Category(-1, "cat"), Category(-1, "dog"))
     report = json.loads((tmp_path / "r").read_text())
     by_source = {row["source"]: row["how"] for row in report["tensors"]}
@@ -266,7 +266,7 @@ def test_what_detectron2s_files_leave_out_can_be_said(tmp_path, capsys, state):
     name = "backbone.conv1.weight"
     assert torch.equal(trained.params[name], detectron2_model(state)[detectron2_name(name) or ""])
     assert (trained.image.mean, trained.image.std) == ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
-    assert not trained.model.backbone.stride_in_1x1
+    assert not resnet_of(trained.model).stride_in_1x1
     assert trained.model.roi_align == "fixed"
     assert trained.model.stages[1].stds == (1 / 5, 1 / 6, 1 / 7, 1 / 8)
     # The order of the flags' numbers is that of the colours.

@@ -15,6 +15,7 @@ from detectron2_names import detectron2_model
 
 import casc
 from casc.checkpoints import published, read
+from casc.checkpoints.foreign import resnet_of
 from casc.checkpoints.model import load_trained
 from casc.checkpoints.published import COCO_CLASSES, PUBLISHED
 from casc.checkpoints.read import download_weights, read_weights
@@ -121,7 +122,7 @@ def test_detectron2s_checkpoint_is_converted_as_it_is_loaded(server, state, monk
     serve(monkeypatch, server, D2, pickle.dumps({"model": theirs, "__author__": "Detectron2"}))
     trained = load_trained(D2)
     assert trained.model.inference.average == "probabilities"
-    assert trained.model.backbone.stride_in_1x1
+    assert resnet_of(trained.model).stride_in_1x1
     assert [c.name for c in trained.weights.categories or ()] == list(COCO_CLASSES)
     stem = torch.from_numpy(theirs["backbone.bottom_up.stem.conv1.weight"])
     assert torch.equal(trained.params["backbone.conv1.weight"], stem.flip(1))  # BGR to RGB

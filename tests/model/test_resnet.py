@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from casc.model.backbone import is_frozen
 from casc.model.layers import Params
-from casc.model.resnet import BLOCKS, ResNetConfig, init_resnet, is_frozen, out_channels, resnet
+from casc.model.resnet import BLOCKS, ResNetConfig, init_resnet, out_channels, resnet
 
 
 def named(config: ResNetConfig) -> tuple[Params, Params]:

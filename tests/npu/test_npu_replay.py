@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from casc.config import to_json
+from casc.model.timm_backbone import TimmConfig
 from casc.train.ema import Ema
 from casc.train.schedule import Schedule
 
@@ -30,17 +31,22 @@ def log_of(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("world", "backbone"), [(1, None), (2, None), (1, TimmConfig("convnext_atto", drop_path=0.3))]
+)
 def test_replayed_steps_are_launched_steps(
-    tiny_recipe, write_shards, tmp_path, emulator, run_ranks, world
+    tiny_recipe, write_shards, tmp_path, emulator, run_ranks, world, backbone
 ):
-    """Two canvases, changing batches and rates, accumulation, averages, a resume in between."""
+    """Two canvases, changing batches and rates, accumulation, averages, a resume in between; and
+    paths that are dropped, other ones in each step."""
     write_shards(tmp_path / "both", {"train": [(0, 9, True), (1, 9, True)], "val": [(0, 3, True)]})
     recipe = replace(
         tiny_recipe, data=tmp_path / "both", batch=1, accumulate=2 if world == 1 else 1,
         device="npu", compile=False, ema=Ema(0.9), max_steps=STEPS, save_steps=3, log_every=1,
         evaluate_every=0, schedule=Schedule(warmup_steps=4, warmup_ratio=0.1, warmup_limit=1),
     )  # fmt: skip
+    if backbone is not None:
+        recipe = replace(recipe, model=replace(recipe.model, backbone=backbone))
     runs = {
         "off": replace(recipe, replay="off"),
         "on": replace(recipe, replay="on"),

@@ -24,7 +24,9 @@ NAMES = {
     "neck.fpn.weight": (6, 7),
     "rpn_head.bias": (33,),
     "roi_head.fc.weight": (3, 17),
+    "backbone.pos_embed": (1, 1, 3),
 }
+LAYERS = {"backbone.conv1.weight": 4, "backbone.pos_embed": 4, "backbone.conv1.bias": 1}
 
 
 def make_state(seed=0, *, scaled=False, device="cpu") -> State:
@@ -44,7 +46,7 @@ def make_state(seed=0, *, scaled=False, device="cpu") -> State:
 
 def optimizer_of(state, flat, monkeypatch, **settings) -> Optimizer:
     monkeypatch.setattr("casc.train.optim.is_accelerator", lambda device: flat)
-    optimizer = make_optimizer(Optim(**settings), state)
+    optimizer = make_optimizer(Optim(**settings), state, layers=LAYERS)
     assert isinstance(optimizer, FlatOptimizer) == flat
     return optimizer
 
@@ -83,7 +85,9 @@ def torchs(config: Optim, params: dict[str, Tensor]) -> torch.optim.Optimizer:
     for name, value in params.items():
         part = name.partition(".")[0]
         factor = {"backbone": config.backbone_lr, "neck": config.neck_lr}.get(part, config.heads_lr)
-        decay = config.weight_decay if config.decay_vectors or value.ndim > 1 else 0.0
+        factor *= config.layer_decay ** LAYERS.get(name, 0)
+        spared = value.ndim <= 1 or name == "backbone.pos_embed"
+        decay = 0.0 if spared and not config.decay_vectors else config.weight_decay
         groups.append({"params": [value], "factor": factor, "weight_decay": decay})
     if config.kind == "sgd":
         return torch.optim.SGD(groups, lr=0.1, momentum=config.momentum)
@@ -98,6 +102,8 @@ SETTINGS = [
     {"kind": "adamw", "weight_decay": 0.1, "decay_vectors": False, "heads_lr": 2.0},
     {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-3, "clip_norm": 0.5},
     {"clip_norm": 0.5, "heads_lr": 3.0},
+    {"kind": "adamw", "weight_decay": 0.05, "decay_vectors": False, "layer_decay": 0.7},
+    {"layer_decay": 0.5, "backbone_lr": 0.5},
 ]
 
 

@@ -15,6 +15,9 @@ from casc.config import differences, from_json, to_json
 from casc.data.index import Bucket, Category, Index, Shard, Split, read_index
 from casc.errors import UserError
 from casc.model import detector
+from casc.model.resnet import ResNetConfig
+from casc.model.timm_backbone import TimmConfig
+from casc.model.vit import ViTConfig
 from casc.train.derived import describe, facts
 from casc.train.launch import launch
 from casc.train.recipe import Recipe, parse
@@ -44,6 +47,7 @@ def test_coco_1x_is_the_seeds_job():
     assert (schedule.drops, schedule.factor) == ((8, 11), 0.1)
     assert (schedule.warmup_steps, schedule.warmup_ratio) == (500, 0.001)
     backbone = recipe.model.backbone
+    assert isinstance(backbone, ResNetConfig)
     assert (backbone.depth, backbone.norm, backbone.frozen_stages) == (50, "frozen_bn", 1)
     assert recipe.model.classes == 80
     assert [stage.iou for stage in recipe.model.stages] == [0.5, 0.6, 0.7]
@@ -58,6 +62,12 @@ def test_coco_20e_differs_in_its_schedule_only():
     }
 
 
+# What another backbone's settings haven't got.
+NO_RESNET = {
+    "model.backbone.depth": (50, None), "model.backbone.norm": ("frozen_bn", None),
+    "model.backbone.frozen_stages": (1, -1), "model.backbone.width": (64, None),
+    "model.backbone.stride_in_1x1": (False, None), "model.backbone.recompute": (False, None),
+}  # fmt: skip
 # Each with the recipe that it derives from, and all in which it differs from that one.
 DERIVED = {
     "coco_r101_1x": ("coco_1x", {"model.backbone.depth": (50, 101)}),
@@ -96,6 +106,55 @@ DERIVED = {
          "model.mask_head.norm": ("none", "gn")},
     ),
     "coco_ema": ("coco_1x", {"ema.decay": (None, 0.9998)}),
+    "coco_rsb_1x": (
+        "coco_1x",
+        {"init": ("imagenet", "timm:resnet50.a1_in1k"), "optim.kind": ("sgd", "adamw"),
+         "optim.lr": (0.02, 2e-4), "optim.weight_decay": (1e-4, 0.05),
+         "optim.decay_vectors": (True, False)},
+    ),
+    "coco_convnext_t_3x": (
+        "coco_3x",
+        {"init": ("imagenet", "timm:convnext_tiny.fb_in1k"), "optim.kind": ("sgd", "adamw"),
+         "optim.lr": (0.02, 2e-4), "optim.weight_decay": (1e-4, 0.05),
+         "optim.decay_vectors": (True, False), "optim.layer_decay": (1.0, 0.7),
+         "schedule.warmup_steps": (500, 1000), "image.train_short": ([640, 800], [480, 800]),
+         "model.box_head.convs": (0, 4), "model.box_head.fcs": (2, 1),
+         "model.box_head.norm": ("none", "gn"), "model.box_head.loss": ("smooth_l1", "giou"),
+         "model.box_head.box_weight": (1.0, 10.0), **NO_RESNET,
+         "model.backbone.name": (None, "convnext_tiny"), "model.backbone.drop_path": (None, 0.4)},
+    ),
+    "coco_vitdet_b": (
+        "coco_1x",
+        {"init": ("imagenet", "timm:vit_base_patch16_224.mae"), "epochs": (12, 100),
+         "evaluate_every": (1, 4), "optim.kind": ("sgd", "adamw"), "optim.lr": (0.02, 1e-4),
+         "optim.reference_batch": (16, 64), "optim.weight_decay": (1e-4, 0.1),
+         "optim.decay_vectors": (True, False), "optim.layer_decay": (1.0, 0.7),
+         "schedule.drops": ([8, 11], [89, 96]), "schedule.warmup_steps": (500, 250),
+         "image.short": (800, 1024), "image.long": (1333, 1024), "image.jitter": (None, [0.1, 2.0]),
+         "image.antialias": (False, True), "model.inference.average": ("logits", "probabilities"),
+         "model.fpn.norm": ("none", "ln"), "model.rpn.convs": (1, 2),
+         "model.rpn.train_proposals": (2000, 1000), "model.rpn.beta": (1 / 9, 1e-3),
+         "model.box_head.convs": (0, 4), "model.box_head.fcs": (2, 1),
+         "model.box_head.norm": ("none", "ln"), "model.mask_head.norm": ("none", "ln"),
+         "model.box_head.beta": (1.0, 1e-3),
+         "model.mask_head.stages": ("every", "first"),
+         **{k: v for k, v in NO_RESNET.items() if k not in ("model.backbone.depth",
+                                                            "model.backbone.recompute")},
+         "model.backbone.depth": (50, 12), "model.backbone.channels": (None, 768),
+         "model.backbone.heads": (None, 12), "model.backbone.grid": (None, 14),
+         "model.backbone.window": (None, 14), "model.backbone.global_blocks": (None, [2, 5, 8, 11]),
+         "model.backbone.relative": (None, True), "model.backbone.relative_grid": (None, 64),
+         "model.backbone.layer_scale": (None, False), "model.backbone.drop_path": (None, 0.1)},
+    ),
+    "convnext_mini": (
+        "coco_mini",
+        {"optim.kind": ("sgd", "adamw"), "optim.lr": (0.08, 1e-3),
+         "optim.weight_decay": (1e-4, 0.05), "optim.decay_vectors": (True, False),
+         "optim.layer_decay": (1.0, 0.9),
+         **{k: v for k, v in NO_RESNET.items() if k != "model.backbone.frozen_stages"},
+         "model.backbone.norm": ("gn", None),
+         "model.backbone.name": (None, "convnext_atto"), "model.backbone.drop_path": (None, 0.1)},
+    ),
     "coco_accumulate": ("coco_1x", {"accumulate": (1, 8)}),
     "finetune": (
         "coco_1x",
@@ -117,7 +176,7 @@ def test_a_derived_recipe_differs_where_it_says(name):
     assert differences(to_json(old), to_json(recipe)) == expected
     check(recipe, coco_index())
     assert advice(recipe) == []
-    for drop in recipe.schedule.drops:
+    for drop in recipe.schedule.drops if recipe.schedule.kind == "step" else ():
         assert drop < recipe.epochs
 
 
@@ -148,6 +207,7 @@ def test_pretrained_backbones_fit_and_are_checked(name, digest, monkeypatch):
 
     asked = []
     backbone = recipe_of(name).model.backbone
+    assert isinstance(backbone, ResNetConfig)
     with torch.device("meta"):
         network = torchvision.models.get_model(f"resnet{backbone.depth}", weights=None)
         params, buffers = detector.init(recipe_of(name).model, None)  # type: ignore[arg-type]
@@ -276,6 +336,29 @@ def test_eight_cards_follow_the_references_schedule():
         ({"model.backbone.norm": "gn"}, "--init imagenet: .*--init random"),
         ({"model.backbone.stride_in_1x1": True}, "--model.backbone.stride-in-1x1: .*torchvision"),
         ({"init": "random"}, "--init random: .*--model.backbone.frozen-stages -1"),
+        ({"optim.layer_decay": 0.0}, "--optim.layer-decay 0.0: must be more than 0"),
+        ({"init": "imagenet-v2", "model.backbone.depth": 34}, "--init imagenet-v2: .*ResNet-34"),
+        ({"model.backbone": TimmConfig("convnext_atto")}, "--init imagenet: .*ResNets only"),
+        (
+            {"model.backbone": TimmConfig("convnext_atto", 1.0), "init": "random"},
+            "--model.backbone.drop-path 1.0: must be from 0",
+        ),
+        (
+            {"model.backbone": TimmConfig("convnext_atto", frozen_stages=0), "init": "random"},
+            "--init random: .*frozen-stages -1",
+        ),
+        (
+            {"model.backbone": ViTConfig(heads=7), "init": "random"},
+            "--model.backbone.channels 768: .* --model.backbone.heads 7",
+        ),
+        (
+            {"model.backbone": ViTConfig(depth=8), "init": "random"},
+            "--model.backbone.global-blocks 8: there are blocks 0 to 7",
+        ),
+        (
+            {"model.backbone": ViTConfig(frozen_stages=13), "init": "random"},
+            "--model.backbone.frozen-stages 13: must be from -1 .none. to 12",
+        ),
     ],
 )
 def test_checks_name_the_flag(change, message):
@@ -299,9 +382,21 @@ def test_advice():
     assert "gn" in advice(replace(coco_1x(), init="random"))[0]
 
 
-def test_json_round_trip():
-    recipe = replace(coco_20e(), out=None, max_steps=5)
+@pytest.mark.parametrize(
+    "name", ["coco_20e", "coco_convnext_t_3x", "coco_vitdet_b", "coco_gn_scratch"]
+)
+def test_json_round_trip(name):
+    recipe = replace(recipe_of(name), out=None, max_steps=5)
     assert from_json(Recipe, json.loads(json.dumps(to_json(recipe)))) == recipe
+
+
+def test_flags_are_of_the_recipes_own_backbone():
+    flags = ["--model.backbone.drop-path", "0.2", "--model.backbone.frozen-stages", "1"]
+    recipe, _ = parse(recipe_of("coco_convnext_t_3x"), None, flags)
+    assert recipe.model.backbone == TimmConfig("convnext_tiny", 0.2, 1)
+    with pytest.raises(SystemExit) as stop:
+        parse(coco_1x(), None, flags)
+    assert stop.value.code == 2
 
 
 @pytest.mark.parametrize(
@@ -313,6 +408,8 @@ def test_json_round_trip():
         ({"dtype": "float8"}, "x.dtype: 'float8'"),
         ({"optim": {"rate": 1}}, "x.optim: unknown field 'rate'"),
         ({"image": 5}, "x.image: expected an object"),
+        ({"model": {"backbone": {"depth": 51}}}, "x.model.backbone.depth: 51"),
+        ({"model": {"backbone": {"name": "a", "drop": 1}}}, "unknown field 'drop' of TimmConfig"),
         ({"schedule": {"drops": [1, "2"]}}, r"x.schedule.drops\[1\]: '2'"),
         ({"max_steps": "none"}, "x.max_steps: 'none'"),
     ],

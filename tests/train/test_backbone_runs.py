@@ -1,0 +1,85 @@
+"""Whole runs with a backbone of timm and with a plain transformer, small: train, go on, use."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from casc.device.compute import Compute
+from casc.model.detector import init
+from casc.model.steps import make_loss_step
+from casc.model.timm_backbone import TimmConfig
+from casc.model.vit import ViTConfig
+from casc.train.loop import train
+from casc.train.optim import Optim
+from casc.train.recipe import Recipe
+from casc.train.schedule import Schedule
+
+BACKBONES = {
+    "timm": TimmConfig("convnext_atto", drop_path=0.3),
+    "vit": ViTConfig(
+        channels=32, depth=2, heads=2, grid=3, window=3, global_blocks=(1,), relative_grid=4,
+        drop_path=0.3,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=BACKBONES)
+def recipe(request, tiny_recipe, write_shards, tmp_path) -> Recipe:
+    """One canvas; AdamW with layer-wise rates, bf16, layer norms."""
+    write_shards(tmp_path / "one", {"train": [(0, 5, True)], "val": [(0, 3, True)]})
+    model = tiny_recipe.model
+    return replace(
+        tiny_recipe,
+        data=tmp_path / "one",
+        dtype="bfloat16",
+        optim=Optim("adamw", lr=1e-3, reference_batch=2, layer_decay=0.7, decay_vectors=False),
+        schedule=Schedule(kind="cosine", warmup_steps=2),
+        model=replace(model, backbone=BACKBONES[request.param], fpn=replace(model.fpn, norm="ln")),
+    )
+
+
+def test_a_run_goes_on_to_the_same_bits(recipe, tmp_path):
+    """Dropped paths, moments and rates of each layer included."""
+    straight = replace(recipe, max_steps=4)
+    whole = train(straight)
+    broken = replace(recipe, out=tmp_path / "broken", max_steps=2)
+    train(broken)
+    second = train(replace(broken, max_steps=4))
+    for a, b in zip(whole.state[1:], second.state[1:], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+    still = replace(recipe.model.backbone, drop_path=0.0)
+    other = train(
+        replace(
+            recipe, out=tmp_path / "still", max_steps=4, model=replace(recipe.model, backbone=still)
+        )
+    )
+    assert any(
+        not torch.equal(value, other.state.params[k]) for k, value in whole.state.params.items()
+    )
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_the_whole_step_is_one_graph(kind, tiny, tiny_batch):
+    """With dropped paths; other noise is no other graph."""
+    config, image, canvas = tiny
+    config = replace(
+        config, backbone=BACKBONES[kind], mask_head=replace(config.mask_head, capacity="full")
+    )
+    params, buffers = init(config, torch.Generator().manual_seed(0))
+    torch.compiler.reset()
+    eager, compiled = (
+        make_loss_step(config, image, canvas, Compute(compile=on, backend="eager"))
+        for on in (False, True)
+    )
+    with torch.no_grad():
+        compiled(params, buffers, tiny_batch([2, 1]))
+        batch = tiny_batch([2, 1], seed=1)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            found = compiled(params, buffers, batch)
+        expected = eager(params, buffers, batch)
+    assert found.sums.keys() == expected.sums.keys()
+    for name, value in expected.sums.items():
+        torch.testing.assert_close(found.sums[name], value, rtol=1e-4, atol=1e-5)
