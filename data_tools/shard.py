@@ -146,6 +146,8 @@ def shard_dataset(
             if source.split in made and _unchanged(source, out, made[source.split], run):
                 shards = len(made[source.split].shards)
                 run.say(f"{source.split}: nothing has changed, {shards} shards reused")
+                Journal(out, source.split).remove()  # a run ended between its index and this
+                remove_stale(out, source.split, made[source.split], run.say)
                 continue
             if made.pop(source.split, None) is not None:
                 # From here on the old entry isn't true any more.

@@ -250,6 +250,7 @@ def test_image_bomb():
 INDEXES = {
     "instances": ("splits.train.buckets[0].instances", {"instances": 10**30}),
     "capacity": ("splits.train.buckets[0].instances x edges", {"instances": 10**6, "edges": 10**6}),
+    "aspect": ("splits.train.buckets[0].max_aspect", {"max_aspect": 10**400}),
     "area": ("splits.train.buckets[0].height x width", {"height": 10**6, "width": 10**6}),
     "regions": ("splits.train.buckets[0].regions", {"regions": 10**9}),
     "boxes": ("splits.train.buckets[0].boxes", {"boxes": 10**9}),

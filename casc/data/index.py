@@ -287,7 +287,7 @@ class _Fields:
         if key not in self.data:
             raise self.error(key, f"a field of type {kind.__name__}", None)
         value = self.data[key]
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and type(value) is int and abs(value) <= LARGEST:
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self.error(key, kind.__name__, value)

@@ -332,6 +332,16 @@ def wait_for_end_of_group(group: int) -> None:
     raise AssertionError("workers outlive their parent")
 
 
+def test_a_journal_that_outlived_its_run_is_removed(varied, settings, quiet_run):
+    """As when the disk is full, or a kill comes, after the index and before the journal is gone."""
+    _, out = varied.shard()
+    journal = out / ".unfinished" / "train.jsonl"
+    journal.parent.mkdir()
+    journal.write_text("[]\n")
+    shard_dataset(varied.root, out, None, settings, quiet_run())
+    assert not journal.parent.exists()
+
+
 def test_splits_are_added_to_the_index(varied, another_coco, settings, quiet_run):
     _, out = varied.shard()
     val = another_coco("coco")

@@ -336,7 +336,7 @@ def campaign(
         number += 1
         if not series(case, number, rng, account):
             say(account.failures[-1])
-        if number % 20 == 0:
+        if number % 5 == 0:
             say(str(account))
     return account
 
