@@ -9,7 +9,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -271,7 +271,7 @@ class _Objects:
         self._texts = bytearray()
         """Of annotations that are parsed already."""
         self._rows = array("q")
-        self._lacks: list[tuple[str, array[int]]] = []
+        self._lacks: list[tuple[str, MutableSequence[int]]] = []
         for kind in ("missing_area", "missing_iscrowd"):
             self._lacks.append((kind, array("q")))
         self.categories: set[int] = set()

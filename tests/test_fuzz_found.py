@@ -198,6 +198,8 @@ def test_checkpoints_that_claim_otherwise(tiny_recipe):
         ({"score": 10**400}, "score: expected a number"),
         ({"image_id": [1]}, "has no such image"),
         ({"category_id": {}}, "has no category {}"),
+        ({"segmentation": {"size": [9, 8], "counts": "\ud800"}}, "expected compressed RLE"),
+        ({"segmentation": {"size": [9, 8], "counts": "94kX"}}, "expected compressed RLE"),
     ],
 )
 def test_results_of_other_types(tmp_path, change, said):

@@ -177,4 +177,8 @@ def is_rle(mask: object) -> bool:
     """Whether this looks like COCO's compressed run lengths."""
     if not isinstance(mask, Mapping) or not are_numbers(mask.get("size"), 2):
         return False
-    return isinstance(mask.get("counts"), (str, bytes))
+    counts = mask.get("counts")
+    if isinstance(counts, str) and counts.isascii():
+        counts = counts.encode()
+    # pycocotools reads on past the end of what ends within a number.
+    return isinstance(counts, bytes) and (not counts or not (counts[-1] - 48) & 0x20)
