@@ -115,6 +115,8 @@ def lower(job: GraphJob, config: DetectorConfig) -> list[no_gpu.Lowered]:
     batch = type(batch)(*(None if value is None else fake(value) for value in batch))
     make = steps.make_loss_step if job.what == "train" else steps.make_detect_step
     step = make(config, image, job.canvas, compute)
+    # The one read of a counted step, between its graphs: what is lowered serves any number.
+    steps.read_counts = lambda rois: [len(stage.valid) // 2 for stage in rois]
     with mode:
         step(params, buffers, batch)
     return found

@@ -103,7 +103,7 @@ def lowering(found: list[Lowered], options: dict[str, Any]) -> Callable:
 
     `options` are inductor's.
 
-    What it makes can be called once, and gives the fake tensors of the outputs.
+    What it makes gives fake tensors like the outputs.
     """
     seen: list[Lowered] = []
     codegen = inductor_scheduler.Scheduler._codegen
@@ -156,7 +156,7 @@ def lowering(found: list[Lowered], options: dict[str, Any]) -> Callable:
         inputs = [_moved(value, CPU, mode) for value in inputs]
         with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
             compile_fx.compile_fx(graph, inputs, inner_compile=inner)
-        return lambda *args: made
+        return lambda *args: tree_map(lambda leaf: _again(leaf, args), made)
 
     return backend
 
@@ -192,6 +192,16 @@ def _moved(value: Any, device: torch.device, mode: FakeTensorMode) -> Any:
         return leaf
 
     return fx.node.map_aggregate(value, one)
+
+
+def _again(leaf: Any, args: tuple) -> Any:
+    """A tensor like it, of the mode in which the arguments are: what follows mixes them."""
+    mode = torch._guards.detect_fake_mode(args)
+    if mode is None or not isinstance(leaf, Tensor):
+        return leaf
+    with mode, torch.no_grad():
+        made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+    return made.requires_grad_(leaf.requires_grad)
 
 
 def _says(answer: Any) -> Callable:

@@ -1,8 +1,10 @@
 """What is lowered for a card that isn't there."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,48 +27,65 @@ FALLBACKS = {
     # Ours: the neighbourhoods of sampled anchors, opaque on purpose.
     "casc.bag.default",
     "casc.bag_backward_onto.default",
+    # Places of detections, at inference.
+    "aten.scatter_.src",
 }
 """All that isn't a Triton kernel."""
-# A small detector, so that lowering takes seconds rather than minutes.
-PROGRAM = """
-import json
-import torch
-from casc.bench import graph
-from casc.model.box_head import BoxHeadConfig
-from casc.model.detector import DetectorConfig
-from casc.model.fpn import FPNConfig
-from casc.model.mask_head import MaskHeadConfig
-from casc.model.resnet import ResNetConfig
-from casc.model.rpn import RPNConfig
-from casc.model.detector import STAGES
-
-config = DetectorConfig(
-    classes=3,
-    backbone=ResNetConfig(depth=18, width=16),
-    fpn=FPNConfig(channels=32),
-    rpn=RPNConfig(channels=32, train_pre_nms=50, train_proposals=50),
-    stages=STAGES[:1],
-    box_head=BoxHeadConfig(channels=32, samples=16),
-    mask_head=MaskHeadConfig(channels=32, convs=1),
-)
-print(json.dumps(graph.report(graph.GraphJob("train", (64, 64), 2, 2, "h100"), config)))
-"""
+STEPS = {
+    "training": (2, 225),
+    "counted": (4, 235),
+    "inference": (1, 140),
+}
+"""Of the small detector's steps in `lower_steps.py`: graphs, forward and backward (counted mask
+heads have one of their own), and the most that they may launch."""
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def report() -> dict:
+def lowered(tmp_path_factory) -> dict[str, Path]:
+    """What `lower_steps.py` wrote of each step."""
     if torch.version.cuda is None:
         pytest.skip("this torch isn't built for CUDA")
     pytest.importorskip("triton", reason="Triton isn't installed")
-    command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    folder = tmp_path_factory.mktemp("gpu")
+    files = {name: folder / f"{name}.json" for name in STEPS}
+    run(*(["lower_steps.py", file, name] for name, file in files.items()))
+    return files
 
 
-def test_a_step_is_one_graph_each_way_and_stays_on_the_card(report):
-    assert report["graphs"] == 2
-    assert report["on_host"] == 0
+@pytest.fixture(scope="module")
+def reports(lowered) -> dict[str, dict]:
+    return {name: json.loads(file.read_text()) for name, file in lowered.items()}
+
+
+@pytest.fixture(scope="module")
+def report(reports) -> dict:
+    return reports["training"]
+
+
+def run(*commands: list) -> None:
+    """Run programs of this folder side by side; none may fail."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, HERE / program, *map(str, arguments)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])},
+        )
+        for program, *arguments in commands
+    ]
+    for process in started:
+        _, said = process.communicate()
+        assert process.returncode == 0, said[-6000:]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_stays_on_the_card_within_its_budget(reports, name):
+    graphs, launches = STEPS[name]
+    assert reports[name]["graphs"] == graphs
+    assert reports[name]["on_host"] == 0
+    assert set(reports[name]["fallbacks"]) <= FALLBACKS
+    assert launches / 2 < reports[name]["launches"] <= launches
 
 
 def test_sums_are_those_of_the_parts(report):
@@ -98,4 +117,4 @@ def test_the_reference_models_training_step_is_within_its_budget(capsys, report)
     assert found["graphs"] == 2
     assert found["on_host"] == 0
     assert found["launches"] <= LAUNCHES
-    assert set(found["fallbacks"]) == FALLBACKS
+    assert set(found["fallbacks"]) <= FALLBACKS
