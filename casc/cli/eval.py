@@ -8,7 +8,7 @@ import tyro
 
 from casc.data.loader_config import EvalLoaderConfig
 from casc.errors import UserError
-from casc.inference.settings import Settings
+from casc.inference.settings import Settings, Views
 from casc.printing import say
 
 
@@ -32,6 +32,7 @@ class EvalCommand:
     batch: int = 2
     """Images per step."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    views: Annotated[Views, tyro.conf.arg(name="")] = field(default_factory=Views)
     max_dets: int = 100
     """Detections that count per image and class, pycocotools' maxDets. Other than 100, figures are
     named by it, and --detections has to be as many at least."""
@@ -69,6 +70,7 @@ class EvalCommand:
         if self.batch < 1:
             raise UserError("--batch must be at least 1")
         detector = load(self.checkpoint, device=self.device, dtype=self.dtype, compile=self.compile)
+        detector = detector.with_settings(self.settings).with_views(self.views)
         reads = reads_back(detector.model, detector.compute, detector.device, training=False)
         replay = choose_replay(self.replay, detector.device, reads).replay
         detector = replace(detector, replay=replay)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait fo
     from casc.export.program import Shape
 
 _DIVISOR = 32
+_SOME = 3
+"""Images per call that a program of any number is checked with."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ class ExportCommand:
     format: Literal["onnx", "pt2", "aoti"] = "onnx"
     """onnx: standard operators only. pt2: a torch.export program of plain ATen. aoti: the same,
     compiled by AOTInductor for processors like this machine's, for C++ or Python."""
-    batch: int = 1
-    """Images per call."""
+    batch: int | Literal["dynamic"] = 1
+    """Images per call. dynamic: any number, one after another within the program; onnx only."""
+    opset: int | None = None
+    """ONNX's operator set, from 18 on, for runtimes that know no newer one; by default 20."""
     canvas: tuple[int, int] | None = None
     """Height and width that images are resized into. By default a square with room for any
     image at the recipe's size; one that suits your images is faster. Images for which it has
@@ -76,7 +80,7 @@ class ExportCommand:
             begin = time.perf_counter()
             model, image = trained.model, trained.image
             program = capture(trained.params, trained.buffers, model, image, shape)
-            write(program, path, self.format, metadata)
+            write(program, path, self.format, metadata, shape, self.opset)
             seconds = time.perf_counter() - begin
             say(f"{self.out}: {path.stat().st_size / 2**20:.1f} MiB, made in {seconds:.0f} s")
             if self.check:
@@ -92,7 +96,7 @@ class ExportCommand:
         return 0
 
     def _check_arguments(self) -> None:
-        from casc.export.files import SUFFIXES
+        from casc.export.files import SUFFIXES, check_opset
 
         suffix = SUFFIXES[self.format]
         if self.out.suffix != suffix:
@@ -102,8 +106,14 @@ class ExportCommand:
         if not self.out.parent.is_dir():
             raise UserError(f"{self.out}: there is no folder {self.out.parent}")
         for flag, value in (("batch", self.batch), ("short", self.short), ("long", self.long)):
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise UserError(f"--{flag} {value}: must be at least 1")
+        if self.format != "onnx" and self.batch == "dynamic":
+            raise UserError(
+                f"--batch dynamic: --format {self.format} has a fixed batch; give a number, or"
+                " take --format onnx"
+            )
+        check_opset(self.opset, self.format)
         for flag, sides, step in (("canvas", self.canvas, _DIVISOR), ("pixels", self.pixels, 1)):
             if sides is not None and (min(sides) < 1 or any(side % step for side in sides)):
                 wanted = f"multiples of {step}" if step > 1 else "at least 1"
@@ -130,7 +140,8 @@ class ExportCommand:
         model = replace(model, inference=inference)
         side = -(-image.long // _DIVISOR) * _DIVISOR
         canvas = self.canvas or (side, side)
-        shape = Shape(self.batch, self.pixels or canvas, canvas)
+        batch = None if self.batch == "dynamic" else self.batch
+        shape = Shape(batch, self.pixels or canvas, canvas)
         return trained._replace(model=model, image=image), shape
 
     def _compare(
@@ -165,9 +176,9 @@ class ExportCommand:
 
         tolerances = Tolerances()
         found: Agreement = compare(
-            batches(pictures, shape.batch),
+            batches(pictures, shape.batch or _SOME),
             timed("eager", eager),
-            timed(self.format, load(path, self.format)),
+            timed(self.format, load(path)),
             trained.model.inference,
             tolerances,
         )

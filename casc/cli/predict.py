@@ -8,13 +8,16 @@ from typing import Annotated, Literal
 import tyro
 
 from casc.errors import UserError
-from casc.inference.settings import Settings
+from casc.inference.settings import Settings, Views
 from casc.printing import say
 
 
 @dataclass(frozen=True)
 class PredictCommand:
     """Detect objects in images: annotated pictures, and COCO-format JSON of all detections.
+
+    Videos and animations become annotated mp4 files with a line of JSON for each frame; that
+    needs casc[video].
 
     Examples: `casc predict runs/coco_1x photo.jpg`; `casc predict runs/coco_1x photos
     --threshold 0.3`.
@@ -24,13 +27,14 @@ class PredictCommand:
     """A run's folder, a checkpoint's folder, a .safetensors file, a checkpoint of MMDetection or
     Detectron2, its URL, or a published one's name (`casc weights`)."""
     images: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGES...")]]
-    """Image files, folders with all below them, patterns or URLs; - reads a list of such from
-    standard input, one to a line."""
+    """Image and video files, folders with all below them, patterns or URLs; - reads a list of such
+    from standard input, one to a line."""
     out: Path = Path("predictions")
     """Folder for the pictures and predictions.json."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(
         default_factory=lambda: Settings(threshold=0.5)
     )
+    views: Annotated[Views, tyro.conf.arg(name="")] = field(default_factory=Views)
     ids: str | None = None
     """Take the images' ids, by file name, from this COCO annotation file or folder of shards; by
     default they are 1, 2, ... in the images' order."""
@@ -65,6 +69,7 @@ class PredictCommand:
         threshold = self.settings.threshold
         # The model's own threshold stays in the step, so that evaluation does the same.
         detector = detector.with_settings(replace(self.settings, threshold=None))
+        detector = detector.with_views(self.views)
         if threshold is None:
             threshold = detector.model.inference.score_threshold
         done = predict(detector, images, self.out, threshold=threshold, ids=ids, log=say)

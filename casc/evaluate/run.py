@@ -1,7 +1,7 @@
 """A detector over a split of shards: what its detections are worth."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby, takewhile
@@ -9,7 +9,6 @@ from threading import Event
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from casc.data.batch import Batch
 from casc.data.evaluation_plan import plan_evaluation
@@ -19,18 +18,18 @@ from casc.data.reader import read_shard
 from casc.data.record import parse_record
 from casc.data.remote import location
 from casc.data.status import warn_on_stderr
-from casc.data.stream import evaluation_batches, to_device
+from casc.data.stream import evaluation_batches
 from casc.data.workers import BatchStream
 from casc.device.devices import traits
 from casc.distributed import ALONE, Ranks, gather
 from casc.errors import UserError
 from casc.evaluate.coco_eval import MAX_DETS, IouType, join
-from casc.evaluate.coco_results import found_in, write_results
+from casc.evaluate.coco_results import ImageDetections, write_results
 from casc.evaluate.errors import check_hotcoco, find_errors
 from casc.evaluate.ground_truth import ground_truth_from_samples, ground_truth_from_shards
 from casc.evaluate.metrics import IOU_TYPES, Evaluation, accumulate
 from casc.evaluate.workers import Truth, by_image, evaluate_images
-from casc.model.detector import Detections, DetectorConfig, mask_stages
+from casc.model.detector import DetectorConfig, mask_stages
 from casc.model.preprocess import ImageConfig
 
 
@@ -48,6 +47,11 @@ class Detector(Protocol):
         ...
 
     @property
+    def most(self) -> int | None:
+        """The most detections of an image, if there is such a number."""
+        ...
+
+    @property
     def split(self) -> str:
         """What it was evaluated on when it was trained."""
         ...
@@ -57,8 +61,8 @@ class Detector(Protocol):
         """Where batches go."""
         ...
 
-    def detect(self, batch: Batch, size: tuple[int, int]) -> Detections:
-        """Detections of a batch on the device whose images fit the canvas `size`."""
+    def find(self, batches: Iterable[tuple[Batch, tuple[int, int]]]) -> Iterator[ImageDetections]:
+        """Yield what is found in each image of batches in host memory, each with its canvas."""
         ...
 
     def check_classes(self, categories: Sequence[Category], where: str) -> None:
@@ -96,8 +100,8 @@ def evaluate(
     """
     if batch < 1:
         raise UserError(f"batch must be at least 1, not {batch}")
-    most = detector.model.inference.detections
-    if max_dets <= 10 or max_dets > max(most, MAX_DETS):
+    most = detector.most
+    if max_dets <= 10 or (most is not None and max_dets > max(most, MAX_DETS)):
         raise UserError(
             f"--max-dets {max_dets}: must be more than 10, and at most what the detector gives of"
             f" an image, {most}; --detections {max_dets} makes it give more"
@@ -144,19 +148,27 @@ def check_split(index: Index, split: str, where: str) -> None:
         )
 
 
-def detect_stream(
-    detector: Detector, stream: BatchStream, sizes: list[tuple[int, int]]
-) -> Iterator[tuple[Detections, Tensor, Tensor]]:
-    """Yield detections, image ids [B] and stored sizes [B, 2] of each batch of a stream.
+def find_in_stream(
+    detector: Detector,
+    stream: BatchStream,
+    sizes: list[tuple[int, int]],
+    watch: Callable[[int], object] = lambda images: None,
+) -> Iterator[ImageDetections]:
+    """Yield what is found in each image of a stream.
 
     Args:
         detector: what to run.
         stream: from `evaluation_batches`.
         sizes: the canvas (H, W) of each of its buckets.
+        watch: is told how many images each batch had.
     """
-    for bucket, images in stream:
-        found = detector.detect(to_device(images, detector.device), sizes[bucket])
-        yield found, images.image_id, images.size
+
+    def batches() -> Iterator[tuple[Batch, tuple[int, int]]]:
+        for bucket, images in stream:
+            yield images, sizes[bucket]
+            watch(int((images.image_id >= 0).sum()))
+
+    return detector.find(batches())
 
 
 def evaluate_split(
@@ -220,12 +232,6 @@ def evaluate_split(
         warn=warn,
     )
     opened(stream)
-
-    def outputs() -> Iterator[tuple[Detections, Tensor, Tensor]]:
-        for output in detect_stream(detector, stream, sizes):
-            watch(int((output[1] >= 0).sum()))
-            yield output
-
     samples = index.splits[split].samples
     if processes is None:
         processes = 2 if samples >= 500 * ranks.world else 0
@@ -234,7 +240,7 @@ def evaluate_split(
         truth = reader.submit(_truth, root, index, split, batch, ranks, loading, warn, over)
         try:
             tally = evaluate_images(
-                found_in(outputs()),
+                find_in_stream(detector, stream, sizes, watch),
                 truth,
                 processes=processes,
                 iou_types=measured_types(detector.model),

@@ -15,8 +15,10 @@ from torch.export import ExportedProgram
 
 from casc.errors import UserError
 from casc.export.metadata import INPUTS, KEY
-from casc.export.onnx import write_onnx
+from casc.export.onnx import OPSET, OPSETS, write_onnx
 from casc.export.operators import plain
+from casc.export.program import Shape
+from casc.export.runner import open_program
 from casc.model.detector import Detections
 
 Form = Literal["onnx", "pt2", "aoti"]
@@ -52,7 +54,28 @@ def check_form(form: Form, *, check: bool) -> None:
             ) from None
 
 
-def write(program: ExportedProgram, path: Path, form: Form, metadata: dict[str, Any]) -> None:
+def check_opset(opset: int | None, form: Form) -> None:
+    """Refuse an operator set that can't be honoured.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if opset is None:
+        return
+    if form != "onnx":
+        raise UserError(f"--opset {opset}: --format {form} has none; leave it out")
+    if opset not in OPSETS:
+        raise UserError(f"--opset {opset}: must be from {OPSETS[0]} to {OPSETS[-1]}")
+
+
+def write(
+    program: ExportedProgram,
+    path: Path,
+    form: Form,
+    metadata: dict[str, Any],
+    shape: Shape,
+    opset: int | None = None,
+) -> None:
     """Write a captured program.
 
     Args:
@@ -60,13 +83,19 @@ def write(program: ExportedProgram, path: Path, form: Form, metadata: dict[str, 
         path: of the file, with the form's suffix.
         form: onnx, pt2 (torch.export) or aoti (compiled by AOTInductor for this machine).
         metadata: goes into the file.
+        shape: the program's sizes.
+        opset: ONNX's; by default `casc.export.onnx.OPSET`.
 
     Raises:
         UserError: the form can't hold this program.
     """
     text = json.dumps(metadata)
     if form == "onnx":
-        write_onnx(program, path, {KEY: text}, INPUTS, [o["name"] for o in metadata["outputs"]])
+        outputs = [output["name"] for output in metadata["outputs"]]
+        any_batch = shape.batch is None
+        write_onnx(
+            program, path, {KEY: text}, INPUTS, outputs, opset=opset or OPSET, any_batch=any_batch
+        )
     elif form == "pt2":
         torch.export.save(plain(program), path, extra_files={f"{KEY}.json": text})
     else:
@@ -77,34 +106,12 @@ def write(program: ExportedProgram, path: Path, form: Form, metadata: dict[str, 
         )
 
 
-def load(path: Path, form: Form) -> Callable[[Tensor, Tensor], Detections]:
+def load(path: Path) -> Callable[[Tensor, Tensor], Detections]:
     """Run a written program on the CPU: (pixels, size) to detections."""
-    if form == "onnx":
-        return _load_onnx(path)
-    if form == "pt2":
-        # The signature's guards are the program's own; nothing of casc is needed here.
-        run: Callable = torch.export.load(path).module()
-    else:
-        run = torch._inductor.aoti_load_package(str(path))
+    program = open_program(path, threads=torch.get_num_threads())
 
     def detect(pixels: Tensor, size: Tensor) -> Detections:
-        with torch.no_grad():
-            return Detections(*run(pixels, size))
-
-    return detect
-
-
-def _load_onnx(path: Path) -> Callable[[Tensor, Tensor], Detections]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-
-    def detect(pixels: Tensor, size: Tensor) -> Detections:
-        given = dict(zip(INPUTS, (pixels.numpy(), size.numpy()), strict=True))
-        found = zip(names, session.run(names, given), strict=True)
-        return Detections(**{name: torch.from_numpy(value) for name, value in found})
+        found = program.run(pixels.numpy(), size.numpy())
+        return Detections(**{name: torch.from_numpy(value) for name, value in found.items()})
 
     return detect

@@ -13,6 +13,8 @@ from casc.model.detector import mask_stages
 INPUTS = ("pixels", "size")
 OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
 """The last where the model has masks."""
+ANY = "batch"
+"""A shape's first side where it may be any number."""
 KEY = "casc"
 """Under which ONNX and AOTInductor keep it; in torch.export's file it is `casc.json`."""
 
@@ -26,7 +28,7 @@ def describe(trained: Trained, shape: Shape, form: str) -> dict[str, Any]:
         form: onnx, pt2 or aoti.
     """
     model, image = trained.model, trained.image
-    batch, most, cells = shape.batch, model.inference.detections, 2 * model.mask_head.cells
+    batch, most, cells = shape.batch or ANY, model.inference.detections, 2 * model.mask_head.cells
     inputs = (
         ([batch, *shape.pixels, 3], "uint8", "RGB, each image in the top left corner, 0 beside it"),
         ([batch, 2], "int64", "height and width of each image in pixels; 1 and 1 for none"),
@@ -73,7 +75,7 @@ def describe(trained: Trained, shape: Shape, form: str) -> dict[str, Any]:
     return made
 
 
-def _tensors(names: tuple[str, ...], rows: tuple[tuple[list[int], str, str], ...]) -> list[dict]:
+def _tensors(names: tuple[str, ...], rows: tuple[tuple[list[Any], str, str], ...]) -> list[dict]:
     return [
         {"name": name, "shape": size, "dtype": dtype, "meaning": meaning}
         for name, (size, dtype, meaning) in zip(names, rows, strict=True)

@@ -14,8 +14,14 @@ import torch
 from torch.export import ExportedProgram
 
 from casc.errors import UserError
+from casc.export.metadata import ANY
 
 OPSET = 20
+"""Of the default domain, unless another is asked for."""
+OPSETS = range(18, 22)
+"""Those that torch writes and ONNX Runtime 1.32 has all of: it lacks the RoIAlign of 22."""
+_ONE = "one."
+"""Before the names of a program of one image that is repeated."""
 _MOST_BYTES = 2**31 - 2**20
 """What protobuf can hold in a file, less some room for the graph."""
 
@@ -26,6 +32,9 @@ def write_onnx(
     metadata: Mapping[str, str],
     inputs: Sequence[str],
     outputs: Sequence[str],
+    *,
+    opset: int = OPSET,
+    any_batch: bool = False,
 ) -> None:
     """Write a program as one ONNX file.
 
@@ -35,6 +44,8 @@ def write_onnx(
         metadata: becomes `metadata_props`.
         inputs: names of the inputs.
         outputs: names of the outputs.
+        opset: of the default domain.
+        any_batch: the program is of one image; make it one of any number.
 
     Raises:
         UserError: the program is too large for one file.
@@ -42,12 +53,13 @@ def write_onnx(
     weights = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     if weights > _MOST_BYTES:
         raise UserError(f"{path}: ONNX holds 2 GiB in a file, the weights take {weights} bytes")
+    prefix = _ONE if any_batch else ""
     with _quiet():
         made = torch.onnx.export(
             program,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            opset_version=OPSET,
+            input_names=[prefix + name for name in inputs],
+            output_names=[prefix + name for name in outputs],
+            opset_version=opset,
             custom_translation_table=_translations(),
             dynamo=True,
             verbose=False,
@@ -55,6 +67,63 @@ def write_onnx(
     assert made is not None
     made.model.metadata_props.update(metadata)
     made.save(path, external_data=False)
+    if any_batch:
+        _repeat(path, inputs, outputs)
+
+
+def _repeat(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Make a file's program of one image a loop over any number of them: ONNX's Scan.
+
+    With a symbolic batch instead, each shape of the graph would have to be reasoned about, which
+    takes half an hour for a large detector.
+    """
+    import onnx
+    from onnx import helper
+
+    model = onnx.load(path)
+    graph = model.graph
+
+    def described(values: Any, first: str | None) -> dict[str, Any]:
+        """The shapes of one image, by name; with a first side if there is to be one."""
+        found = {}
+        for value in values:
+            kind, name = value.type.tensor_type, value.name.removeprefix(_ONE)
+            sides = [side.dim_value for side in kind.shape.dim[1:]]
+            shape, prefix = ([first, *sides], "") if first else (sides, "image.")
+            found[name] = helper.make_tensor_value_info(prefix + name, kind.elem_type, shape)
+        return found
+
+    zero = helper.make_tensor("image.axis", onnx.TensorProto.INT64, [1], [0])
+    enter = [
+        helper.make_node("Unsqueeze", [f"image.{n}", zero.name], [_ONE + n], f"enter_{n}")
+        for n in inputs
+    ]
+    leave = [
+        helper.make_node("Squeeze", [_ONE + n, zero.name], [f"image.{n}"], f"leave_{n}")
+        for n in outputs
+    ]
+    inside = (described(graph.input, None), described(graph.output, None))
+    body = helper.make_graph(
+        [*enter, *graph.node, *leave],
+        "image",
+        [inside[0][n] for n in inputs],
+        [inside[1][n] for n in outputs],
+        value_info=graph.value_info,
+    )
+    outside = (described(graph.input, ANY), described(graph.output, ANY))
+    scan = helper.make_node(
+        "Scan", list(inputs), list(outputs), "images", body=body, num_scan_inputs=len(inputs)
+    )
+    # Weights stay outside, where the body sees them.
+    whole = helper.make_graph(
+        [scan],
+        graph.name,
+        [outside[0][n] for n in inputs],
+        [outside[1][n] for n in outputs],
+        initializer=[*graph.initializer, zero],
+    )
+    model.graph.CopyFrom(whole)
+    onnx.save(model, path)
 
 
 def _translations() -> dict[Callable, Callable]:
@@ -68,9 +137,9 @@ def _translations() -> dict[Callable, Callable]:
 
 
 def _opset() -> Any:
-    from onnxscript import opset20  # of OPSET
+    from onnxscript import opset18  # the oldest of OPSETS; torch converts what is written
 
-    return opset20
+    return opset18
 
 
 # What follows is traced by onnxscript: arguments are values of the ONNX graph, and each

@@ -22,8 +22,8 @@ from casc.model.preprocess import ImageConfig, View, plain_view, prepare
 class Shape:
     """The sizes that an exported program is made for."""
 
-    batch: int
-    """Images per call."""
+    batch: int | None
+    """Images per call; None: any number, which the program takes one by one."""
     pixels: tuple[int, int]
     """(Hi, Wi) of the input, in stored pixels."""
     canvas: tuple[int, int]
@@ -99,8 +99,8 @@ def capture(
 ) -> ExportedProgram:
     """`infer` as a graph: (pixels, size) to (boxes, scores, labels, valid, masks).
 
-    Without the last where the model has no masks. casc's own operators are still in it; see
-    `casc.export.operators`.
+    Of one image, where `shape.batch` is None; without the last where the model has no masks. casc's
+    own operators are still in it; see `casc.export.operators`.
     """
     # The kernels that have a plain form, whatever the training device preferred.
     portable = replace(
@@ -110,8 +110,9 @@ def capture(
         inference=replace(model.inference, nms_kernel="greedy"),
     )
     holder = _Holder(params, buffers, portable, image, shape.canvas).eval()
-    pixels = torch.zeros((shape.batch, *shape.pixels, 3), dtype=torch.uint8)
-    size = torch.tensor([shape.pixels]).repeat(shape.batch, 1)
+    batch = shape.batch or 1
+    pixels = torch.zeros((batch, *shape.pixels, 3), dtype=torch.uint8)
+    size = torch.tensor([shape.pixels]).repeat(batch, 1)
     with torch.no_grad():
         return torch.export.export(holder, (pixels, size), strict=False)
 

@@ -22,10 +22,11 @@ from casc.data.stream import to_device
 from casc.device.compute import Compute
 from casc.device.replay import Pool, ReplayedFunction
 from casc.errors import UserError
-from casc.evaluate.coco_results import found_in
+from casc.evaluate.coco_results import ImageDetections, found_in
 from casc.inference.images import KINDS, Picture, batch_of, canvas_of, holding_canvas, read_image
 from casc.inference.results import Results
-from casc.inference.settings import Settings
+from casc.inference.settings import Settings, Views
+from casc.inference.views import merged, views_of
 from casc.model.detector import Detections, DetectorConfig, InferenceConfig
 from casc.model.layers import Params
 from casc.model.preprocess import ImageConfig
@@ -62,14 +63,29 @@ class Detector:
     replay: bool = False
     """Whether the steps of `detect` are recorded at the first batch of a canvas and replayed from
     then on, which pays for many batches. Weights may change in place, and not be exchanged."""
+    views: Views = field(default_factory=Views)
+    """How often each image is looked at."""
     _steps: dict[object, DetectStep] = field(default_factory=dict, init=False, repr=False)
     _pool: Pool = field(default_factory=Pool, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.views.check()
+        if self.views.several and self.model.inference.soft_nms != "off":
+            raise UserError(
+                "--soft-nms: what tiles, flips and scales find is merged by suppression; leave out"
+                " one or the other"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
         """The classes' names, in the order of labels."""
         return tuple(category.name for category in self.categories)
+
+    @property
+    def most(self) -> int | None:
+        """The most detections of an image; None with tiles, each of which may give as many."""
+        return self.model.inference.detections if self.views.tiles is None else None
 
     @overload
     def __call__(self, images: Picture, *, threshold: float = ..., batch: int = ...) -> Results: ...
@@ -123,7 +139,11 @@ class Detector:
             yield from self._some([read_image(picture) for picture in some], threshold, batch)
 
     def detect(
-        self, batch: Batch, size: tuple[int, int], inference: InferenceConfig | None = None
+        self,
+        batch: Batch,
+        size: tuple[int, int],
+        inference: InferenceConfig | None = None,
+        image: ImageConfig | None = None,
     ) -> Detections:
         """Detections of a batch on the device whose images fit the canvas `size` (H, W).
 
@@ -131,16 +151,37 @@ class Detector:
             batch: its ground truth isn't looked at.
             size: the canvas.
             inference: from scores to detections, in place of the model's.
+            image: how images are resized, in place of the model's.
         """
-        inference = inference or self.model.inference
-        key = inference, size, tuple(t.shape for t in batch if t is not None)
+        inference, image = inference or self.model.inference, image or self.image
+        key = inference, image, size, tuple(t.shape for t in batch if t is not None)
         # One device does one thing at a time, and tracing isn't made for threads.
         with self._lock:
             if key not in self._steps:
                 model = replace(self.model, inference=inference)
-                step = make_detect_step(model, self.image, size, self.compute)
+                step = make_detect_step(model, image, size, self.compute)
                 self._steps[key] = _replayed(step, self._pool) if self.replay else step
             return self._steps[key](self.params, self.buffers, batch)
+
+    def find(self, batches: Iterable[tuple[Batch, tuple[int, int]]]) -> Iterator[ImageDetections]:
+        """Yield what is found in each image of some batches, looked at as `views` says.
+
+        Args:
+            batches: each in host memory, with the canvas (H, W) that its images fit.
+        """
+        if self.views == Views():
+            yield from found_in(
+                (self.detect(to_device(batch, self.device), size), batch.image_id, batch.size)
+                for batch, size in batches
+            )
+            return
+        for batch, _ in batches:
+            sizes = batch.size.long().tolist()
+            rows = [row for row, number in enumerate(batch.image_id.tolist()) if number >= 0]
+            images = [batch.image[i, : sizes[i][0], : sizes[i][1]].numpy() for i in rows]
+            found = self._look(images, self.model.inference, len(batch.image_id))
+            for row, each in zip(rows, found, strict=True):
+                yield each._replace(image_id=int(batch.image_id[row]))
 
     def with_settings(self, settings: Settings) -> "Detector":
         """Give a detector of the same weights that makes other detections of scores.
@@ -150,6 +191,15 @@ class Detector:
         """
         inference = settings.applied(self.model.inference, self.categories)
         return replace(self, model=replace(self.model, inference=inference))
+
+    def with_views(self, views: Views) -> "Detector":
+        """Give a detector of the same weights that looks at each image so often.
+
+        Raises:
+            UserError: one of the numbers is out of range, or the model lowers scores (soft-NMS)
+                where several looks are merged by suppression.
+        """
+        return replace(self, views=views)
 
     def check_classes(self, categories: Sequence[Category], where: str) -> None:
         """Refuse a data set of other classes, or of the same in another order.
@@ -187,30 +237,50 @@ class Detector:
     def _some(
         self, images: Sequence[np.ndarray], threshold: float, batch: int
     ) -> Iterator[Results]:
-        """What is found in a few images, in their order; those of one canvas go together."""
+        """What is found in a few images, in their order."""
         inference = self.model.inference
         if threshold < inference.score_threshold:
             inference = replace(inference, score_threshold=threshold)
-        by_canvas: dict[tuple[int, int], list[int]] = {}
-        for number, image in enumerate(images):
-            size = canvas_of(self.image, *image.shape[:2])
-            by_canvas.setdefault(size, []).append(number)
-        found: dict[int, Results] = {}
-        for size, numbers in by_canvas.items():
+        for image, found in zip(images, self._look(images, inference, batch), strict=True):
+            yield Results(found, self.categories, image).filter(threshold=threshold)
+
+    def _look(
+        self, images: Sequence[np.ndarray], inference: InferenceConfig, batch: int
+    ) -> Iterator[ImageDetections]:
+        """What is found in a few images, merged of as many looks as `views` says."""
+        looks = [views_of(self.views, self.image.short, *image.shape[:2]) for image in images]
+        pairs = zip(images, looks, strict=True)
+        seen = [(view.of(image), view.short) for image, views in pairs for view in views]
+        found = iter(self._found(seen, inference, batch))
+        for image, views in zip(images, looks, strict=True):
+            height, width = image.shape[:2]
+            yield merged(views, [next(found) for _ in views], (height, width), inference)
+
+    def _found(
+        self, images: Sequence[tuple[np.ndarray, int]], inference: InferenceConfig, batch: int
+    ) -> list[ImageDetections]:
+        """What is found in images, each resized to a shorter side; equal canvases go together."""
+        by_canvas: dict[tuple[ImageConfig, tuple[int, int]], list[int]] = {}
+        for number, (image, short) in enumerate(images):
+            # The model's own size to the bit, others in proportion.
+            resize = replace(
+                self.image, short=short, long=self.image.long * short // self.image.short
+            )
+            size = canvas_of(resize, *image.shape[:2])
+            by_canvas.setdefault((resize, size), []).append(number)
+        found: dict[int, ImageDetections] = {}
+        for (resize, size), numbers in by_canvas.items():
             for start in range(0, len(numbers), batch):
                 part = numbers[start : start + batch]
                 # What is compiled has one shape: the last batch is filled up.
                 rows = batch if self.compute.compile else len(part)
-                held = [holding_canvas(*images[i].shape[:2]) for i in part]
+                held = [holding_canvas(*images[i][0].shape[:2]) for i in part]
                 pixels = max(h for h, _ in held), max(w for _, w in held)
-                made = batch_of({i: images[i] for i in part}, pixels, rows)
-                detections = self.detect(to_device(made, self.device), size, inference)
+                made = batch_of({i: images[i][0] for i in part}, pixels, rows)
+                detections = self.detect(to_device(made, self.device), size, inference, resize)
                 for each in found_in([(detections, made.image_id, made.size)]):
-                    number = each.image_id
-                    results = Results(each, self.categories, images[number])
-                    found[number] = results.filter(threshold=threshold)
-        for number in range(len(images)):
-            yield found[number]
+                    found[each.image_id] = each
+        return [found[number] for number in range(len(images))]
 
 
 def _replayed(step: DetectStep, pool: Pool) -> DetectStep:

@@ -3,7 +3,7 @@
 import glob
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -22,11 +22,15 @@ SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 
 
 def find_images(
-    paths: Iterable[str | os.PathLike[str]],
+    paths: Iterable[str | os.PathLike[str]], suffixes: Collection[str] = SUFFIXES
 ) -> tuple[list[Source], list[tuple[str, str]]]:
     """List the images that paths, folders, patterns and URLs mean, each once.
 
     A folder means the images in it and in all folders below it; hidden ones are left out.
+
+    Args:
+        paths: what is given.
+        suffixes: of the files that a folder is searched for, in small letters.
 
     Returns:
         The files and URLs, and the paths that led to none with the reason.
@@ -39,7 +43,7 @@ def find_images(
         if not is_local(text):
             matches, reason = [text], ""
         elif path.is_dir():
-            matches, reason = _images_below(path), "the folder has no images"
+            matches, reason = _images_below(path, suffixes), "the folder has no images"
         elif path.exists() or not glob.has_magic(text):
             # A path that leads nowhere fails when it is read, like any other bad image.
             matches, reason = [path], ""
@@ -53,12 +57,12 @@ def find_images(
     return list(files), failed
 
 
-def _images_below(folder: Path) -> list[Path]:
+def _images_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = (Path(place) / name for name in names if not name.startswith("."))
-        found += [p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
+        found += [p for p in paths if p.suffix.lower() in suffixes and p.is_file()]
     return sorted(found)
 
 
@@ -119,7 +123,10 @@ def listed_ids(place: str | os.PathLike[str]) -> dict[str, int]:
 
 
 def targets_of(files: Sequence[Source], folder: Path) -> list[Path]:
-    """Where the pictures go; names that several images share are numbered."""
+    """Where the pictures go; names that several images share are numbered.
+
+    Videos have the same names with another suffix.
+    """
     inputs = {file.resolve() for file in files if isinstance(file, Path)}
     targets: dict[Path, None] = {}
     for file in files:
@@ -128,7 +135,7 @@ def targets_of(files: Sequence[Source], folder: Path) -> list[Path]:
         while target in targets:
             number += 1
             target = folder / f"{stem}-{number}.jpg"
-        if target.resolve() in inputs:
+        if not inputs.isdisjoint((target.resolve(), target.with_suffix(".mp4").resolve())):
             raise UserError(
                 f"{target}: would overwrite an input image; choose another output folder"
             )

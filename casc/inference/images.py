@@ -42,15 +42,21 @@ def read_image(picture: Picture) -> np.ndarray:
     if isinstance(picture, Image.Image):
         orientation = exif_orientation(picture)
         return np.ascontiguousarray(orient(rgb(picture), orientation))
-    if isinstance(picture, bytes):
-        data = picture
-    elif isinstance(picture, str) and not is_local(picture):
-        data = read_remote(picture, RemoteConfig())
-    else:
-        data = Path(picture).read_bytes()
+    data = picture if isinstance(picture, bytes) else read_file(picture)
     with open_image(data) as image:
         orientation = exif_orientation(image)
     return decode_image(data, orientation)
+
+
+def read_file(place: str | os.PathLike[str]) -> bytes:
+    """Give the bytes at a path or URL.
+
+    Raises:
+        OSError, UserError: when they can't be read.
+    """
+    if isinstance(place, str) and not is_local(place):
+        return read_remote(place, RemoteConfig())
+    return Path(place).read_bytes()
 
 
 def canvas_of(image: ImageConfig, height: int, width: int) -> tuple[int, int]:

@@ -52,6 +52,44 @@ class Settings:
         return replace(inference, **{k: v for k, v in given.items() if v is not None})
 
 
+@dataclass(frozen=True)
+class Views:
+    """How often an image is looked at; by default once, as a whole."""
+
+    tiles: int | None = None
+    """Also look at tiles of so many pixels a side, for small objects in large images."""
+    overlap: float = 0.2
+    """What neighbouring tiles share at least, as a share of their side."""
+    flips: bool = False
+    """Also look at the mirror image."""
+    scales: tuple[int, ...] = ()
+    """Look at images with the shorter side at each of these lengths, and the limit of the longer
+    one in proportion; none given: at the model's own."""
+
+    def check(self) -> None:
+        """Refuse what can't be honoured.
+
+        Raises:
+            UserError: naming the flag.
+        """
+        if self.tiles is not None and self.tiles < 32:
+            raise UserError(f"--tiles {self.tiles}: must be at least 32 pixels")
+        if not 0 <= self.overlap <= 0.9:
+            raise UserError(f"--overlap {self.overlap}: must be in [0, 0.9]")
+        if self.tiles is None and self.overlap != Views.overlap:
+            raise UserError(f"--overlap {self.overlap}: of what? --tiles 1024 makes tiles")
+        given = " ".join(map(str, self.scales))
+        if any(scale < 32 for scale in self.scales):
+            raise UserError(f"--scales {given}: each must be at least 32 pixels")
+        if len(set(self.scales)) != len(self.scales):
+            raise UserError(f"--scales {given}: one is there twice; leave it out")
+
+    @property
+    def several(self) -> bool:
+        """Whether what is found has to be merged."""
+        return self.tiles is not None or self.flips or len(self.scales) > 1
+
+
 def labels_of(classes: Collection[str | int], categories: "tuple[Category, ...]") -> list[int]:
     """Give the labels of classes named by name or label, ascending.
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from casc.data.decode import decode_image
 from casc.data.index import Category, Index, Split, canvas
@@ -20,14 +19,13 @@ from casc.data.stream import evaluation_batches
 from casc.device.devices import traits
 from casc.draw import draw_instances, draw_sample
 from casc.evaluate.coco_eval import IouType, join, match, precision_at_recall
-from casc.evaluate.coco_results import ImageDetections, Result, found_in, image_results
+from casc.evaluate.coco_results import ImageDetections, Result, image_results
 from casc.evaluate.errors import check_hotcoco, find_errors
 from casc.evaluate.ground_truth import ground_truth_from_shards, usable_objects, with_masks
 from casc.evaluate.metrics import Evaluation, accumulate
-from casc.evaluate.run import detect_stream, measured_types
+from casc.evaluate.run import find_in_stream, measured_types
 from casc.evaluate.workers import Truth, by_image
 from casc.inference.detector import Detector
-from casc.model.detector import Detections
 from casc.report.quality import Quality, image_quality
 
 _CHUNK = 16
@@ -120,13 +118,8 @@ def analyse(
     sizes = [canvas(bucket, image.short, image.long) for bucket in index.splits[split].buckets]
 
     def chunks() -> Iterator[list[ImageDetections]]:
-        def outputs() -> Iterator[tuple[Detections, Tensor, Tensor]]:
-            for output in detect_stream(detector, stream, sizes):
-                watch(int((output[1] >= 0).sum()))
-                yield output
-
         with stream.explained():
-            yield from _chunks(found_in(outputs()))
+            yield from _chunks(find_in_stream(detector, stream, sizes, watch))
 
     for chunk in chunks():
         results: list[Result] = []

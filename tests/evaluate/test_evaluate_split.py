@@ -44,7 +44,7 @@ def soft() -> torch.Tensor:
 
 def detecting(find: Callable[[Batch], Detections]) -> Detector:
     class Finder(Detector):
-        def detect(self, batch, size, inference=None):
+        def detect(self, batch, size, inference=None, image=None):
             return find(batch)
 
     config, image = DetectorConfig(classes=2), ImageConfig(short=64, long=64)
@@ -84,7 +84,7 @@ def test_a_worker_that_dies_while_the_detector_works_is_named(shards):
         if len(calls) == 2:  # worker 1's first batch
             os.kill(ours[0].pids[1], signal.SIGKILL)
             time.sleep(30)  # torch raises here
-        return Detections(*(t[None] for t in guess(0)))
+        return Detections._make(t if t is None else t[None] for t in guess(0))
 
     training = training_batches(
         folder,
@@ -121,7 +121,7 @@ def of_whole(folder: Path, index: Index) -> Evaluation:
     truth = ground_truth_from_shards(folder, index, "val")
     outputs = [
         (
-            Detections(*(t[None] for t in guess(image["id"]))),
+            Detections._make(t if t is None else t[None] for t in guess(image["id"])),
             torch.tensor([image["id"]]),
             torch.tensor([[image["height"], image["width"]]]),
         )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -22,12 +23,13 @@ from casc.config import to_json
 from casc.data.batch import Batch
 from casc.device.compute import Compute
 from casc.evaluate.mask_rle import paste_masks
-from casc.export import files
+from casc.export import files, runner
 from casc.export.files import write
 from casc.export.metadata import describe
 from casc.export.operators import plain
 from casc.export.pictures import generated_pictures
 from casc.export.program import Shape, capture, infer
+from casc.export.runner import detect, open_program
 from casc.model import detector
 from casc.model.detector import STAGES, Detections, DetectorConfig
 from casc.model.preprocess import ImageConfig
@@ -92,9 +94,16 @@ def export(*args: object) -> int:
 ARGUMENTS = ("--batch", 2, "--canvas", 96, 128, "--pixels", *PIXELS)
 
 
-def snippet(number: int) -> str:
+def fenced(language: str, word: str) -> str:
+    """The one of the page's blocks in a language that has a word in it."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    (found,) = (block for block in blocks if word in block)
+    return found
+
+
+def snippet(word: str) -> str:
     """One of the page's programs."""
-    return re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)[number]
+    return fenced("python", word)
 
 
 def run_alone(world: World, folder: Path, code: str) -> Detections:
@@ -144,7 +153,7 @@ def test_onnx_agrees_with_eager_and_needs_no_casc(world, tmp_path, capsys):
     onnx.checker.check_model(model, full_check=True)
     assert {node.domain for node in model.graph.node} == {""}
     assert not model.functions
-    found = run_alone(world, tmp_path, snippet(0))
+    found = run_alone(world, tmp_path, snippet("onnxruntime.InferenceSession"))
     assert_agrees(found, world.eager)
     # What travels with the file, and what lies beside it.
     (entry,) = model.metadata_props
@@ -179,19 +188,104 @@ def program(world) -> ExportedProgram:
 
 def test_torch_export_agrees_with_eager_and_needs_no_casc(world, program, tmp_path):
     metadata = describe(world.trained, SHAPE, "pt2")
-    write(program, tmp_path / "detector.pt2", "pt2", metadata)
-    assert_agrees(run_alone(world, tmp_path, snippet(1)), world.eager)
+    write(program, tmp_path / "detector.pt2", "pt2", metadata, SHAPE)
+    assert_agrees(run_alone(world, tmp_path, snippet("torch.export.load")), world.eager)
     extra = {"casc.json": ""}
     torch.export.load(tmp_path / "detector.pt2", extra_files=extra)
     assert json.loads(extra["casc.json"]) == metadata
+
+
+def test_onnx_of_any_batch_agrees_with_eager(world, tmp_path, capsys, monkeypatch):
+    """Also with an older operator set, and run as the page's runner does, without casc."""
+    import onnx
+
+    path, sizes = tmp_path / "detector.onnx", ARGUMENTS[2:]
+    assert export(world.checkpoint, path, *sizes, "--batch", "dynamic", "--opset", 18) == 0
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert json.loads(model.metadata_props[0].value)["inputs"][0]["shape"] == ["batch", *PIXELS, 3]
+    found = run_by_runner(world, tmp_path, "detector.onnx")
+    assert_agrees(found, world.eager)
+    # The page's own lines.
+    for name, size in (("a.jpg", (70, 60)), ("b.jpg", (100, 80))):
+        Image.fromarray(world.pixels[1].numpy()).resize(size).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    capsys.readouterr()
+    exec(compile(snippet("from runner import"), str(DOCS), "exec"), {})
+    assert capsys.readouterr().out.count("[") >= 4
+    session = open_program(path).run
+    for count in (1, 4):
+        parts = session(world.pixels[:count].numpy(), world.size[:count].numpy())
+        for name in ("boxes", "scores", "masks"):
+            expected = getattr(world.eager, name)[:count].numpy()
+            np.testing.assert_allclose(parts[name], expected, atol=1e-2)
+
+
+def run_by_runner(world: World, folder: Path, name: str) -> Detections:
+    """Run a file as the page says, each image cut out to its size, where casc can't be imported."""
+    shutil.copy(runner.__file__, folder)
+    images = [
+        p[:h, :w].numpy() for p, (h, w) in zip(world.pixels, world.size.tolist(), strict=True)
+    ]
+    np.savez(folder / "images.npz", *images)
+    script = f"""
+import sys
+sys.modules["casc"] = None
+import numpy as np
+from runner import detect, open_program
+program = open_program({name!r})
+with np.load("images.npz") as images:
+    found = list(detect(program, [images[f"arr_{{i}}"] for i in range(len(images))]))
+pairs = [(f"{{name}}{{i}}", v) for i, each in enumerate(found) for name, v in each.items()]
+np.savez("found.npz", **dict(pairs))
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = Detections._make(t if t is None else torch.zeros_like(t) for t in world.eager)
+    with np.load(folder / "found.npz") as found:
+        for i in range(len(images)):
+            count = len(found[f"scores{i}"])
+            made.valid[i, :count] = True
+            for key in ("boxes", "scores", "labels", "masks"):
+                getattr(made, key)[i, :count] = torch.from_numpy(found[f"{key}{i}"])
+    return made
+
+
+def test_the_runner_refuses_what_the_program_cannot_take(world, program, tmp_path):
+    path = tmp_path / "detector.pt2"
+    write(program, path, "pt2", describe(world.trained, SHAPE, "pt2"), SHAPE)
+    assert_agrees(run_by_runner(world, tmp_path, "detector.pt2"), world.eager)
+    opened = open_program(path)
+    assert (opened.batch, opened.pixels) == (2, PIXELS)
+    assert list(detect(opened, [])) == []
+    for wrong, says in (
+        (
+            np.zeros((81, 40, 3), np.uint8),
+            r"image 1: 81 x 40 .* at most 80 x 100.* --pixels 81 100",
+        ),
+        (np.zeros((40, 101, 3), np.uint8), r"at most 80 x 100: .* --pixels 80 101"),
+        (np.zeros((40, 40), np.uint8), r"\[h, w, 3\] uint8 RGB, not \[40, 40\] uint8"),
+        (np.zeros((40, 40, 3), np.float32), r"not \[40, 40, 3\] float32"),
+        (np.zeros((0, 40, 3), np.uint8), r"not \[0, 40, 3\] uint8"),
+        ("photo.jpg", "not str"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            list(detect(opened, [np.zeros((40, 40, 3), np.uint8), wrong]))  # type: ignore
+    (tmp_path / "other.pt2").write_text("")
+    with pytest.raises(ValueError, match=r"neither an \.onnx file nor"):
+        open_program(tmp_path / "other.pt2")
 
 
 @COMPILER
 @pytest.mark.slow
 def test_aot_inductor_agrees_with_eager_and_needs_no_casc(world, program, tmp_path):
     metadata = describe(world.trained, SHAPE, "aoti")
-    write(program, tmp_path / "detector.pt2", "aoti", metadata)
-    assert_agrees(run_alone(world, tmp_path, snippet(2)), world.eager)
+    write(program, tmp_path / "detector.pt2", "aoti", metadata, SHAPE)
+    assert_agrees(run_alone(world, tmp_path, snippet("aoti_load_package")), world.eager)
     package = torch._inductor.aoti_load_package(str(tmp_path / "detector.pt2"))
     assert json.loads(package.get_metadata()["casc"]) == metadata
 
@@ -219,12 +313,14 @@ def test_eager_here_is_what_evaluation_and_predict_run(world):
             *(world.pixels, world.size),
         )
     for a, b in zip(found, expected, strict=True):
+        assert a is not None
+        assert b is not None
         assert torch.equal(a, b)
 
 
 def test_the_pages_paste_is_cascs(world):
     names: dict = {}
-    exec(compile(snippet(3), str(DOCS), "exec"), names)
+    exec(compile(snippet("def paste"), str(DOCS), "exec"), names)
     image = int(world.eager.valid.sum(dim=1).argmax())
     rows = world.eager.valid[image]
     boxes, masks = world.eager.boxes[image, rows], world.eager.masks[image, rows]
@@ -238,13 +334,14 @@ def test_the_pages_paste_is_cascs(world):
 
 def test_a_program_that_differs_is_not_kept(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("casc.export.program.capture", lambda *args: None)
-    monkeypatch.setattr(files, "write", lambda program, path, form, metadata: path.write_text(""))
+    monkeypatch.setattr(files, "write", lambda program, path, *rest: path.write_text(""))
 
-    def wrong(path, form):
+    def wrong(path):
         def run(pixels, size):
             image, canvas = world.trained.image, SHAPE.canvas
             one = world.trained
             found = infer(one.params, one.buffers, one.model, image, canvas, pixels, size)
+            assert found.masks is not None
             return found._replace(masks=found.masks + 0.1)
 
         return run
@@ -265,6 +362,12 @@ def test_mistakes_are_one_line_and_leave_nothing(world, tmp_path, capsys, monkey
         ((tmp_path / "there.onnx",), "is there already"),
         ((tmp_path / "no" / "d.onnx",), "there is no folder"),
         ((out, "--batch", 0), "--batch 0: must be at least 1"),
+        ((out, "--opset", 17), "--opset 17: must be from 18 to 21"),
+        ((tmp_path / "d.pt2", "--format", "pt2", "--opset", 20), "--format pt2 has none"),
+        (
+            (tmp_path / "d.pt2", "--format", "aoti", "--batch", "dynamic"),
+            "--batch dynamic: --format aoti has a fixed batch; give a number, or",
+        ),
         ((out, "--canvas", 100, 128), "--canvas 100 128: both must be multiples of 32"),
         ((out, "--pixels", 0, 128), "--pixels 0 128: both must be at least 1"),
         ((out, "--short", 200), "--long 160: must be at least --short, 200"),

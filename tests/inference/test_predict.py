@@ -17,8 +17,8 @@ from casc.data.loader_config import EvalLoaderConfig
 from casc.data.stream import evaluation_batches
 from casc.device.compute import Compute
 from casc.errors import UserError
-from casc.evaluate.coco_results import collect_results
-from casc.evaluate.run import detect_stream
+from casc.evaluate.coco_results import image_results
+from casc.evaluate.run import find_in_stream
 from casc.inference import images
 from casc.inference.detector import Detector
 from casc.inference.image_files import base_name, find_images, listed_ids
@@ -60,7 +60,7 @@ def find(batch: Batch) -> Detections:
 
 def detecting(find: Callable[[Batch], Detections]) -> Detector:
     class Finder(Detector):
-        def detect(self, batch, size, inference=None):
+        def detect(self, batch, size, inference=None, image=None):
             return find(batch)
 
     config = DetectorConfig(classes=2)
@@ -332,7 +332,8 @@ def test_evaluation_and_prediction_find_the_same_to_the_bit(tiny_recipe, tmp_pat
     split = index.splits["val"]
     stream = evaluation_batches(shards, split, batch=1, loading=EvalLoaderConfig(workers=0))
     canvases = [canvas(bucket, image.short, image.long) for bucket in split.buckets]
-    found = collect_results(detect_stream(detector, stream, canvases), [1, 2]).detections
+    every = find_in_stream(detector, stream, canvases)
+    found = [result for each in every for result in image_results(each, [1, 2])]
     done = predict(
         replace(detector, categories=index.categories),
         [folder],
