@@ -321,7 +321,7 @@ def differing(case: Case) -> list[str]:
 
 
 def campaign(
-    cases: list[Case], minutes: float | None, seed: int, say: Callable[[str], Any], few: int = 12
+    cases: list[Case], minutes: float | None, seed: int, say: Callable[[str], Any], few: int = 8
 ) -> Account:
     """Series after series until the time is over; without a time, so few."""
     account, rng = Account(), random.Random(seed)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.slow
 def test_whatever_happens_a_run_ends_in_the_same_bytes(tiny_recipe, tmp_path, capsys, request):
-    """In the suite twelve series."""
+    """In the suite eight series."""
     chaos.server()
     if not chaos.LIBRARY.exists():
         pytest.skip("needs a C compiler")
