@@ -3,7 +3,7 @@
     python docs/make_large_set.py FOLDER --images 200000 --objects 4 --points 85
 
 makes an annotation file of 1 GB. The images are hard links to a few hundred distinct JPEG files,
-and the objects' outlines are drawn from a few thousand.
+and the outlines of objects are drawn from a few thousand. docs/data.md has what it showed.
 """
 
 import argparse
