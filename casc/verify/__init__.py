@@ -224,6 +224,7 @@ def run_detections(
         record = detection_record(recorder.seen, found)
         height, width = golden.facts[f"test{image}.meta"]["ori_shape"][:2]
         boxes = found.boxes[0].cpu()
+        assert found.masks is not None  # the reference has mask heads
         masks = paste_masks(found.masks[0].cpu(), boxes, height, width)
         yield recorder.seen["inputs"][0], record, masks
         image += 1

@@ -20,7 +20,7 @@ from casc.evaluate.metrics import IOU_TYPES
 from casc.model.anchors import AnchorConfig
 from casc.model.boxes import encode
 from casc.model.detector import ROI_LEVELS, STAGES, DetectorConfig, init, trainable
-from casc.model.resnet import out_channels
+from casc.model.resnet import ResNetConfig, out_channels
 from casc.model.rpn import STDS
 from casc.train.recipe import Recipe, resolved
 
@@ -189,6 +189,8 @@ def _exists(name: str) -> bool:
 
 def test_fixed_values_are_the_references(tiny) -> None:
     model = DetectorConfig()
+    backbone = ResNetConfig()
+    assert model.backbone == backbone
     # Names and shapes of the real thing would cost seconds; these don't depend on the size.
     config, _, _ = tiny
     params, _ = init(config, torch.Generator().manual_seed(0))
@@ -199,10 +201,10 @@ def test_fixed_values_are_the_references(tiny) -> None:
         return inspect.signature(function).parameters[name].default
 
     ours = {
-        "model.backbone.num_stages": len(out_channels(model.backbone)),
-        "model.backbone.out_indices": list(range(len(out_channels(model.backbone)))),
+        "model.backbone.num_stages": len(out_channels(backbone)),
+        "model.backbone.out_indices": list(range(len(out_channels(backbone)))),
         "model.backbone.norm_cfg.requires_grad": "backbone.layer2.0.bn1.weight" in trained,
-        "model.neck.in_channels": out_channels(model.backbone),
+        "model.neck.in_channels": out_channels(backbone),
         "model.neck.num_outs": len(AnchorConfig().strides),
         "model.rpn_head.bbox_coder.target_means": encode(box, box, STDS)[0].tolist(),
         "model.rpn_head.bbox_coder.target_stds": list(STDS),

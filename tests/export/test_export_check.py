@@ -17,15 +17,16 @@ BOXES = [[10.0, 10, 50, 40], [60, 20, 90, 80], [12, 70, 40, 95], [0, 0, 5, 5]]
 def found(scores, boxes=BOXES, labels=(0, 1, 0, 2)) -> Detections:
     """One image's detections, padded to the five that there may be."""
     n, most = len(scores), CONFIG.detections
+    masks = torch.zeros(most, 4, 4)
     made = Detections(
         torch.zeros(most, 4),
         torch.zeros(most),
         torch.zeros(most, dtype=torch.long),
         torch.arange(most) < n,
-        torch.zeros(most, 4, 4),
+        masks,
     )
     made.boxes[:n], made.scores[:n] = torch.tensor(boxes[:n]).reshape(-1, 4), torch.tensor(scores)
-    made.labels[:n], made.masks[:n] = torch.tensor(labels[:n]), torch.rand(n, 4, 4)
+    made.labels[:n], masks[:n] = torch.tensor(labels[:n]), torch.rand(n, 4, 4)
     return made
 
 
@@ -33,7 +34,7 @@ def picked(detections: Detections, rows: list[int]) -> Detections:
     """The same detections, of which only `rows` are left, in that order."""
     count = int(detections.valid.sum())
     order = [*rows, *range(count, CONFIG.detections), *(i for i in range(count) if i not in rows)]
-    moved = Detections(*(t[order] for t in detections))
+    moved = Detections(*(t[order] for t in detections if t is not None))
     return moved._replace(valid=torch.arange(CONFIG.detections) < len(rows))
 
 
@@ -73,6 +74,7 @@ def test_differences_are_found_and_measured(field):
 
 def test_what_is_not_a_number_agrees_with_nothing():
     one = found([0.9, 0.8, 0.7])
+    assert one.masks is not None
     masks = one.masks.clone()
     masks[0, 0, 0] = torch.nan
     assert not compare_image(one, one._replace(masks=masks), CONFIG, TOLERANCES).within(TOLERANCES)

@@ -282,6 +282,7 @@ def test_an_image_is_detected_alike_alone_and_in_a_batch(world, tiny_batch):
         alone = detector.detect(*arguments, world.inputs(one(batch, i)))
         assert torch.equal(together.valid[i : i + 1], alone.valid)
         for a, b in zip(together, alone, strict=True):
+            assert a is not None
             torch.testing.assert_close(a[i : i + 1], b, rtol=1e-4, atol=1e-3)
 
 
@@ -289,6 +290,7 @@ def test_detections_hold_together(world, tiny_batch):
     batch = tiny_batch([2, 1])
     found = detector.detect(world.params, world.buffers, world.config, world.inputs(batch))
     assert found.boxes.shape == (2, 10, 4)
+    assert found.masks is not None
     assert found.masks.shape == (2, 10, 28, 28)
     assert found.valid.any()
     assert (found.scores.diff() <= 0).all()
@@ -328,6 +330,7 @@ def test_scores_come_from_the_mean_logits_and_masks_from_the_mean_probabilities(
     scores, probabilities = logits.mean(0).softmax(0), masks.sigmoid().mean(0)
     torch.testing.assert_close(found.scores, (scores[found.labels] * found.valid))
     expected = (probabilities[found.labels] * found.valid)[..., None, None]
+    assert found.masks is not None
     torch.testing.assert_close(found.masks, expected.expand_as(found.masks))
 
 
@@ -685,6 +688,7 @@ def test_other_heads_learn_and_detect(world, tiny_batch, choice):
         found = detector.detect(params, buffers, config, inputs)
     assert found.valid.any()
     assert found.boxes.isfinite().all()
+    assert found.masks is not None
     assert (found.masks.flatten(2).amax(-1) > 0).equal(found.valid)
 
 

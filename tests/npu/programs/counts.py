@@ -112,6 +112,7 @@ def casc_inference() -> Callable[[int], Tensor]:
 
     def step(number: int) -> Tensor:
         found = detect(state.params, state.buffers, to_device(given[number], device))
+        assert found.masks is not None
         return found.scores.sum() + found.masks.sum()
 
     return step
