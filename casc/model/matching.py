@@ -177,9 +177,37 @@ def match_rois(
     Returns:
         Matches of N boxes; invalid boxes are neither positive nor negative.
     """
+    if traits(boxes.device).reads_wait_for_nothing:
+        best, gt = best_present(boxes, gt_boxes, gt_valid)
+    else:
+        best, gt = best_all(boxes, gt_boxes, gt_valid)
+    return Matches(gt, best, valid & (best >= iou), valid & (best < iou))
+
+
+def best_all(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Each box's best overlap [B, N], -1 for none, and the first ground truth that has it."""
     overlap = torch.where(gt_valid[..., None], iou_matrix(gt_boxes, boxes), -1.0)
     best, gt = overlap.max(dim=1)
-    return Matches(gt, best, valid & (best >= iou), valid & (best < iou))
+    return best, gt
+
+
+@torch.library.custom_op("casc::best_present", mutates_args=())
+def best_present(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> tuple[Tensor, Tensor]:
+    """What `best_all` gives, with work for the objects that there are, not for the capacity."""
+    best = boxes.new_full(boxes.shape[:2], -1.0)
+    gt = torch.zeros(boxes.shape[:2], dtype=torch.int64, device=boxes.device)
+    for i, own in enumerate(gt_valid):
+        present = own.nonzero()[:, 0]
+        if len(present):
+            best[i], at = iou_matrix(gt_boxes[i, present], boxes[i]).max(dim=0)
+            gt[i] = present[at]
+    return best, gt
+
+
+@best_present.register_fake
+def _(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor):
+    best = boxes.new_empty(boxes.shape[:2])
+    return best, torch.empty(boxes.shape[:2], dtype=torch.int64, device=boxes.device)
 
 
 def covered(boxes: Tensor, regions: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from casc.model.detector import STAGES
 from casc.model.matching import (
     Matches,
     Sample,
+    best_all,
+    best_present,
     match_anchors,
     match_rois,
     meet_all,
@@ -339,5 +341,11 @@ def test_only_present_objects_cost_and_all_say_the_same(mode, monkeypatch, block
     inside = torch.from_numpy(rng.random((3, 60)) < 0.8)
     found = mode(meet_present)(anchors, inside, boxes.float(), valid, 0.3)
     expected = mode(meet_all)(anchors, inside, boxes.float(), valid, 0.3)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    rois = anchors + torch.arange(3)[:, None, None]
+    found = mode(best_present)(rois, boxes.float(), valid)
+    expected = best_all(rois, boxes.float(), valid)
+    assert found[0].amax() > 0.5
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)

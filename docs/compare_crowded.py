@@ -1,0 +1,66 @@
+"""Time a training step where one image of a batch is crowded, on one thread of the CPU.
+
+    python docs/compare_crowded.py --batch 16 --objects 1500
+
+The demo's detector, not compiled; the steps take turns, and what counts is processor time.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from casc.bench.batch import Load, made_up_batch
+from casc.data.batch import Batch
+from casc.device.compute import Compute
+from casc.model.detector import init, trainable
+from casc.model.losses import mean_losses
+from casc.model.steps import make_loss_step
+from casc.recipes.demo import demo
+
+CANVAS = 192, 256
+
+
+def main() -> None:
+    """Compare it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--objects", type=int, default=1500, help="on the crowded image")
+    parser.add_argument("--rounds", type=int, default=3)
+    settings = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = demo()
+    image = replace(recipe.image, short=CANVAS[0], long=CANVAS[1])
+    step = make_loss_step(recipe.model, image, CANVAS, Compute(compile=False))
+    params, buffers = init(recipe.model, torch.Generator().manual_seed(0))
+    for value in trainable(recipe.model, params).values():
+        value.requires_grad_()
+
+    def made(objects: int, capacity: int) -> Batch:
+        load = Load(canvas=CANVAS, batch=settings.batch, objects=objects, capacity=capacity)
+        return made_up_batch(load, recipe.model.classes)
+
+    few, full = made(8, settings.objects), made(settings.objects, settings.objects)
+    columns = zip(few, full, strict=True)
+    one = Batch(*(a if a is None or b is None else torch.cat([b[:1], a[1:]]) for a, b in columns))
+    batches = {"8 objects each": made(8, 8), "the same, more room": few, "one crowded": one}
+    seconds: dict[str, list[float]] = {name: [] for name in batches}
+    for _ in range(settings.rounds + 1):
+        for name, batch in batches.items():
+            start = time.process_time()
+            mean_losses(step(params, buffers, batch))[0].backward()
+            seconds[name].append(time.process_time() - start)
+            for value in params.values():
+                value.grad = None
+    usual = statistics.median(seconds["8 objects each"][1:])
+    for name, times in seconds.items():
+        median = statistics.median(times[1:])  # the first warms up
+        mib = sum(column.nbytes for column in batches[name] if column is not None) / 2**20
+        line = f"{name}: {median:.2f} s, {median / usual:.2f} times, batch of {mib:.1f} MiB"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
