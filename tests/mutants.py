@@ -85,7 +85,7 @@ MUTANTS = (
     Mutant("the stem trains", "model/resnet.py", "    if not name.startswith(f\"{PREFIX}.layer\"):\n        return 0", "    if not name.startswith(f\"{PREFIX}.layer\"):\n        return 5"),
     Mutant("the stem's pooling unpadded", "model/resnet.py", "kernel_size=3, stride=2, padding=1", "kernel_size=3, stride=2, ceil_mode=True"),
     Mutant("the stride in the 1x1", "model/resnet.py", "(stride, 1) if config.stride_in_1x1 else (1, stride)", "(1, stride) if config.stride_in_1x1 else (stride, 1)"),
-    Mutant("no ReLU after the shortcut", "model/resnet.py", "    y = _conv_norm(params, norms, config, name, \"conv3\", 3, y)\n    return F.relu(y + ", "    y = _conv_norm(params, norms, config, name, \"conv3\", 3, y)\n    return (y + "),
+    Mutant("no ReLU after the shortcut", "model/resnet.py", "    y = _conv_norm(params, norms, config, share, name, \"conv3\", 3, y)\n    return F.relu(y + ", "    y = _conv_norm(params, norms, config, share, name, \"conv3\", 3, y)\n    return (y + "),
     Mutant("laterals overwritten", "model/fpn.py", "return (blocks + coarse[:, :, :, None, :, None])", "return coarse[:, :, :, None, :, None].expand_as(blocks)"),
     Mutant("laterals upsampled bilinearly", "model/fpn.py", "if fine.shape[2:] != (2 * height, 2 * width):\n        return fine + F.interpolate(coarse, size=fine.shape[2:], mode=\"nearest\")", "if True:\n        return fine + F.interpolate(coarse, size=fine.shape[2:], mode=\"bilinear\")"),
     Mutant("P6 by 2x2 pooling", "model/fpn.py", "kernel_size=1, stride=2", "kernel_size=2, stride=2"),
@@ -93,6 +93,8 @@ MUTANTS = (
     Mutant("relative positions mirrored", "model/vit.py", "at[:, None] - at + size - 1", "at - at[:, None] + size - 1", ("model/test_vit.py",)),
     Mutant("transposed convolution's cells turned", "model/fpn.py", "x.permute(0, 5, 1, 3, 2, 4)", "x.permute(0, 5, 1, 4, 2, 3)", ("model/test_vit.py",)),
     Mutant("group norm of too few groups", "model/layers.py", "GN_GROUPS = 32", "GN_GROUPS = 16", ("model/test_layers.py",)),
+    Mutant("the variance of padding, too", "model/layers.py", "variance = (centred.square() * inside)", "variance = centred.square()", ("model/test_layers.py",)),
+    Mutant("cells that are image in part left out", "model/layers.py", "- 1e-3).ceil().clamp(min=1)", "- 1e-3).floor().clamp(min=1)", ("model/test_layers.py",)),
     # ---- anchors, boxes, matching, sampling ----
     Mutant("anchors at cell centres", "model/anchors.py", "x = torch.arange(width, device=device, dtype=torch.float32) * stride", "x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) * stride"),
     Mutant("ratios are width over height", "model/anchors.py", "(0.5 * side / math.sqrt(r), 0.5 * side * math.sqrt(r))", "(0.5 * side * math.sqrt(r), 0.5 * side / math.sqrt(r))"),

@@ -31,7 +31,12 @@ Backbone = ResNetConfig | TimmConfig | ViTConfig
 
 
 def feature_maps(
-    params: Params, buffers: Params, config: Backbone, image: Tensor, drop: Tensor | None = None
+    params: Params,
+    buffers: Params,
+    config: Backbone,
+    image: Tensor,
+    drop: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> list[Tensor]:
     """What the neck reads: maps of strides 4, 8, 16 and 32, or a plain network's one of 16.
 
@@ -41,13 +46,14 @@ def feature_maps(
         config: which network.
         image: [B, 3, H, W] normalised, H and W divisible by 32.
         drop: [B, D] float32, uniform noise that decides which paths are dropped; None drops none.
+        share: as for `group_norm`, of ResNets' norms.
 
     Returns:
         4 or 1 tensors [B, C_l, H / stride, W / stride].
     """
     match config:
         case ResNetConfig():
-            return resnet(params, buffers, config, image)
+            return resnet(params, buffers, config, image, share)
         case TimmConfig():
             return timm_features(params, buffers, config, image, drop)
         case ViTConfig():

@@ -258,10 +258,19 @@ def extract(
     image: Tensor,
     probe: Probe = unwatched,
     drop: Tensor | None = None,
+    size: Tensor | None = None,
 ) -> Features:
-    """Backbone and pyramid of [B, 3, H, W] images; `drop` is the step's noise of that name."""
-    maps = probe("maps", feature_maps(params, buffers, config.backbone, image, drop))
-    levels = probe("levels", fpn(params, config.fpn, maps))
+    """Backbone and pyramid of [B, 3, H, W] images; `drop` is the step's noise of that name.
+
+    With the images' sizes [B, 2] float32 given, group norms normalise over the image and not over
+    what the canvas adds to it: what is found hardly depends on the canvas then.
+    """
+    share = None
+    if size is not None and "gn" in (getattr(config.backbone, "norm", None), config.fpn.norm):
+        height, width = image.shape[2:]
+        share = torch.stack([size[:, 0] / height, size[:, 1] / width], dim=1)
+    maps = probe("maps", feature_maps(params, buffers, config.backbone, image, drop, share))
+    levels = probe("levels", fpn(params, config.fpn, maps, share))
     strides = config.anchors.strides[:ROI_LEVELS]
     return Features(levels, flatten_pyramid(levels[:ROI_LEVELS], strides))
 
@@ -477,7 +486,7 @@ def detect(
     turned into scores once (see `InferenceConfig.average`). Masks are the mean of the three
     heads' probabilities. `anchors` are as for `box_branch`.
     """
-    features = extract(params, buffers, config, inputs.image, probe)
+    features = extract(params, buffers, config, inputs.image, probe, size=inputs.size)
     if anchors is None:
         anchors = features_anchors(config, features)
     output = rpn_head(params, config.rpn, features.levels)

@@ -28,6 +28,7 @@ Norm = Literal["none", "gn", "ln"]
 
 BN_EPS = 1e-5
 GN_GROUPS = 32
+GN_EPS = 1e-5
 LN_EPS = 1e-6
 JOINED = "joined"
 _VARIANCE = ".running_var"
@@ -311,11 +312,39 @@ def keep_path(noise: Tensor, probability: float) -> Tensor:
     return (noise >= probability).to(noise.dtype) / (1 - probability)
 
 
-def group_norm(params: Params, name: str, x: Tensor) -> Tensor:
-    """Group normalisation (Wu & He, 2018) over at most 32 groups: [B, C, H, W], same shape."""
+def group_norm(params: Params, name: str, x: Tensor, share: Tensor | None = None) -> Tensor:
+    """Group normalisation (Wu & He, 2018) over at most 32 groups: [B, C, H, W], same shape.
+
+    Args:
+        params: weights by name.
+        name: of the norm.
+        x: activations.
+        share: [B, 2] float32, the part of height and width that is image. Mean and variance are of
+            its cells, so that they don't depend on how large the canvas is; None: of all cells.
+    """
     channels = x.shape[1]
+    groups = math.gcd(GN_GROUPS, channels)
     weight, bias = params[f"{name}.weight"].to(x.dtype), params[f"{name}.bias"].to(x.dtype)
-    return F.group_norm(x, math.gcd(GN_GROUPS, channels), weight, bias)
+    if share is None:
+        return F.group_norm(x, groups, weight, bias)
+    inside = _inside(share, x.shape[2], x.shape[3])[:, None, None]
+    parts = x.float().unflatten(1, (groups, channels // groups))
+    count = inside.sum(dim=(2, 3, 4), keepdim=True) * (channels // groups)
+    centred = parts - (parts * inside).sum(dim=(2, 3, 4), keepdim=True) / count
+    variance = (centred.square() * inside).sum(dim=(2, 3, 4), keepdim=True) / count
+    normal = (centred * torch.rsqrt(variance + GN_EPS)).flatten(1, 2).to(x.dtype)
+    return normal * weight[:, None, None] + bias[:, None, None]
+
+
+def _inside(share: Tensor, height: int, width: int) -> Tensor:
+    """Cells that are image, in full or in part: [B, height, width] bool, at least one."""
+
+    def along(axis: int, length: int) -> Tensor:
+        # Sizes are whole pixels: a number of cells is whole, or farther from it than this.
+        cells = (share[:, axis : axis + 1] * length - 1e-3).ceil().clamp(min=1)
+        return torch.arange(length, device=share.device) < cells
+
+    return along(0, height)[:, :, None] & along(1, width)[:, None]
 
 
 def layer_norm(params: Params, name: str, x: Tensor) -> Tensor:
@@ -325,11 +354,21 @@ def layer_norm(params: Params, name: str, x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def conv_module(params: Params, name: str, x: Tensor, padding: int, norm: Norm) -> Tensor:
-    """A ConvModule of mmcv without its activation: `name.conv`, then `name.gn` or `name.ln`."""
+def conv_module(
+    params: Params,
+    name: str,
+    x: Tensor,
+    padding: int,
+    norm: Norm,
+    share: Tensor | None = None,
+) -> Tensor:
+    """A ConvModule of mmcv without its activation: `name.conv`, then `name.gn` or `name.ln`.
+
+    `share` is as for `group_norm`.
+    """
     x = conv(params, f"{name}.conv", x, padding=padding)
     if norm == "gn":
-        return group_norm(params, f"{name}.gn", x)
+        return group_norm(params, f"{name}.gn", x, share)
     return layer_norm(params, f"{name}.ln", x) if norm == "ln" else x
 
 

@@ -69,7 +69,13 @@ def out_channels(config: ResNetConfig) -> list[int]:
     return [config.width * 2**stage * expansion for stage in range(4)]
 
 
-def resnet(params: Params, buffers: Params, config: ResNetConfig, image: Tensor) -> list[Tensor]:
+def resnet(
+    params: Params,
+    buffers: Params,
+    config: ResNetConfig,
+    image: Tensor,
+    share: Tensor | None = None,
+) -> list[Tensor]:
     """Feature maps C2 to C5.
 
     Args:
@@ -77,6 +83,7 @@ def resnet(params: Params, buffers: Params, config: ResNetConfig, image: Tensor)
         buffers: batch norm statistics by name.
         config: which network.
         image: [B, 3, H, W] normalised, H and W divisible by 32.
+        share: as for `group_norm`.
 
     Returns:
         4 tensors [B, C_l, H / 2**l, W / 2**l] for l = 2..5.
@@ -93,7 +100,7 @@ def resnet(params: Params, buffers: Params, config: ResNetConfig, image: Tensor)
         params, norms = fold_rows(params, buffers, _convs(buffers), image.dtype)
     elif config.norm == "frozen_bn":
         norms = frozen_norms(params, buffers, image.dtype)
-    x = _conv_norm(params, norms, config, PREFIX, "conv1", 1, image, stride=2, padding=3)
+    x = _conv_norm(params, norms, config, share, PREFIX, "conv1", 1, image, stride=2, padding=3)
     x = F.max_pool2d(F.relu(x), kernel_size=3, stride=2, padding=1)
     block = _bottleneck if _is_bottleneck(config) else _basic_block
     maps = []
@@ -102,9 +109,9 @@ def resnet(params: Params, buffers: Params, config: ResNetConfig, image: Tensor)
             stride = 2 if index == 0 and stage > 0 else 1
             name = f"{PREFIX}.layer{stage + 1}.{index}"
             if config.recompute and torch.is_grad_enabled() and stage >= config.frozen_stages:
-                x = recomputed(block, params, norms, config, name, x, stride)
+                x = recomputed(block, params, norms, config, share, name, x, stride)
             else:
-                x = block(params, norms, config, name, x, stride)
+                x = block(params, norms, config, share, name, x, stride)
         maps.append(x)
     return maps
 
@@ -159,31 +166,49 @@ def init_resnet(
 
 
 def _bottleneck(
-    params: Params, norms: Affine, config: ResNetConfig, name: str, x: Tensor, stride: int
+    params: Params,
+    norms: Affine,
+    config: ResNetConfig,
+    share: Tensor | None,
+    name: str,
+    x: Tensor,
+    stride: int,
 ) -> Tensor:
     first, second = (stride, 1) if config.stride_in_1x1 else (1, stride)
-    y = F.relu(_conv_norm(params, norms, config, name, "conv1", 1, x, first))
-    y = F.relu(_conv_norm(params, norms, config, name, "conv2", 2, y, second, padding=1))
-    y = _conv_norm(params, norms, config, name, "conv3", 3, y)
-    return F.relu(y + _shortcut(params, norms, config, name, x, stride))
+    y = F.relu(_conv_norm(params, norms, config, share, name, "conv1", 1, x, first))
+    y = F.relu(_conv_norm(params, norms, config, share, name, "conv2", 2, y, second, padding=1))
+    y = _conv_norm(params, norms, config, share, name, "conv3", 3, y)
+    return F.relu(y + _shortcut(params, norms, config, share, name, x, stride))
 
 
 def _basic_block(
-    params: Params, norms: Affine, config: ResNetConfig, name: str, x: Tensor, stride: int
+    params: Params,
+    norms: Affine,
+    config: ResNetConfig,
+    share: Tensor | None,
+    name: str,
+    x: Tensor,
+    stride: int,
 ) -> Tensor:
-    y = F.relu(_conv_norm(params, norms, config, name, "conv1", 1, x, stride, padding=1))
-    y = _conv_norm(params, norms, config, name, "conv2", 2, y, padding=1)
-    return F.relu(y + _shortcut(params, norms, config, name, x, stride))
+    y = F.relu(_conv_norm(params, norms, config, share, name, "conv1", 1, x, stride, padding=1))
+    y = _conv_norm(params, norms, config, share, name, "conv2", 2, y, padding=1)
+    return F.relu(y + _shortcut(params, norms, config, share, name, x, stride))
 
 
 def _shortcut(
-    params: Params, norms: Affine, config: ResNetConfig, name: str, x: Tensor, stride: int
+    params: Params,
+    norms: Affine,
+    config: ResNetConfig,
+    share: Tensor | None,
+    name: str,
+    x: Tensor,
+    stride: int,
 ) -> Tensor:
     if f"{name}.downsample.0.weight" not in params:
         return x
     if config.norm == "gn":
         y = conv(params, f"{name}.downsample.0", x, stride)
-        return group_norm(params, f"{name}.downsample.1", y)
+        return group_norm(params, f"{name}.downsample.1", y, share)
     affine = norms[f"{name}.downsample.1"]
     return conv_affine(params, f"{name}.downsample.0", affine, x, stride)
 
@@ -192,6 +217,7 @@ def _conv_norm(
     params: Params,
     norms: Affine,
     config: ResNetConfig,
+    share: Tensor | None,
     name: str,
     conv_name: str,
     norm_index: int,
@@ -201,7 +227,8 @@ def _conv_norm(
 ) -> Tensor:
     norm = f"{name}.{_norm_tag(config)}{norm_index}"
     if config.norm == "gn":
-        return group_norm(params, norm, conv(params, f"{name}.{conv_name}", x, stride, padding))
+        x = conv(params, f"{name}.{conv_name}", x, stride, padding)
+        return group_norm(params, norm, x, share)
     return conv_affine(params, f"{name}.{conv_name}", norms[norm], x, stride, padding)
 
 

@@ -63,6 +63,25 @@ def test_layers_are_torchs(mode):
             torch.testing.assert_close(made, right, rtol=1e-5, atol=1e-5)
 
 
+def test_group_norm_normalises_over_the_image_alone(mode):
+    """As torch does with what is cut out; whole, in part, and the 1 x 1 that fills up a batch."""
+    net = modules()["gn"]
+    params, image = params_of(net, "gn"), 3 * randn(3, 64, 12, 16)
+    # Of a canvas of 48 x 64 pixels, 4 to a cell; the second image ends within a cell.
+    size = torch.tensor([[48.0, 64], [22, 41], [1, 1]])
+
+    def run(params, image, size):
+        share = torch.stack([size[:, 0] / 48, size[:, 1] / 64], dim=1)
+        return layers.group_norm(params, "gn", image, share)
+
+    made = mode(run)(params, image, size)
+    for i, (height, width) in enumerate(((12, 16), (6, 11), (1, 1))):
+        with torch.no_grad():
+            right = net(image[i : i + 1, :, :height, :width])
+        torch.testing.assert_close(made[i : i + 1, :, :height, :width], right, rtol=1e-4, atol=1e-5)
+    assert made.isfinite().all()
+
+
 def test_frozen_bn_has_batch_norms_gradients():
     nets = modules()
     conv, bn = nets["no_bias"], nets["bn"]

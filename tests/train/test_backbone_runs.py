@@ -2,10 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+import casc
+from casc.checkpoints.model import load_trained
 from casc.device.compute import Compute
+from casc.export.operators import plain
+from casc.export.program import Shape, capture, infer
 from casc.model.detector import init
 from casc.model.steps import make_loss_step
 from casc.model.timm_backbone import TimmConfig
@@ -59,6 +64,24 @@ def test_a_run_goes_on_to_the_same_bits(recipe, tmp_path):
     assert any(
         not torch.equal(value, other.state.params[k]) for k, value in whole.state.params.items()
     )
+
+
+def test_a_run_is_evaluated_loaded_and_exported(recipe):
+    summary = train(replace(recipe, epochs=1, evaluate_every=1))
+    assert summary.evaluation is not None
+    assert all(value.isfinite().all() for value in summary.state.params.values())
+    trained = load_trained(str(recipe.folder))
+    assert trained.model.backbone == recipe.model.backbone
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 48, 64, 3), np.uint8))
+    casc.load(recipe.folder, device="cpu")(pixels[0].numpy())
+    shape, size = Shape(1, (48, 64), (64, 64)), torch.tensor([[48, 64]])
+    one = trained.params, trained.buffers, trained.model, trained.image
+    program = plain(capture(*one, shape))
+    with torch.no_grad():
+        expected = infer(*one, shape.canvas, pixels, size)
+        found = program.module()(pixels, size)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
