@@ -20,6 +20,7 @@ def make_bucket(
     bucket: PlannedBucket,
     shards: Sequence[PlannedShard],
     results: Sequence[ShardResult],
+    channels: int = 3,
 ) -> tuple[Bucket, list[Finding]]:
     """Give a bucket's capacities, and name the images that set one far above the 99th percentile.
 
@@ -28,6 +29,7 @@ def make_bucket(
         bucket: its name and aspects.
         shards: of the whole split.
         results: what became of them.
+        channels: of the images.
     """
     own = [(s, r) for s, r in zip(shards, results, strict=True) if s.bucket == number]
     items = [item for shard, _ in own for item in shard.items]
@@ -46,6 +48,7 @@ def make_bucket(
         samples=len(items),
         boxes=max(1, *(need[2] for need in needs)),
         regions=max(1, *(need[3] for need in needs)),
+        channels=channels,
     )
     found: list[Finding] = []
     for kind, values in columns.items():

@@ -234,7 +234,7 @@ def _sample_faults(task: _Task, record: SampleRecord, image: bytes) -> list[str]
     bucket, faults = task.bucket, []
     width, height = record["width"], record["height"]
     try:
-        decoded = decode_image(image, record["orientation"])
+        decoded = decode_image(image, record["orientation"], bucket.channels)
         if decoded.shape[:2] != (height, width):
             found = f"{decoded.shape[1]} x {decoded.shape[0]}"
             faults.append(f"decodes to {found}, its JSON says {width} x {height}")

@@ -48,6 +48,9 @@ class ShardCommand:
     """What to call the split of `annotations`; by default after the file, or train."""
     negatives: Literal["skip", "keep"] = "skip"
     """Images without any annotation: for evaluation only, or trained on as background."""
+    channels: int = 3
+    """Of the images. 3: RGB. 1: grey or thermal. Others: planes, as bands of PNG or TIFF, as pages
+    of a TIFF, or as npy files [height, width, channels] of 8 or 16 bits."""
     stretch: bool = False
     """Spread each 16-bit greyscale image's range of values over 8 bits, and store it as PNG;
     without it the upper 8 bits count."""
@@ -95,6 +98,7 @@ class ShardCommand:
             shard_mib=self.shard_mib,
             trace_tolerance=self.trace_tolerance,
             negatives=self.negatives == "keep",
+            channels=self.channels,
             skip_invalid=self.skip_invalid,
             stretch=self.stretch,
             val_share=self.val_share,
@@ -315,8 +319,11 @@ def _verdict(index: Index, splits: Sequence[str], allow_missing: bool) -> int:
         lost = sum(
             findings.get(kind, {}).get("count", 0) for kind in ("missing_file", "unreadable")
         )
-        if not split.report["annotations"]["trained"]:
-            say(f"{name}: nothing of it can be trained on, see its findings", sys.stderr)
+        counts = split.report["annotations"]
+        if not counts["trained"]:
+            without = counts.get("trained_without_masks", 0)
+            what = f" with masks, {without:,} boxes with --model.masks none" if without else ""
+            say(f"{name}: nothing of it can be trained on{what}; see its findings", sys.stderr)
         if lost:
             failed = lost > 0.01 * images and not allow_missing
             remedy = "; mend the paths, or say --allow-missing" if failed else ""

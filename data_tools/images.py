@@ -10,11 +10,14 @@ import numpy as np
 from PIL import Image
 
 from casc.data.decode import (
+    NPY,
     ImageError,
+    array_size,
     decode_image,
     exif_orientation,
     open_image,
     orient,
+    resized_planes,
     stored_size,
     try_decoding,
     values,
@@ -27,7 +30,7 @@ LARGEST_FILE = 2**30
 MISSING, UNREADABLE = "missing", "unreadable"
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_ALIASES = {"jpg": {"jpg", "jpeg", "jpe", "jfif"}}
+_ALIASES = {"jpg": {"jpg", "jpeg", "jpe", "jfif"}, "tif": {"tif", "tiff"}}
 
 
 class Probe(NamedTuple):
@@ -40,7 +43,7 @@ class Probe(NamedTuple):
     sha256: str = ""
     """Digest of the file, `MISSING` or `UNREADABLE`."""
     extension: str = ""
-    """By content: jpg, png or webp; png for formats that are converted."""
+    """By content: jpg, png or webp, of planes tif or npy; png for formats that are converted."""
     width: int = 0
     """As stored, before any turning."""
     height: int = 0
@@ -63,8 +66,13 @@ class Stored(NamedTuple):
     """EXIF orientation that decoding has to undo."""
 
 
-def probe_image(path: Path) -> Probe:
-    """Read and decode an image file to see whether and how it can be used."""
+def probe_image(path: Path, channels: int = 3) -> Probe:
+    """Read and decode an image file to see whether and how it can be used.
+
+    Args:
+        path: the file.
+        channels: that it is to have, or to be converted to: see `decode_image`.
+    """
     try:
         data = read_file(path)
     except FileNotFoundError:
@@ -73,7 +81,8 @@ def probe_image(path: Path) -> Probe:
         return Probe(fault=_one_line(error), sha256=UNREADABLE)
     digest = hashlib.sha256(data).hexdigest()
     try:
-        return _probe(data, path.name)._replace(size=len(data), sha256=digest)
+        probe = _probe(data, path.name, channels)
+        return probe._replace(size=len(data), sha256=digest)
     except ImageError as error:
         return Probe(fault=_one_line(error), size=len(data), sha256=digest)
 
@@ -104,7 +113,12 @@ def file_digest(path: Path) -> str:
 
 
 def store_image(
-    path: Path, probe: Probe, orientation: int, max_size: int | None, stretch: bool = False
+    path: Path,
+    probe: Probe,
+    orientation: int,
+    max_size: int | None,
+    stretch: bool = False,
+    channels: int = 3,
 ) -> Stored:
     """Give the bytes to store: the file's own, unless its format or size calls for new ones.
 
@@ -113,9 +127,10 @@ def store_image(
         probe: what `probe_image` found.
         orientation: EXIF orientation to apply.
         max_size: longest side allowed, in pixels. A larger image is turned upright, reduced
-            and encoded again: as JPEG of quality 95, or as PNG if it wasn't a JPEG.
+            and encoded again: as JPEG of quality 95, or as PNG if it wasn't a JPEG; planes as npy.
         stretch: spread the values of a 16-bit greyscale image over 8 bits, from its darkest to
             its brightest, instead of taking the upper 8.
+        channels: of the image.
 
     Raises:
         UserError: when the file isn't the one that was probed any more.
@@ -129,15 +144,25 @@ def store_image(
     turned = orientation >= 5
     width, height = (probe.height, probe.width) if turned else (probe.width, probe.height)
     small = reduced_size(width, height, max_size)
-    wide = stretch and {"sixteen_bit", "grayscale"} <= set(probe.traits)
+    traits = set(probe.traits)
+    grey = "grayscale" in traits if channels == 3 else channels == 1 and "colour" not in traits
+    wide = stretch and grey and "sixteen_bit" in traits
     if small == (width, height) and "other_format" not in probe.traits and not wide:
         return Stored(data, width, height, orientation)
-    image = Image.fromarray(
-        _stretched(data, orientation) if wide else decode_image(data, orientation)
-    )
+    out = io.BytesIO()
+    if channels not in (1, 3):
+        planes = resized_planes(
+            decode_image(data, orientation, channels), small, Image.Resampling.LANCZOS
+        )
+        np.save(out, planes)
+        return Stored(out.getvalue(), *small, 1)
+    if wide:
+        image = Image.fromarray(_stretched(data, orientation))
+    else:
+        decoded = decode_image(data, orientation, channels)
+        image = Image.fromarray(decoded[..., 0] if channels == 1 else decoded)
     if small != image.size:
         image = image.resize(small, Image.Resampling.LANCZOS, reducing_gap=None)
-    out = io.BytesIO()
     if probe.extension == "jpg":
         image.save(out, "JPEG", quality=95)
     else:
@@ -163,7 +188,18 @@ def reduced_size(width: int, height: int, max_size: int | None) -> tuple[int, in
     return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
 
 
-def _probe(data: bytes, name: str) -> Probe:
+def _probe_array(data: bytes, channels: int) -> Probe:
+    height, width, _ = array_size(data)
+    decode_image(data, channels=channels)
+    # An array isn't a picture that other programs would show: grey and RGB go in as PNG.
+    traits = ("other_format",) if channels in (1, 3) else ()
+    extension = "png" if traits else "npy"
+    return Probe(extension=extension, width=width, height=height, traits=traits)
+
+
+def _probe(data: bytes, name: str, channels: int) -> Probe:
+    if data.startswith(NPY):
+        return _probe_array(data, channels)
     traits: list[str] = []
     with open_image(data) as image:
         kind, mode, size = image.format or "", image.mode, stored_size(image)
@@ -172,32 +208,32 @@ def _probe(data: bytes, name: str) -> Probe:
         orientation = exif_orientation(image)
         transparent = "A" in mode or "transparency" in image.info
         sixteen = mode.startswith("I;16") or (kind == "PNG" and _png_depth(data) == 16)
-        if kind == "JPEG":
+        # JPEGs of other channels aren't wanted, and are told by decoding.
+        quick = kind == "JPEG" and channels in (1, 3)
+        if quick:
             try_decoding(image)
     levels = 0
-    if kind != "JPEG":
-        decoded = decode_image(data)
+    if not quick:
+        decoded = decode_image(data, channels=channels)
         if decoded.shape[:2] != size[::-1]:
             raise ImageError(
                 f"decodes to {decoded.shape[1]} x {decoded.shape[0]} pixels, "
                 f"its header says {size[0]} x {size[1]}"
             )
         levels = len(np.unique(decoded)) if sixteen else 0
-    if kind not in _EXTENSIONS:
+    known = _EXTENSIONS if channels in (1, 3) else {**_EXTENSIONS, "TIFF": "tif"}
+    if kind not in known:
         traits.append("other_format")
-    if mode == "CMYK":
-        traits.append("cmyk")
-    if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
-        traits.append("grayscale")
-    if mode.startswith("P"):
-        traits.append("palette")
-    if transparent:
-        traits.append("alpha")
+    grey = mode in ("1", "L", "LA", "La") or mode.startswith("I")
+    if channels in (1, 3):
+        traits += _conversions(mode, channels, grey=grey, transparent=transparent)
+    if channels not in (1, 3) and "animated" in traits:
+        traits.remove("animated")  # pages are planes
     if sixteen:
         traits.append("sixteen_bit")
-    extension = _EXTENSIONS.get(kind, "png")
+    extension = known.get(kind, "png" if channels in (1, 3) else "npy")
     given = Path(name).suffix.lower().lstrip(".")
-    if kind in _EXTENSIONS and given not in _ALIASES.get(extension, {extension}):
+    if kind in known and given not in _ALIASES.get(extension, {extension}):
         traits.append("wrong_extension")
     return Probe(
         extension=extension,
@@ -207,6 +243,22 @@ def _probe(data: bytes, name: str) -> Probe:
         levels=levels,
         traits=tuple(traits),
     )
+
+
+def _conversions(mode: str, channels: int, *, grey: bool, transparent: bool) -> list[str]:
+    """What is done to the pixels of a Pillow mode to make RGB or grey of them."""
+    found = []
+    if mode == "CMYK":
+        found.append("cmyk")
+    if grey and channels == 3:
+        found.append("grayscale")
+    if not grey and channels == 1:
+        found.append("colour")
+    if mode.startswith("P"):
+        found.append("palette")
+    if transparent:
+        found.append("alpha")
+    return found
 
 
 def _frames(image: Image.Image) -> int:

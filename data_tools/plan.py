@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
-from casc.data.index import ASPECTS, Category
+from casc.data.index import ASPECTS, MOST_CHANNELS, Category
 from casc.data.segmentation import usable_segmentation
 from casc.errors import UserError
 from data_tools.coco import Annotations, ImageEntry
@@ -34,6 +34,8 @@ class Settings(NamedTuple):
     """Train on images without any annotation, as background."""
     skip_invalid: bool = False
     """Leave out annotations that can't be understood."""
+    channels: int = 3
+    """Of the images: 3 is RGB, 1 grey, others are planes, which they have to have."""
     stretch: bool = False
     """Spread the range of 16-bit greyscale images over 8 bits."""
     val_share: float = 0.0
@@ -201,6 +203,10 @@ def check_settings(settings: Settings) -> None:
         raise UserError(f"--max-size: expected at least {SHORTEST_SIDE}, got {settings.max_size}")
     if not 0 <= settings.val_share < 1:
         raise UserError(f"--val-share: expected 0 to less than 1, got {settings.val_share}")
+    if not 1 <= settings.channels <= MOST_CHANNELS:
+        raise UserError(f"--channels: expected 1 to {MOST_CHANNELS}, got {settings.channels}")
+    if settings.stretch and settings.channels not in (1, 3):
+        raise UserError(f"--stretch: is for grey images, not for --channels {settings.channels}")
     if settings.samples_per_shard < 1:
         raise UserError(
             f"--samples-per-shard: expected 1 or more, got {settings.samples_per_shard}"

@@ -47,6 +47,7 @@ KINDS: dict[str, Kind] = {
     "exif_applied": Kind("image", "turned", "EXIF orientation"),
     "exif_assumed": Kind("image", "turned", "EXIF orientation; sizes can't confirm it"),
     "exif_ignored": Kind("image", "not turned", "EXIF orientation, annotated unturned"),
+    "colour": Kind("image", "converted", "colours, decoded to grey"),
     "cmyk": Kind("image", "converted", "CMYK, decoded to RGB"),
     "grayscale": Kind("image", "converted", "grayscale, decoded to RGB"),
     "palette": Kind("image", "converted", "palette, decoded to RGB"),

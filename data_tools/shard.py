@@ -9,6 +9,7 @@ interruptions.
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,7 +167,7 @@ def _make_split(
         path.unlink()
     journal = Journal(out, source.split)
     try:
-        probes = _probe_images(source, journal, run)
+        probes = _probe_images(source, journal, settings.channels, run)
         items, findings = plan_items(
             source.annotations, probes, settings.max_size, settings.negatives
         )
@@ -187,7 +188,10 @@ def _make_split(
         results = _write_shards(source, planned, journal, out, settings, run)
     finally:
         journal.close()
-    made = [make_bucket(i, bucket, planned, results) for i, bucket in enumerate(buckets)]
+    made = [
+        make_bucket(i, bucket, planned, results, settings.channels)
+        for i, bucket in enumerate(buckets)
+    ]
     findings = [*source.annotations.findings, *findings]
     findings += [finding for _, found in made for finding in found]
     for result in results:
@@ -214,7 +218,7 @@ def _make_split(
     )
 
 
-def _probe_images(source: Source, journal: Journal, run: Run) -> list[Probe]:
+def _probe_images(source: Source, journal: Journal, channels: int, run: Run) -> list[Probe]:
     names = [image.file_name for image in source.annotations.images]
     stamps = [_stamp(source.images / name) for name in names]
     probes = [
@@ -227,7 +231,7 @@ def _probe_images(source: Source, journal: Journal, run: Run) -> list[Probe]:
         run.say(f"{source.split}: going on with an interrupted run, {known} images known")
     chunks = [missing[i : i + 16] for i in range(0, len(missing), 16)]
     found = map_tasks(
-        _probe_chunk,
+        partial(_probe_chunk, channels),
         [[source.images / names[i] for i in chunk] for chunk in chunks],
         workers=run.workers,
         title=f"{source.split}: reading images",
@@ -242,8 +246,8 @@ def _probe_images(source: Source, journal: Journal, run: Run) -> list[Probe]:
     return [probe for probe in probes if probe is not None]
 
 
-def _probe_chunk(paths: Sequence[Path]) -> list[Probe]:
-    return [probe_image(path) for path in paths]
+def _probe_chunk(channels: int, paths: Sequence[Path]) -> list[Probe]:
+    return [probe_image(path, channels) for path in paths]
 
 
 def _write_shards(

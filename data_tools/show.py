@@ -58,7 +58,11 @@ def show_shards(
         page = _page(folder, index, split, samples, captions, cell)
         out.write_text(page, encoding="utf-8")
         return captions
-    pictures = [draw_sample(image, record, index.categories, cell) for image, record in samples]
+    channels = index.splits[split].channels
+    pictures = [
+        draw_sample(image, record, index.categories, cell, channels=channels)
+        for image, record in samples
+    ]
     sheet = contact_sheet(pictures, cell=cell, captions=captions)
     Image.fromarray(sheet).save(out, "PNG")
     return captions
@@ -87,7 +91,7 @@ def _card(
 ) -> str:
     names = {category.id: category.name for category in index.categories}
     drawn = picture(
-        draw_sample(image, record, index.categories, cell, _SEEN_AT),
+        draw_sample(image, record, index.categories, cell, _SEEN_AT, index.splits[split].channels),
         f"{record['file_name']} with its {len(record['annotations'])} annotations drawn",
     )
     rows = []

@@ -114,6 +114,7 @@ def make_sample(item: Item, task: ShardTask) -> SampleMembers:
         item.orientation,
         settings.max_size,
         settings.stretch,
+        settings.channels,
     )
     frame = Frame(image.width, image.height, stored.width, stored.height)
     entries = list(load(item.annotations))

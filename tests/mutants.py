@@ -81,6 +81,7 @@ MUTANTS = (
     Mutant("batch norm's epsilon", "model/layers.py", "BN_EPS = 1e-5", "BN_EPS = 1e-3"),
     Mutant("the variance not rooted", "model/layers.py", "torch.rsqrt(var + BN_EPS)", "torch.reciprocal(var + BN_EPS)"),
     Mutant("gathered gradients of the scales without the means", "model/layers.py", "torch._foreach_mul(shift_grads, means),", "torch._foreach_mul(shift_grads, gammas),", ("model/test_resnet.py",)),
+    Mutant("grey gets the mean of RGB's first weights", "model/layers.py", "* (3 / channels)", "* 1.0", ("train/test_image_channels.py",)),
     Mutant("one stage more is frozen", "model/backbone.py", "return stage <= config.frozen_stages", "return stage <= config.frozen_stages + 1"),
     Mutant("the stem trains", "model/resnet.py", "    if not name.startswith(f\"{PREFIX}.layer\"):\n        return 0", "    if not name.startswith(f\"{PREFIX}.layer\"):\n        return 5"),
     Mutant("the stem's pooling unpadded", "model/resnet.py", "kernel_size=3, stride=2, padding=1", "kernel_size=3, stride=2, ceil_mode=True"),

@@ -41,7 +41,7 @@ def write_detectron2(
     if not checkpoint.whole:
         raise UserError("a backbone alone is no Cascade Mask R-CNN; use --to torchvision")
     model, image = checkpoint.model, checkpoint.image
-    check_expressible(model)
+    check_expressible(model, image)
     channels = stated.channels if stated.channels != "auto" else checkpoint.channels or "bgr"
     tensors = to_rgb(checkpoint.tensors, channels)
     differences = []

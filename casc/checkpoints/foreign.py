@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from casc.checkpoints.report import Convention, Row
-from casc.checkpoints.shapes import BATCHES, expected
+from casc.checkpoints.shapes import BATCHES, expected, image_channels
 from casc.config import from_json, to_json
 from casc.data.index import Category
 from casc.errors import UserError
@@ -99,12 +99,21 @@ def resnet_of(model: DetectorConfig) -> ResNetConfig:
     return model.backbone
 
 
-def check_expressible(model: DetectorConfig) -> None:
-    """Refuse heads that have no place in other programs' checkpoints as casc writes them.
+def check_expressible(model: DetectorConfig, image: ImageConfig) -> None:
+    """Refuse what has no place in other programs' checkpoints as casc writes them.
 
     Raises:
         UserError: naming the field.
     """
+    for field, there, usual in (
+        ("model.masks", model.masks, "heads"),
+        ("image.channels", image.channels, 3),
+    ):
+        if there != usual:
+            raise UserError(
+                f"{field} {there}: checkpoints for other programs are written of detectors with"
+                " masks on RGB only; export the detector (casc export)"
+            )
     plain = DetectorConfig()
     resnet_of(model)
     for part, names in (
@@ -166,7 +175,7 @@ def complete(
         UserError: a tensor is none of the model's.
     """
     result, rows = {}, []
-    for name, shape in expected(model).items():
+    for name, shape in expected(model, image_channels(tensors)).items():
         if name in tensors:
             result[name] = tensors[name]
         elif name.endswith(BATCHES) and (whole or name.startswith(PREFIX)):

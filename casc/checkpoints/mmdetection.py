@@ -138,7 +138,7 @@ def write_mmdetection(checkpoint: Checkpoint, stated: Stated) -> Written:
     if not checkpoint.whole:
         raise UserError("a backbone alone is no checkpoint of MMDetection; use --to torchvision")
     model, image = checkpoint.model, checkpoint.image
-    check_expressible(model)
+    check_expressible(model, image)
     channels = stated.channels if stated.channels != "auto" else checkpoint.channels or "rgb"
     tensors = to_rgb(checkpoint.tensors, channels)
     rows = [_row(name, value, channels, []) for name, value in tensors.items()]

@@ -7,7 +7,7 @@ import torch
 
 from casc.checkpoints.pickles import first_line
 from casc.checkpoints.read import Weights, fit_weights, read_weights
-from casc.checkpoints.shapes import BATCHES, expected, model_of
+from casc.checkpoints.shapes import BATCHES, expected, image_channels, model_of
 from casc.config import from_json
 from casc.data.index import Category
 from casc.errors import UserError
@@ -43,6 +43,7 @@ def load_trained(source: str) -> Trained:
     image = ImageConfig()
     if weights.kind != "casc":
         model = replace(model_of(weights.tensors, weights.source), roi_align="adaptive")
+        image = replace(image, channels=image_channels(weights.tensors))
     else:
         model = DetectorConfig()
     if weights.problem:
@@ -54,7 +55,7 @@ def load_trained(source: str) -> Trained:
     if not model.stages:
         raise UserError(f"{weights.source}: recipe.model.stages: there is none")
     try:
-        shapes = expected(model)
+        shapes = expected(model, image.channels)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{weights.source}: recipe.model: there is no such model ({first_line(error)})"
@@ -66,7 +67,8 @@ def load_trained(source: str) -> Trained:
             continue
         if found is None or found.shape != shape:
             raise UserError(f"{weights.source}: {name!r} is missing or of another shape")
-    params, buffers = detector.init(model, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    params, buffers = detector.init(model, generator, image.channels)
     params, buffers, _ = fit_weights(params, buffers, weights.tensors)
     known = weights.categories
     if known is not None and len(known) != model.classes:

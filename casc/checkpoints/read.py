@@ -36,7 +36,7 @@ from casc.data.remote import FetchError, check_address, open_remote
 from casc.errors import UserError
 from casc.json_files import open_plain, parse_json
 from casc.model.detector import DetectorConfig
-from casc.model.layers import Params
+from casc.model.layers import Params, grown
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import PREFIX
 from casc.printing import redacted
@@ -148,9 +148,15 @@ def fit_weights(
 ) -> tuple[Params, Params, Fit]:
     """Put tensors in place of those of the same name and shape.
 
+    The first convolution of RGB images is made to fit images of other channels: see `grown`.
+
     Returns:
         New parameters and buffers, and a report.
     """
+    if STEM in tensors and STEM in params:
+        ours, theirs = params[STEM].shape, tensors[STEM].shape
+        if ours[1] != 3 and theirs == (ours[0], 3, *ours[2:]):
+            tensors = {**tensors, STEM: grown(tensors[STEM], ours[1])}
     fit = Fit([], [], [], [])
     result: tuple[Params, Params] = dict(params), dict(buffers)
     for target in result:

@@ -58,7 +58,7 @@ def model_of(tensors: Mapping[str, Tensor], source: str) -> DetectorConfig:
         raise UserError(
             f"{source}: not the weights of a Cascade Mask R-CNN with a ResNet"
         ) from None
-    for name, shape in expected(config).items():
+    for name, shape in expected(config, image_channels(tensors)).items():
         found = tensors.get(name)
         if found is None and not name.endswith(BATCHES):
             raise UserError(f"{source}: {name!r} is missing")
@@ -70,11 +70,17 @@ def model_of(tensors: Mapping[str, Tensor], source: str) -> DetectorConfig:
     return config
 
 
+def image_channels(tensors: Mapping[str, Tensor]) -> int:
+    """How many channels the images have that a detector of casc's names was made for."""
+    stem = tensors.get(f"{PREFIX}.conv1.weight")
+    return 3 if stem is None or stem.dim() != 4 else stem.shape[1]
+
+
 @cache
-def expected(config: DetectorConfig) -> Mapping[str, torch.Size]:
+def expected(config: DetectorConfig, channels: int = 3) -> Mapping[str, torch.Size]:
     """The shape of every tensor of a model, parameters and buffers, by name."""
     with torch.device("meta"):
-        params, buffers = detector.init(config, None)  # type: ignore[arg-type]
+        params, buffers = detector.init(config, None, channels)  # type: ignore[arg-type]
     return {name: value.shape for name, value in (params | buffers).items()}
 
 

@@ -156,8 +156,11 @@ class ExportCommand:
         from casc.export.pictures import batches, generated_pictures, read_pictures
         from casc.export.program import infer
 
-        given = read_pictures(self.images, shape.pixels) if self.images else None
-        pictures = given if given is not None else generated_pictures(shape.pixels)
+        channels = trained.image.channels
+        if self.images:
+            pictures = read_pictures(self.images, shape.pixels, channels)
+        else:
+            pictures = generated_pictures(shape.pixels, channels=channels)
         spent = {"eager": 0.0, self.format: 0.0}
 
         def timed(name: str, run):

@@ -18,7 +18,8 @@ class Batch(NamedTuple):
     """
 
     image: Tensor
-    """[B, Hi, Wi, 3] uint8 RGB at stored size in the top left corner, 0 elsewhere."""
+    """[B, Hi, Wi, C] uint8 at stored size in the top left corner, 0 elsewhere. C is 3 for RGB, 1
+    for grey, or a number of planes."""
     size: Tensor
     """[B, 2] float32, stored height and width in pixels."""
     boxes: Tensor

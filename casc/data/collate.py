@@ -126,7 +126,7 @@ def _columns(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     G, E, H, W = bucket.instances, bucket.edges, bucket.height, bucket.width
     columns = {
-        "image": (torch.uint8, (B, H, W, 3)),
+        "image": (torch.uint8, (B, H, W, bucket.channels)),
         "size": (torch.float32, (B, 2)),
         "boxes": (torch.float32, (B, G, 4)),
         "labels": (torch.int64, (B, G)),
@@ -148,6 +148,11 @@ def _round_up(size: int) -> int:
 
 
 def _check(sample: Sample, bucket: Bucket) -> None:
+    if sample.image.shape[2] != bucket.channels:
+        raise UserError(
+            f"image {sample.image_id}: has {sample.image.shape[2]} channels, the index says"
+            f" {bucket.channels}"
+        )
     found = {
         "height": sample.image.shape[0],
         "width": sample.image.shape[1],

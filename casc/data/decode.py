@@ -43,28 +43,40 @@ class ImageError(UserError):
     """An image can't be decoded. The message gives the reason, the caller adds the file."""
 
 
-def decode_image(data: bytes, orientation: int = 1) -> np.ndarray:
-    """Decode an image to RGB.
+NPY = b"\x93NUMPY"
+"""What a file of one numpy array begins with."""
 
-    Grayscale, palette and CMYK images are converted; alpha is dropped; 16-bit grayscale
-    keeps its upper 8 bits (as OpenCV's colour reading does, which the reference uses); of
+
+def decode_image(data: bytes, orientation: int = 1, channels: int = 3) -> np.ndarray:
+    """Decode an image: to RGB, to grey, or to planes.
+
+    With three channels grayscale, palette and CMYK images are converted; alpha is dropped; 16-bit
+    grayscale keeps its upper 8 bits (as OpenCV's colour reading does, which the reference uses); of
     an animation the first frame counts. An EXIF orientation in the file is not looked at.
+
+    With one channel colours become grey, as Pillow weighs them. Any other number of channels the
+    file has to have: as bands of its pixels (RGBA, CMYK), or a TIFF as pages of one band each.
+    Whatever the number, it may be an npy file of `[h, w, c]` (or `[h, w]`), uint8, or uint16 of
+    which the upper 8 bits are kept.
 
     Args:
         data: the file's bytes.
         orientation: EXIF orientation 1 to 8 to undo, as the shard's sample says.
+        channels: c.
 
     Returns:
-        `[h, w, 3]` uint8, C-contiguous.
+        `[h, w, c]` uint8, C-contiguous.
 
     Raises:
         ImageError: when the data isn't an image that can be decoded completely.
     """
+    if data.startswith(NPY):
+        return np.ascontiguousarray(orient(_planes_of_array(data, channels), orientation))
     with open_image(data) as image:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                array = rgb(image)
+                array = pixels(image, channels)
         except ImageError:
             raise
         except Exception as error:  # Pillow's decoders raise whatever they stumble upon
@@ -87,6 +99,49 @@ def try_decoding(image: Image.Image) -> None:
             image.load()
     except Exception as error:  # Pillow's decoders raise whatever they stumble upon
         raise ImageError(f"can't be decoded: {_reason(error)}") from None
+
+
+def array_size(data: bytes) -> tuple[int, int, int]:
+    """Give height, width and channels of an npy file from its header.
+
+    Raises:
+        ImageError: it isn't of an image's shape and type, or not whole.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    except Exception as error:  # a header is a Python literal: anything may be wrong with it
+        raise ImageError(f"not a whole npy file: {_reason(error)}") from None
+    if dtype not in (np.uint8, np.uint16):
+        raise ImageError(f"holds {dtype}, where 8 or 16 bits without sign are an image's")
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise ImageError(f"is an array {list(shape)}, expected [height, width, channels]")
+    height, width, channels = (*shape, 1)[:3]
+    if height * width > max_pixels():
+        raise ImageError(_too_large(f"{width} x {height}, more than {max_pixels()} pixels"))
+    if len(data) - stream.tell() != height * width * channels * dtype.itemsize:
+        raise ImageError("not a whole npy file: its length isn't what its header says")
+    return height, width, channels
+
+
+def _planes_of_array(data: bytes, channels: int) -> np.ndarray:
+    height, width, found = array_size(data)
+    _check_channels(found, channels)
+    array = np.load(io.BytesIO(data), allow_pickle=False).reshape(height, width, found)
+    return _eight_bits(array)
+
+
+def _check_channels(found: int, channels: int) -> None:
+    if found != channels:
+        raise ImageError(f"has {found} channel{'' if found == 1 else 's'}, expected {channels}")
+
+
+def _eight_bits(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype == np.uint8 else (array >> 8).astype(np.uint8)
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -172,6 +227,52 @@ def rgb(image: Image.Image) -> np.ndarray:
     elif image.mode in ("I", "F"):
         raise ImageError(f"holds 32-bit values (mode {image.mode}) that have no 8-bit meaning")
     return orient(np.asarray(image if image.mode == "RGB" else image.convert("RGB")), turned)
+
+
+def pixels(image: Image.Image, channels: int = 3) -> np.ndarray:
+    """Give Pillow's image as `[h, w, c]` uint8, as `decode_image` says, not turned.
+
+    Raises:
+        ImageError: it hasn't so many channels, or its values have no 8-bit meaning.
+    """
+    if channels == 3:
+        return rgb(image)
+    turned = _turned(image)
+    if channels == 1:
+        if image.mode in ("I", "F"):
+            raise ImageError(f"holds 32-bit values (mode {image.mode}) that have no 8-bit meaning")
+        whole = image if image.mode.startswith("I;16") else image.convert("L")
+        return orient(_eight_bits(np.asarray(whole))[..., None], turned)
+    bands = len(image.getbands())
+    if image.mode.startswith("P") or bands > 1 or getattr(image, "n_frames", 1) == 1:
+        _check_channels(bands, channels)
+        return orient(_eight_bits(np.asarray(image)), turned)
+    pages = getattr(image, "n_frames", 1)
+    _check_channels(pages, channels)
+    planes = []
+    for page in range(pages):
+        image.seek(page)
+        plane = np.asarray(image)
+        if plane.ndim != 2 or plane.dtype not in (np.uint8, np.uint16):
+            raise ImageError(f"page {page + 1} isn't one plane of 8 or 16 bits ({image.mode})")
+        if planes and plane.shape != planes[0].shape:
+            raise ImageError(f"page {page + 1} is of another size than the first")
+        planes.append(_eight_bits(plane))
+    return orient(np.stack(planes, axis=-1), turned)
+
+
+def resized_planes(image: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> np.ndarray:
+    """Resize `[h, w, c]` uint8 to (width, height); each plane by itself where Pillow can't at once.
+
+    For three channels, what Pillow makes of RGB.
+    """
+    if image.shape[2] == 3:
+        return np.asarray(Image.fromarray(image).resize(size, how, reducing_gap=None))
+    planes = [
+        np.asarray(Image.fromarray(plane).resize(size, how, reducing_gap=None))
+        for plane in np.moveaxis(image, -1, 0)
+    ]
+    return np.stack(planes, axis=-1)
 
 
 def values(image: Image.Image) -> np.ndarray:

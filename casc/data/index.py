@@ -30,6 +30,8 @@ MOST_EDGES = 2**28
 """Of an image's capacity, instances x edges: four gigabytes."""
 MOST_BOXES = 2**22
 """Of an image's capacity for boxes alone, or for regions to ignore."""
+MOST_CHANNELS = 64
+_MOST = {"boxes": MOST_BOXES, "regions": MOST_BOXES, "channels": MOST_CHANNELS}
 LONGEST_SIDE = 1_000_000
 MOST_PIXELS = 2**29
 """Of a bucket's canvas, which holds the widest of its images and the tallest."""
@@ -75,6 +77,8 @@ class Bucket:
     regions: int | None = None
     """Most regions to ignore in one image, at least 1: crowds, what is marked as ignore, and what
     has no usable mask. None as above."""
+    channels: int = 3
+    """Of every image: 3 is RGB, 1 grey, others are planes."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,11 @@ class Split:
     """What sharding dropped or repaired, as counts and ids."""
     source: str = ""
     """Digest of the annotation file, the images and the settings that the shards come from."""
+
+    @property
+    def channels(self) -> int:
+        """Of its images: its buckets' are the same."""
+        return self.buckets[0].channels if self.buckets else 3
 
 
 def training_split(split: Split, *, masks: bool = True, regions: bool = False) -> Split:
@@ -315,6 +324,8 @@ def _split(fields: _Fields) -> Split:
     shards = tuple(_shard(entry, len(buckets)) for entry in fields.list("shards"))
     if len({shard.name for shard in shards}) != len(shards):
         raise UserError(f"{fields.file}: {fields.where}.shards: a name occurs twice; {_REMEDY}")
+    if len({bucket.channels for bucket in buckets}) > 1:
+        raise UserError(f"{fields.file}: {fields.where}.buckets: channels differ; {_REMEDY}")
     split = Split(
         samples=fields.get("samples", int, least=0),
         train_samples=fields.get("train_samples", int, least=0),
@@ -349,14 +360,10 @@ def _bucket(fields: _Fields) -> Bucket:
     area = fields.data["height"] * fields.data["width"]
     if area > MOST_PIXELS:
         raise fields.error("height x width", f"at most {MOST_PIXELS:,} pixels", area)
-    more = {
-        key: fields.get(key, int, least=1)
-        for key in ("boxes", "regions")
-        if fields.data.get(key) is not None
-    }
+    more = {key: fields.get(key, int, least=1) for key in _MOST if fields.data.get(key) is not None}
     for key, value in more.items():
-        if value > MOST_BOXES:
-            raise fields.error(key, f"at most {MOST_BOXES:,}", value)
+        if value > _MOST[key]:
+            raise fields.error(key, f"at most {_MOST[key]:,}", value)
     return Bucket(
         name=fields.get("name", str),
         min_aspect=low,

@@ -50,7 +50,7 @@ class Sample(NamedTuple):
     """A decoded image and its trainable objects, in pixels of the stored image."""
 
     image: np.ndarray
-    """[h, w, 3] uint8 RGB."""
+    """[h, w, C] uint8: RGB, grey or planes."""
     boxes: np.ndarray
     """[g, 4] float32 xyxy, not clipped to the image."""
     labels: np.ndarray
@@ -65,7 +65,12 @@ class Sample(NamedTuple):
 
 
 def read_sample(
-    image_bytes: bytes, json_bytes: bytes, *, masks: bool = True, regions: bool = False
+    image_bytes: bytes,
+    json_bytes: bytes,
+    *,
+    masks: bool = True,
+    regions: bool = False,
+    channels: int = 3,
 ) -> Sample:
     """Decode a sample's two members; all that isn't trained on is left out.
 
@@ -76,12 +81,13 @@ def read_sample(
             nothing but a mask are among them.
         regions: also give what is to be ignored: crowds, what is marked so, and with `masks`
             what has no usable one.
+        channels: of the image, see `decode_image`.
 
     Raises:
         ImageError: when the image can't be decoded or has another size than the JSON says.
     """
     record = parse_record(json_bytes)
-    image = decode_image(image_bytes, record["orientation"])
+    image = decode_image(image_bytes, record["orientation"], channels)
     if image.shape[:2] != (record["height"], record["width"]):
         raise UserError(
             f"{record['file_name']}: decodes to {image.shape[1]} x {image.shape[0]}, its JSON "

@@ -173,7 +173,7 @@ def _walk_training(
             window=window, past=past,
         )  # fmt: skip
         reader = partial(ShardReader, root, split, loading, worker.status, worker.compared)
-        read = partial(decode, masks=masks, regions=regions)
+        read = partial(decode, masks=masks, regions=regions, channels=split.channels)
         for bucket, samples in epoch_samples(reader, plan, rank, first % workers, first, read):
             if at >= steps.stop:
                 return
@@ -213,7 +213,10 @@ def _walk_evaluation(
         for bucket, segments in plan:
             members = [member for part in segments for member in reader.read(part)]
             worker.status.set(DECODING)
-            samples = [decode(*member, masks=masks, regions=regions) for member in members]
+            samples = [
+                decode(*member, masks=masks, regions=regions, channels=split.channels)
+                for member in members
+            ]
             seeds = None if seed is None else [noise_seed(seed, 0, s.image_id) for s in samples]
             yield (
                 bucket,
@@ -230,11 +233,17 @@ def _walk_evaluation(
 
 
 def decode(
-    name: str, image: bytes, record: bytes, *, masks: bool = True, regions: bool = False
+    name: str,
+    image: bytes,
+    record: bytes,
+    *,
+    masks: bool = True,
+    regions: bool = False,
+    channels: int = 3,
 ) -> Sample:
     """`read_sample` with errors that say where the sample is."""
     try:
-        return read_sample(image, record, masks=masks, regions=regions)
+        return read_sample(image, record, masks=masks, regions=regions, channels=channels)
     except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{name}: {error}; run `data_tools check`") from error
 

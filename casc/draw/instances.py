@@ -35,7 +35,7 @@ def draw_instances(
     below by a dark margin; the image stays in the top left corner.
 
     Args:
-        image: `[h, w, 3]` uint8 RGB.
+        image: `[h, w, c]` uint8: RGB, grey, or planes, of which the first three are shown.
         boxes: `[n, 4]` xyxy in pixels of the image; what lies outside is clipped.
         names: n names, one an instance, often of its class.
         labels: n class numbers, which choose the colours; by default the names do.
@@ -55,7 +55,7 @@ def draw_instances(
     Raises:
         ValueError: when shapes or lengths disagree or a box isn't finite.
     """
-    image, boxes = np.asarray(image), np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    image, boxes = visible(np.asarray(image)), np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     count = len(boxes)
     _check(image, boxes, names, labels, masks, polygons, scores, crowds)
 
@@ -92,6 +92,13 @@ def draw_instances(
         write_tag(brush, tag, colours[i])
         taken.append(tag.place)
     return np.asarray(page)
+
+
+def visible(image: np.ndarray) -> np.ndarray:
+    """An image `[h, w, c]` as RGB: one channel or two as grey, of more the first three."""
+    if image.ndim != 3 or image.shape[2] == 3:
+        return image
+    return image[..., [0, 0, 0]] if image.shape[2] < 3 else image[..., :3]
 
 
 def _check(

@@ -18,6 +18,7 @@ def draw_sample(
     categories: Sequence[Category],
     long_side: int | None = None,
     seen_at: int | None = None,
+    channels: int = 3,
 ) -> np.ndarray:
     """Draw all annotations of a sample, those that aren't trained on included.
 
@@ -27,6 +28,7 @@ def draw_sample(
         categories: of the index.
         long_side: the picture's longest side in pixels; see `draw_instances`.
         seen_at: see `draw_instances`.
+        channels: of the image, as its split says.
 
     Returns:
         `[H, W, 3]` uint8 RGB.
@@ -38,7 +40,7 @@ def draw_sample(
     entries = record["annotations"]
     segmentations = [entry["segmentation"] for entry in entries]
     return draw_instances(
-        decode_image(image, record["orientation"]),
+        decode_image(image, record["orientation"], channels),
         np.array([entry["box"] for entry in entries], float).reshape(-1, 4),
         [names.get(entry["category_id"], f"category {entry['category_id']}") for entry in entries],
         labels=[entry["label"] for entry in entries],

@@ -114,6 +114,13 @@ def evaluate(
     index = read_index(root, loading)
     split = split or detector.split
     check_split(index, split, root)
+    channels = index.splits[split].channels
+    if channels != detector.image.channels:
+        raise UserError(
+            f"{root}: {split} has images of {channels} channels, the model was trained on"
+            f" {detector.image.channels}; evaluate on shards made with `data_tools shard --channels"
+            f" {detector.image.channels}`"
+        )
     detector.check_classes(index.categories, root)
     evaluation = evaluate_split(
         detector,

@@ -90,7 +90,7 @@ def compare(
     """Run two programs on the same images.
 
     Args:
-        batches: pixels [B, Hi, Wi, 3], sizes [B, 2], and how many rows count.
+        batches: pixels [B, Hi, Wi, C], sizes [B, 2], and how many rows count.
         first: one program.
         second: the other.
         config: the thresholds of both.

@@ -9,6 +9,7 @@ from casc.checkpoints.model import Trained, class_names
 from casc.config import to_json
 from casc.export.program import Shape
 from casc.model.detector import mask_stages
+from casc.model.preprocess import per_channel
 
 INPUTS = ("pixels", "size")
 OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
@@ -29,8 +30,14 @@ def describe(trained: Trained, shape: Shape, form: str) -> dict[str, Any]:
     """
     model, image = trained.model, trained.image
     batch, most, cells = shape.batch or ANY, model.inference.detections, 2 * model.mask_head.cells
+    kind = {1: "grey", 3: "RGB"}.get(image.channels, "planes")
+    numbers = per_channel(image)
     inputs = (
-        ([batch, *shape.pixels, 3], "uint8", "RGB, each image in the top left corner, 0 beside it"),
+        (
+            [batch, *shape.pixels, image.channels],
+            "uint8",
+            f"{kind}, each image in the top left corner, 0 beside it",
+        ),
         ([batch, 2], "int64", "height and width of each image in pixels; 1 and 1 for none"),
     )
     outputs = (
@@ -56,8 +63,8 @@ def describe(trained: Trained, shape: Shape, form: str) -> dict[str, Any]:
             "short": image.short,
             "long": image.long,
             "canvas": list(shape.canvas),
-            "mean": list(image.mean),
-            "std": list(image.std),
+            "mean": list(numbers.mean),
+            "std": list(numbers.std),
         },
         "thresholds": {
             "score": model.inference.score_threshold,

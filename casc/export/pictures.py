@@ -5,47 +5,52 @@ Legend: B images, Hi x Wi input canvas.
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from casc.data.decode import resized_planes
 from casc.errors import UserError
-from casc.inference.image_files import find_images
+from casc.inference.image_files import find_images, suffixes_of
 from casc.inference.images import read_image
 
 GENERATED = 10
 
 Picture = tuple[Tensor, tuple[int, int]]
-"""[Hi, Wi, 3] uint8 with the image in its top left corner, and the image's height and width."""
+"""[Hi, Wi, C] uint8 with the image in its top left corner, and the image's height and width."""
 
 
-def read_pictures(paths: Sequence[str], canvas: tuple[int, int]) -> list[Picture]:
+def read_pictures(
+    paths: Sequence[str], canvas: tuple[int, int], channels: int = 3
+) -> list[Picture]:
     """Images from files, folders and patterns; larger ones are reduced to fit the canvas.
 
     Raises:
         UserError: one can't be read.
     """
-    files, failed = find_images(paths)
+    files, failed = find_images(paths, suffixes_of(channels))
     for name, reason in failed:
         raise UserError(f"--images {name}: {reason}")
     pictures = []
     for file in files:
         try:
-            image = Image.fromarray(read_image(file))
+            image = read_image(file, channels)
         except OSError as error:
             raise UserError(f"--images {file}: {error.strerror or error}") from None
-        ratio = min(canvas[0] / image.height, canvas[1] / image.width, 1.0)
+        height, width = image.shape[:2]
+        ratio = min(canvas[0] / height, canvas[1] / width, 1.0)
         if ratio < 1:
-            sides = (max(1, round(side * ratio)) for side in (image.width, image.height))
-            image = image.resize((next(sides), next(sides)), Image.Resampling.BILINEAR)
-        whole = torch.zeros((*canvas, 3), dtype=torch.uint8)
-        whole[: image.height, : image.width] = torch.from_numpy(np.array(image))
-        pictures.append((whole, (image.height, image.width)))
+            height, width = (max(1, round(side * ratio)) for side in (height, width))
+            image = resized_planes(image, (width, height), Image.Resampling.BILINEAR)
+        whole = torch.zeros((*canvas, channels), dtype=torch.uint8)
+        whole[:height, :width] = torch.from_numpy(image)
+        pictures.append((whole, (height, width)))
     return pictures
 
 
-def generated_pictures(canvas: tuple[int, int], count: int = GENERATED) -> list[Picture]:
+def generated_pictures(
+    canvas: tuple[int, int], count: int = GENERATED, channels: int = 3
+) -> list[Picture]:
     """Coloured rectangles and ellipses on noise, of many sizes; the first picture is empty."""
     generator = torch.Generator().manual_seed(0)
 
@@ -55,7 +60,8 @@ def generated_pictures(canvas: tuple[int, int], count: int = GENERATED) -> list[
     pictures = []
     for number in range(count):
         height, width = (max(1, int(side * draw(0.5, 1))) for side in canvas)
-        image = torch.randint(0, 64, (height, width, 3), generator=generator, dtype=torch.uint8)
+        shape = height, width, channels
+        image = torch.randint(0, 64, shape, generator=generator, dtype=torch.uint8)
         y = torch.arange(height)[:, None].expand(height, width)
         x = torch.arange(width).expand(height, width)
         for shape in range(0 if number == 0 else 8):
@@ -63,15 +69,16 @@ def generated_pictures(canvas: tuple[int, int], count: int = GENERATED) -> list[
             down = (y - draw(0, height)).abs() / half_height
             across = (x - draw(0, width)).abs() / half_width
             inside = (down**2 + across**2 < 1) if shape % 2 else (down < 1) & (across < 1)
-            image[inside] = torch.randint(0, 256, (3,), generator=generator, dtype=torch.uint8)
-        whole = torch.zeros((*canvas, 3), dtype=torch.uint8)
+            colour = torch.randint(0, 256, (channels,), generator=generator, dtype=torch.uint8)
+            image[inside] = colour
+        whole = torch.zeros((*canvas, channels), dtype=torch.uint8)
         whole[:height, :width] = image
         pictures.append((whole, (height, width)))
     return pictures
 
 
 def batches(pictures: Sequence[Picture], batch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Pixels [B, Hi, Wi, 3], sizes [B, 2] int64, and how many of them count.
+    """Pixels [B, Hi, Wi, C], sizes [B, 2] int64, and how many of them count.
 
     The last batch is filled up with its last picture.
     """

@@ -47,7 +47,7 @@ def infer(
         model: the detector.
         image: resize and normalisation.
         canvas: (H, W).
-        pixels: [B, Hi, Wi, 3] uint8 RGB, each image in its top left corner.
+        pixels: [B, Hi, Wi, C] uint8, each image in its top left corner.
         size: [B, 2] int64, height and width of each image in it.
 
     Returns:
@@ -111,7 +111,7 @@ def capture(
     )
     holder = _Holder(params, buffers, portable, image, shape.canvas).eval()
     batch = shape.batch or 1
-    pixels = torch.zeros((batch, *shape.pixels, 3), dtype=torch.uint8)
+    pixels = torch.zeros((batch, *shape.pixels, image.channels), dtype=torch.uint8)
     size = torch.tensor([shape.pixels]).repeat(batch, 1)
     with torch.no_grad():
         return torch.export.export(holder, (pixels, size), strict=False)

@@ -3,7 +3,8 @@
 It needs NumPy, and ONNX Runtime or torch, but nothing else of casc: copy this file to where the
 program runs.
 
-Legend: h x w an image, Hi x Wi the program's input, B its batch, D an image's detections.
+Legend: h x w an image, C its channels, Hi x Wi the program's input, B its batch, D an image's
+detections.
 """
 
 import json
@@ -23,11 +24,13 @@ class Program(NamedTuple):
     metadata: dict[str, Any]
     """What travels with the file: inputs, outputs, classes, preprocessing, thresholds."""
     run: Callable[[np.ndarray, np.ndarray], Arrays]
-    """pixels `[B, Hi, Wi, 3]` uint8 and sizes `[B, 2]` int64 to outputs by name, unchecked."""
+    """pixels `[B, Hi, Wi, C]` uint8 and sizes `[B, 2]` int64 to outputs by name, unchecked."""
     batch: int | None
     """B; None where it takes any number of images."""
     pixels: tuple[int, int]
     """Hi and Wi, the room for an image."""
+    channels: int
+    """C: 3 for RGB, 1 for grey, or a number of planes."""
 
 
 def open_program(
@@ -54,13 +57,14 @@ def open_program(
     if not metadata:
         raise ValueError(f"{path}: isn't written by `casc export`, or has lost its metadata")
     told = json.loads(metadata)
-    batch, height, width, _ = told["inputs"][0]["shape"]
+    batch, height, width, channels = told["inputs"][0]["shape"]
     names = [output["name"] for output in told["outputs"]]
 
     def named(pixels: np.ndarray, size: np.ndarray) -> Arrays:
         return dict(zip(names, run(pixels, size, names), strict=True))
 
-    return Program(told, named, batch if isinstance(batch, int) else None, (height, width))
+    fixed = batch if isinstance(batch, int) else None
+    return Program(told, named, fixed, (height, width), channels)
 
 
 def detect(program: Program, images: Sequence[np.ndarray]) -> Iterator[Arrays]:
@@ -68,7 +72,7 @@ def detect(program: Program, images: Sequence[np.ndarray]) -> Iterator[Arrays]:
 
     Args:
         program: from `open_program`.
-        images: `[h, w, 3]` uint8 RGB, upright, each of its own size.
+        images: `[h, w, C]` uint8, upright, each of its own size.
 
     Raises:
         ValueError: an image has another type or shape, or is larger than the program's input.
@@ -80,7 +84,7 @@ def detect(program: Program, images: Sequence[np.ndarray]) -> Iterator[Arrays]:
         part = images[start : start + step]
         # Rows that only fill up the batch are 1 x 1.
         rows = program.batch or len(part)
-        pixels = np.zeros((rows, *program.pixels, 3), np.uint8)
+        pixels = np.zeros((rows, *program.pixels, program.channels), np.uint8)
         size = np.ones((rows, 2), np.int64)
         for row, image in enumerate(part):
             height, width = size[row] = image.shape[:2]
@@ -97,10 +101,11 @@ def check(program: Program, image: np.ndarray, name: str = "image") -> None:
     Raises:
         ValueError: naming what is wrong and how to mend it.
     """
-    shape = getattr(image, "shape", ())
-    if len(shape) != 3 or shape[2] != 3 or image.dtype != np.uint8 or 0 in shape:
+    shape, channels = getattr(image, "shape", ()), program.channels
+    if len(shape) != 3 or shape[2] != channels or image.dtype != np.uint8 or 0 in shape:
         kind = f"{list(shape)} {image.dtype}" if shape else type(image).__name__
-        raise ValueError(f"{name}: must be [h, w, 3] uint8 RGB, not {kind}")
+        wanted = f"[h, w, {channels}] uint8{' RGB' if channels == 3 else ''}"
+        raise ValueError(f"{name}: must be {wanted}, not {kind}")
     (height, width), (most_high, most_wide) = shape[:2], program.pixels
     if height > most_high or width > most_wide:
         raise ValueError(

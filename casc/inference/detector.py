@@ -106,8 +106,9 @@ class Detector:
 
         Args:
             images: one image, or a list of them: paths, URLs, a file's bytes, Pillow's images,
-                arrays `[h, w, 3]` uint8 RGB, tensors `[3, h, w]` uint8, or float in [0, 1].
-                Files and Pillow's images are turned upright as their EXIF data says.
+                arrays `[h, w, 3]` uint8 RGB, tensors `[3, h, w]` uint8, or float in [0, 1]; of
+                a model of other channels, as many. Files and Pillow's images are turned upright
+                as their EXIF data says.
             threshold: detections with a lower score are left out. It may be below the model's own.
             batch: images per step; those of similar aspect share one.
 
@@ -136,7 +137,11 @@ class Detector:
         waiting = iter(images)
         ahead = 1 if batch == 1 else _AHEAD * batch
         while some := list(islice(waiting, ahead)):
-            yield from self._some([read_image(picture) for picture in some], threshold, batch)
+            yield from self._some([self.read(picture) for picture in some], threshold, batch)
+
+    def read(self, picture: Picture) -> np.ndarray:
+        """Give an image `[h, w, c]` uint8 as a call would see it; errors are those of a call."""
+        return read_image(picture, self.image.channels)
 
     def detect(
         self,

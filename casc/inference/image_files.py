@@ -21,6 +21,11 @@ SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 """What a folder is searched for; a file named outright may be called anything."""
 
 
+def suffixes_of(channels: int) -> frozenset[str]:
+    """What a folder is searched for where images have so many channels: arrays too, if not RGB."""
+    return SUFFIXES if channels == 3 else SUFFIXES | {".npy"}
+
+
 def find_images(
     paths: Iterable[str | os.PathLike[str]], suffixes: Collection[str] = SUFFIXES
 ) -> tuple[list[Source], list[tuple[str, str]]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from casc.data.batch import Batch
 from casc.data.collate import collate
-from casc.data.decode import decode_image, exif_orientation, open_image, orient, rgb
+from casc.data.decode import NPY, decode_image, exif_orientation, open_image, orient, pixels
 from casc.data.index import ASPECTS, Bucket, canvas
 from casc.data.loader_config import RemoteConfig
 from casc.data.remote import is_local, read_remote
@@ -24,28 +24,31 @@ from casc.errors import UserError
 from casc.model.preprocess import ImageConfig
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
-"""An image: a path or URL, a file's bytes, Pillow's, `[h, w, 3]` uint8 RGB, or `[3, h, w]`."""
+"""An image: a path or URL, a file's bytes, Pillow's, `[h, w, 3]` uint8 RGB, or `[3, h, w]`; where
+the model has other channels, of these."""
 KINDS = (str, os.PathLike, bytes, Image.Image, np.ndarray, Tensor)
 """What a `Picture` is an instance of."""
 
 
-def read_image(picture: Picture) -> np.ndarray:
-    """Give an image as RGB `[h, w, 3]` uint8, upright.
+def read_image(picture: Picture, channels: int = 3) -> np.ndarray:
+    """Give an image as `[h, w, c]` uint8, upright: RGB, grey or planes, see `decode_image`.
 
     Raises:
         OSError, UserError: when it can't be read, or has another shape or type.
     """
     if isinstance(picture, np.ndarray):
-        return _checked(picture)
+        return _checked(picture, channels)
     if isinstance(picture, Tensor):
-        return _from_tensor(picture)
+        return _from_tensor(picture, channels)
     if isinstance(picture, Image.Image):
         orientation = exif_orientation(picture)
-        return np.ascontiguousarray(orient(rgb(picture), orientation))
+        return np.ascontiguousarray(orient(pixels(picture, channels), orientation))
     data = picture if isinstance(picture, bytes) else read_file(picture)
+    if data.startswith(NPY):
+        return decode_image(data, channels=channels)
     with open_image(data) as image:
         orientation = exif_orientation(image)
-    return decode_image(data, orientation)
+    return decode_image(data, orientation, channels)
 
 
 def read_file(place: str | os.PathLike[str]) -> bytes:
@@ -82,13 +85,15 @@ def batch_of(images: Mapping[int, np.ndarray], size: tuple[int, int], rows: int)
     """Put images on an input canvas, as a batch on the CPU without ground truth.
 
     Args:
-        images: `[h, w, 3]` uint8 RGB by id, which is at least 0; none larger than the canvas.
+        images: `[h, w, c]` uint8 by id, which is at least 0; none larger than the canvas.
         size: the canvas (Hi, Wi).
         rows: of the batch; those beyond the images have the id -1.
     """
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
     samples = [Sample(image, *nothing, [], [], number) for number, image in images.items()]
-    return collate(samples, Bucket("", 0, None, *size, 1, 1, len(samples)), batch=rows)
+    channels = next(iter(images.values())).shape[2]
+    bucket = Bucket("", 0, None, *size, 1, 1, len(samples), channels=channels)
+    return collate(samples, bucket, batch=rows)
 
 
 @cache
@@ -102,18 +107,21 @@ def _canvases(short: int, long: int) -> list[tuple[int, int]]:
     return [canvas(bucket, short, long) for bucket in buckets]
 
 
-def _checked(image: np.ndarray) -> np.ndarray:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+def _checked(image: np.ndarray, channels: int) -> np.ndarray:
+    if channels == 1 and image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] != channels or image.dtype != np.uint8 or not image.size:
+        what = " RGB (of OpenCV's BGR give image[..., ::-1])" if channels == 3 else ""
         raise UserError(
-            f"an array must be [h, w, 3] uint8 RGB (of OpenCV's BGR give image[..., ::-1]), not"
+            f"an array must be [h, w, {channels}] uint8{what}, not"
             f" {list(image.shape)} {image.dtype}"
         )
     return np.ascontiguousarray(image)
 
 
-def _from_tensor(image: Tensor) -> np.ndarray:
-    if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
-        raise UserError(f"a tensor must be [3, h, w], not {list(image.shape)}")
+def _from_tensor(image: Tensor, channels: int) -> np.ndarray:
+    if image.dim() != 3 or image.shape[0] != channels or not image.numel():
+        raise UserError(f"a tensor must be [{channels}, h, w], not {list(image.shape)}")
     if image.dtype != torch.uint8:
         if not image.is_floating_point():
             raise UserError(f"a tensor must be uint8, or float in [0, 1], not {image.dtype}")

@@ -15,16 +15,16 @@ from casc.evaluate.coco_results import Result, write_results
 from casc.inference import video
 from casc.inference.detector import Detector
 from casc.inference.image_files import (
-    SUFFIXES,
     Source,
     base_name,
     find_images,
     image_ids,
     names_of,
     reason_of,
+    suffixes_of,
     targets_of,
 )
-from casc.inference.images import read_file, read_image
+from casc.inference.images import read_file
 
 RESULTS_NAME = "predictions.json"
 
@@ -84,7 +84,7 @@ def predict(
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold must be in [0, 1], not {threshold}")
-    files, failed = find_images(paths, SUFFIXES | video.SUFFIXES)
+    files, failed = find_images(paths, suffixes_of(detector.image.channels) | video.SUFFIXES)
     for name, reason in failed:
         log(f"{name}: skipped: {reason}")
     names = names_of(files)
@@ -104,7 +104,7 @@ def predict(
     try:
         for file, name, target in zip(files, names, targets, strict=True):
             try:
-                opened = _open(file)
+                opened = _open(detector, file)
             except (UserError, OSError) as error:
                 skip(file, error)
                 continue
@@ -135,15 +135,28 @@ def _is_video(file: Source) -> bool:
     return PurePath(base_name(file)).suffix.lower() in video.SUFFIXES
 
 
-def _open(file: Source) -> np.ndarray | Iterator[video.Frame]:
+def _open(detector: Detector, file: Source) -> np.ndarray | Iterator[video.Frame]:
     """An image, or the frames of a video or an animation."""
     if _is_video(file):
+        _check_rgb(detector)
         if isinstance(file, Path):
             file.open("rb").close()  # what can't be opened is told now, and not at the first frame
             return video.read_video(file)
         return video.read_video(read_file(file))
     data = read_file(file)
-    return video.read_animation(data) if video.is_animated(data) else read_image(data)
+    if not video.is_animated(data):
+        return detector.read(data)
+    _check_rgb(detector)
+    return video.read_animation(data)
+
+
+def _check_rgb(detector: Detector) -> None:
+    channels = detector.image.channels
+    if channels != 3:
+        raise UserError(
+            f"videos and animations are RGB, but the model's --image.channels is {channels}; give"
+            " it images"
+        )
 
 
 def _predict_frames(

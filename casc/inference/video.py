@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageSequence
 
-from casc.data.decode import ImageError, max_pixels, open_image, rgb
+from casc.data.decode import NPY, ImageError, max_pixels, open_image, rgb
 from casc.inference.detector import Detector
 from casc.inference.results import Results
 
@@ -56,6 +56,8 @@ def is_animated(data: bytes) -> bool:
     Raises:
         ImageError: it isn't an image.
     """
+    if data.startswith(NPY):
+        return False
     with open_image(data) as image:
         # A TIFF's pages are no frames.
         return image.format != "TIFF" and getattr(image, "n_frames", 1) > 1
@@ -66,7 +68,7 @@ def find_in_frames(
 ) -> Iterator[FoundFrame]:
     """Detect objects in one frame after the other; few are held at a time.
 
-    Arguments and errors are those of `Detector.stream`.
+    Arguments and errors are those of `Detector.stream`; the detector is one of RGB images.
     """
     times: deque[float] = deque()
 

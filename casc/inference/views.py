@@ -35,7 +35,7 @@ class View(NamedTuple):
     """What the shorter side is resized to."""
 
     def of(self, image: np.ndarray) -> np.ndarray:
-        """Give what it sees of an image `[h, w, 3]`."""
+        """Give what it sees of an image `[h, w, c]`."""
         seen = image[self.top : self.top + self.height, self.left : self.left + self.width]
         return seen[:, ::-1] if self.mirrored else seen
 

@@ -61,12 +61,16 @@ def feature_maps(
 
 
 def init_backbone(
-    config: Backbone, params: Params, buffers: Params, generator: torch.Generator
+    config: Backbone,
+    params: Params,
+    buffers: Params,
+    generator: torch.Generator,
+    channels: int = 3,
 ) -> None:
-    """Add fresh backbone parameters and buffers."""
+    """Add fresh backbone parameters and buffers; `channels`, of images, are ResNets' choice."""
     match config:
         case ResNetConfig():
-            init_resnet(config, params, buffers, generator)
+            init_resnet(config, params, buffers, generator, channels)
         case TimmConfig():
             init_timm(config, params, buffers, generator)
         case ViTConfig():

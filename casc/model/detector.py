@@ -147,7 +147,7 @@ class Inputs(NamedTuple):
     """Images on their canvas, and their ground truth when training."""
 
     image: Tensor
-    """[B, 3, H, W] normalised, 0 outside the image; H and W divisible by 32."""
+    """[B, C, H, W] normalised, 0 outside the image; H and W divisible by 32."""
     size: Tensor
     """[B, 2] float32, height and width of the image within the canvas."""
     scale: Tensor
@@ -191,14 +191,16 @@ class Detections(NamedTuple):
     the detector has no mask heads."""
 
 
-def init(config: DetectorConfig, generator: torch.Generator) -> tuple[Params, Params]:
+def init(
+    config: DetectorConfig, generator: torch.Generator, channels: int = 3
+) -> tuple[Params, Params]:
     """Fresh parameters and buffers (batch norm statistics), float32 on the CPU.
 
-    Keys are the reference's state_dict names.
+    Keys are the reference's state_dict names. `channels` are those of the images.
     """
     params: Params = {}
     buffers: Params = {}
-    init_backbone(config.backbone, params, buffers, generator)
+    init_backbone(config.backbone, params, buffers, generator, channels)
     init_fpn(config.fpn, map_channels(config.backbone), params, generator)
     channels = config.fpn.channels
     init_rpn(config.rpn, config.anchors, channels, params, generator)
@@ -260,7 +262,7 @@ def extract(
     drop: Tensor | None = None,
     size: Tensor | None = None,
 ) -> Features:
-    """Backbone and pyramid of [B, 3, H, W] images; `drop` is the step's noise of that name.
+    """Backbone and pyramid of [B, C, H, W] images; `drop` is the step's noise of that name.
 
     With the images' sizes [B, 2] float32 given, group norms normalise over the image and not over
     what the canvas adds to it: what is found hardly depends on the canvas then.

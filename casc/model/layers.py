@@ -403,6 +403,25 @@ def torch_default(tensor: Tensor, generator: torch.Generator) -> None:
     nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
 
 
+def grown(weight: Tensor, channels: int) -> Tensor:
+    """The first convolution of RGB images [C, 3, k, k] for images of other channels.
+
+    Planes beyond RGB, and all of images with fewer, get the mean of RGB's weights; then all are
+    multiplied by 3 / channels. So an image whose planes are all alike gives the response that its
+    RGB copy gives: for grey the weights are RGB's sum.
+
+    Args:
+        weight: [C, 3, k, k].
+        channels: of the images.
+
+    Returns:
+        [C, channels, k, k].
+    """
+    first = weight if channels >= 3 else weight[:, :0]
+    mean = weight.mean(dim=1, keepdim=True).expand(-1, channels - first.shape[1], -1, -1)
+    return torch.cat([first, mean], dim=1) * (3 / channels)
+
+
 def new_weight(
     params: Params,
     name: str,

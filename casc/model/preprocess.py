@@ -67,10 +67,26 @@ class ImageConfig:
     erase: float = 0.0
     """Probability that a rectangle of an image becomes the mean colour when training (Zhong et al.,
     2020); the ground truth stays."""
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    """Subtracted from red, green and blue (0 to 255)."""
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    """Divides red, green and blue."""
+    channels: int = 3
+    """Of the images, as their shards were made with `data_tools shard --channels`: 3 is RGB, 1 grey
+    or thermal, others are planes. The first convolution of pretrained weights is made to fit."""
+    mean: tuple[float, ...] = (123.675, 116.28, 103.53)
+    """Subtracted from red, green and blue (0 to 255); or as many numbers as there are channels.
+    Of three, channels beyond RGB, and those of images with fewer, get the mean."""
+    std: tuple[float, ...] = (58.395, 57.12, 57.375)
+    """Divides red, green and blue; likewise."""
+
+
+def per_channel(config: ImageConfig) -> ImageConfig:
+    """The same with a mean and a deviation for each channel, as `ImageConfig` says."""
+
+    def spread(numbers: tuple[float, ...]) -> tuple[float, ...]:
+        if len(numbers) == config.channels:
+            return numbers
+        first = numbers if config.channels > len(numbers) else ()
+        return first + (sum(numbers) / len(numbers),) * (config.channels - len(first))
+
+    return replace(config, mean=spread(config.mean), std=spread(config.std))
 
 
 class View(NamedTuple):
@@ -242,7 +258,7 @@ def _inside(view: View, canvas: tuple[int, int]) -> Tensor:
 
 
 def _resample(batch: Batch, view: View, canvas: tuple[int, int]) -> Tensor:
-    """Bilinear: [B, Hi, Wi, 3] uint8 to [B, H, W, 3] float32."""
+    """Bilinear: [B, Hi, Wi, C] uint8 to [B, H, W, C] float32."""
     new = view.size
     rows, columns = _source(view, canvas)
     size = batch.size.to(torch.int64)
@@ -260,7 +276,7 @@ def _resample(batch: Batch, view: View, canvas: tuple[int, int]) -> Tensor:
 
 
 def _filter(batch: Batch, view: View, canvas: tuple[int, int]) -> Tensor:
-    """Pillow's bilinear without its rounding: [B, Hi, Wi, 3] uint8 to [B, H, W, 3] float32."""
+    """Pillow's bilinear without its rounding: [B, Hi, Wi, C] uint8 to [B, H, W, C] float32."""
     rows, columns = _source(view, canvas)
     stored = batch.image.shape[1:3]
     down = _triangles(rows, batch.size[:, 0], view.size[:, 0], stored[0])
@@ -325,6 +341,7 @@ def _bilinear_taps(at: Tensor, size: Tensor, new: Tensor) -> tuple[Tensor, Tenso
 
 def _normalise(image: Tensor, kept: Tensor | None, config: ImageConfig) -> Tensor:
     """Subtract, divide, and set what isn't kept [B, H, W] to 0, the mean colour."""
+    config = per_channel(config)
     channels = [
         (image[..., i] - mean) / std
         for i, (mean, std) in enumerate(zip(config.mean, config.std, strict=True))

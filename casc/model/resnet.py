@@ -82,7 +82,7 @@ def resnet(
         params: weights by name.
         buffers: batch norm statistics by name.
         config: which network.
-        image: [B, 3, H, W] normalised, H and W divisible by 32.
+        image: [B, C, H, W] normalised, H and W divisible by 32.
         share: as for `group_norm`.
 
     Returns:
@@ -133,7 +133,11 @@ def resnet_layer(config: ResNetConfig, name: str) -> int:
 
 
 def init_resnet(
-    config: ResNetConfig, params: Params, buffers: Params, generator: torch.Generator
+    config: ResNetConfig,
+    params: Params,
+    buffers: Params,
+    generator: torch.Generator,
+    image_channels: int = 3,
 ) -> None:
     """Add fresh backbone parameters: He normal convolutions, identity norms."""
     expansion = BOTTLENECK_EXPANSION if _is_bottleneck(config) else 1
@@ -147,7 +151,7 @@ def init_resnet(
             buffers[f"{norm}.num_batches_tracked"] = torch.zeros((), dtype=torch.long)
 
     tag = _norm_tag(config)
-    add(f"{PREFIX}.conv1", f"{PREFIX}.{tag}1", (config.width, 3, 7, 7))
+    add(f"{PREFIX}.conv1", f"{PREFIX}.{tag}1", (config.width, image_channels, 7, 7))
     channels = config.width
     for stage, count in enumerate(BLOCKS[config.depth]):
         width = config.width * 2**stage

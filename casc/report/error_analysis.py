@@ -203,6 +203,7 @@ def _draw(
 ) -> dict[int, Example]:
     labels = {category.id: label for label, category in enumerate(index.categories)}
     shown: dict[int, Example] = {}
+    channels = index.splits[split].channels
     for shard in index.splits[split].shards:
         if len(shown) == len(wanted):
             break
@@ -216,7 +217,7 @@ def _draw(
             boxes[:, 2:] += boxes[:, :2]
             mine = [labels[r["category_id"]] for r in results]
             predicted = draw_instances(
-                decode_image(image, record["orientation"]),
+                decode_image(image, record["orientation"], channels),
                 boxes,
                 [index.categories[label].name for label in mine],
                 labels=mine,
@@ -225,7 +226,7 @@ def _draw(
                 long_side=PICTURE,
                 seen_at=SEEN_AT,
             )
-            truth = draw_sample(image, record, index.categories, PICTURE, SEEN_AT)
+            truth = draw_sample(image, record, index.categories, PICTURE, SEEN_AT, channels)
             shown[key] = Example(key, record["file_name"], wanted[key], truth, predicted)
     return shown
 

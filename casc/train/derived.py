@@ -81,7 +81,8 @@ def describe(recipe: Recipe, index: Index, device: torch.device, world: int = 1)
     """What `--dry-run` prints: the resolved recipe and what follows from it."""
     recipe = resolved(recipe)
     derived = facts(recipe, index, world)
-    params, _ = detector.init(recipe.model, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    params, _ = detector.init(recipe.model, generator, recipe.image.channels)
     total = sum(p.numel() for p in params.values())
     trained = sum(p.numel() for p in detector.trainable(recipe.model, params).values())
     lines = [

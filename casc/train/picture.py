@@ -15,7 +15,7 @@ from casc.data.index import Category
 from casc.device.compute import Compute
 from casc.draw import draw_instances
 from casc.model.copy_paste import covered
-from casc.model.preprocess import ImageConfig
+from casc.model.preprocess import ImageConfig, per_channel
 from casc.model.steps import training_inputs
 from casc.model.targets import Targets
 
@@ -43,7 +43,8 @@ def draw_batch(
     inputs = training_inputs(
         Batch(**columns), image, canvas, Compute(dtype=torch.float32, compile=False)
     )
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (image.mean, image.std))
+    numbers = per_channel(image)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (numbers.mean, numbers.std))
     drawn = []
     targets = inputs.targets
     for i, pixels in enumerate(inputs.image):

@@ -44,6 +44,7 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
         ("optim.max-skips", recipe.optim.max_skips, 1),
         ("schedule.warmup-steps", recipe.schedule.warmup_steps, 0),
         ("image.short", recipe.image.short, 1),
+        ("image.channels", recipe.image.channels, 1),
         ("model.rpn.convs", recipe.model.rpn.convs, 1),
         ("model.box-head.convs", recipe.model.box_head.convs, 0),
         ("model.box-head.fcs", recipe.model.box_head.fcs, 1),
@@ -123,6 +124,11 @@ def _check_backbone(recipe: Recipe) -> None:
             f"--model.backbone.frozen-stages {backbone.frozen_stages}: must be from -1 (none) to"
             f" {most} (all)"
         )
+    if recipe.image.channels != 3 and not isinstance(backbone, ResNetConfig):
+        raise UserError(
+            f"--image.channels {recipe.image.channels}: only ResNets take other images than RGB's;"
+            " use a recipe with a ResNet, such as coco_1x"
+        )
     if isinstance(backbone, ResNetConfig):
         _check_resnet(backbone, init)
     elif init in (IMAGENET, IMAGENET_V2):
@@ -195,6 +201,12 @@ def advice(recipe: Recipe) -> list[str]:
             "training from random weights without normalisation seldom converges;"
             " see --model.backbone.norm gn"
         )
+    stem = isinstance(backbone, ResNetConfig) and backbone.frozen_stages >= 0
+    if recipe.image.channels > 3 and stem:
+        found.append(
+            "the first convolution is frozen, so channels beyond RGB stay as it begins with them;"
+            " --model.backbone.frozen-stages -1 lets it learn"
+        )
     late = [drop for drop in recipe.schedule.drops if drop >= recipe.epochs]
     if recipe.schedule.kind == "step" and late:
         found.append(f"the learning rate's drops after epochs {late} come after the run's end")
@@ -214,6 +226,18 @@ def _check_moments(optim: Optim) -> None:
 
 
 def _check_image(image: ImageConfig) -> None:
+    for flag, numbers in (("mean", image.mean), ("std", image.std)):
+        if len(numbers) not in (3, image.channels):
+            raise UserError(
+                f"--image.{flag}: gives {len(numbers)} numbers; --image.channels {image.channels}"
+                f" needs {image.channels}, one for each channel"
+            )
+    if not all(number > 0 for number in image.std):
+        raise UserError(f"--image.std {image.std}: each must be more than 0")
+    if image.channels != 3 and any(image.colour):
+        raise UserError(
+            f"--image.colour: changes RGB, but --image.channels is {image.channels}; leave it out"
+        )
     for flag, share in (
         ("flip", image.flip),
         ("copy-paste", image.copy_paste),
@@ -274,6 +298,7 @@ def _check_data(recipe: Recipe, index: Index) -> None:
                     else ""
                 )
             )
+        _check_channels(recipe.image, index.splits[name], f"{recipe.data}: {name}")
     _check_objects(recipe, index.splits[recipe.train_split])
     if recipe.validation_loss:
         validation_split(recipe, index)
@@ -295,6 +320,15 @@ def validation_split(recipe: Recipe, index: Index) -> Split:
         masks=recipe.model.masks != "none",
         regions=recipe.model.ignore == "crowds",
     )
+
+
+def _check_channels(image: ImageConfig, split: Split, where: str) -> None:
+    if split.channels != image.channels:
+        raise UserError(
+            f"--image.channels {image.channels}: {where} has images of {split.channels}; use"
+            f" --image.channels {split.channels}, or shards made with `data_tools shard --channels"
+            f" {image.channels}`"
+        )
 
 
 def _check_objects(recipe: Recipe, split: Split) -> None:

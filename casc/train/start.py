@@ -11,6 +11,7 @@ import torch
 import casc
 from casc.checkpoints import format as checkpoint
 from casc.checkpoints.read import Weights, fit_weights, imagenet_weights, read_weights
+from casc.checkpoints.shapes import image_channels
 from casc.checkpoints.state import State
 from casc.checkpoints.timm_weights import SOURCE, timm_weights
 from casc.config import differences, from_json, to_json
@@ -41,9 +42,11 @@ def fresh_state(
     Raises:
         UserError: the weights can't be had, or nothing of them fits the model.
     """
-    params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
+    generator = torch.Generator().manual_seed(recipe.seed)
+    params, buffers = detector.init(recipe.model, generator, recipe.image.channels)
     notes: list[str] = []
-    if (pretrained := _pretrained_backbone(recipe)) is not None:
+    weights = pretrained = _pretrained_backbone(recipe)
+    if pretrained is not None:
         notes = check_conventions(recipe, pretrained)
         params, buffers, fit = fit_weights(params, buffers, pretrained.tensors)
         lost = [n for n in (*fit.missing, *(n for n, _, _ in fit.reshaped)) if n.startswith(PREFIX)]
@@ -58,6 +61,9 @@ def fresh_state(
     elif recipe.init != RANDOM:
         weights = read_weights(recipe.init)
         params, buffers, notes = transfer(recipe, weights, params, buffers, index.categories)
+    channels = recipe.image.channels
+    if weights is not None and channels != image_channels(weights.tensors) == 3:
+        notes.append(f"first convolution: RGB's, made to fit {channels} channels")
     scaled = choose_dtype(recipe.dtype, device) == torch.float16
     averaged = recipe.ema.decay is not None
     state = new_state(
@@ -99,7 +105,8 @@ def resumed_state(
         return None, NO_HISTORY, notes
     loaded = checkpoint.load(found)
     past, changed = _continued(recipe, index, derived, found, loaded.position)
-    params, buffers = detector.init(recipe.model, torch.Generator().manual_seed(recipe.seed))
+    generator = torch.Generator().manual_seed(recipe.seed)
+    params, buffers = detector.init(recipe.model, generator, recipe.image.channels)
     scaled = choose_dtype(recipe.dtype, device) == torch.float16
     averaged = recipe.ema.decay is not None
     state = new_state(

@@ -185,7 +185,10 @@ def check_conventions(recipe: Recipe, weights: Weights) -> list[str]:
         for name, pair in differences(before.get(room) or {}, now[room]).items()
         if name.partition(".")[0] in (before.get(room) or {})
     }
+    same_channels = (before.get("image") or {}).get("channels", 3) == recipe.image.channels
     for name in ("image.mean", "image.std", "model.backbone.stride_in_1x1"):
+        if name.startswith("image.") and not same_channels:
+            continue
         if name in found and None not in found[name]:
             old, new = found[name]
             raise UserError(

@@ -191,6 +191,30 @@ def test_videos_become_videos_and_lines(tmp_path: Path, detector: Detector, monk
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+def test_models_of_other_images_refuse_videos_in_a_line(tmp_path: Path, detector, channels: int):
+    class Blind(Detector):
+        def detect(self, batch, size, inference=None, image=None):
+            assert batch.image.shape[3] == channels
+            return find(batch._replace(image=torch.zeros(1, 1, 1, 3)))
+
+    names = ("params", "buffers", "model", "image", "compute", "device", "categories")
+    fields = {name: getattr(detector, name) for name in names}
+    blind = Blind(**{**fields, "image": ImageConfig(channels=channels)})
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    write_mp4(folder / "a.mp4")
+    write_animation(folder / "b.gif")
+    np.save(folder / "c.npy", np.zeros((40, 50, channels), np.uint8))
+    lines: list[str] = []
+    done = predict(blind, [folder], out, log=lines.append)
+    assert [p.name for p in done.pictures] == ["c.jpg"]
+    assert [Path(name).name for name, _ in done.failed] == ["a.mp4", "b.gif"]
+    told = f"skipped: videos and animations are RGB, but the model's --image.channels is {channels}"
+    assert all(told in line and "\n" not in line for line in lines[:2])
+    assert sorted(p.name for p in out.iterdir()) == ["c.jpg", "predictions.json"]
+
+
 def test_inputs_are_not_overwritten(tmp_path: Path, detector: Detector):
     write_mp4(tmp_path / "a.mp4")
     before = (tmp_path / "a.mp4").read_bytes()

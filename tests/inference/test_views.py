@@ -23,10 +23,12 @@ from casc.errors import UserError
 from casc.evaluate.coco_results import ImageDetections
 from casc.evaluate.run import evaluate, find_in_stream
 from casc.inference.detector import Detector
+from casc.inference.images import batch_of
 from casc.inference.results import Results
 from casc.inference.settings import Settings, Views
 from casc.inference.views import View, merged, tile_starts, views_of
 from casc.model.detector import Detections, DetectorConfig, InferenceConfig, init
+from casc.model.layers import grown
 from casc.model.preprocess import ImageConfig
 
 CPU = torch.device("cpu")
@@ -264,6 +266,25 @@ def test_flips_and_scales_are_merged_as_nms_merges_them(detector: Detector):
     assert found.masks is not None
     changed = (found.masks != masks[keep]).any(axis=(1, 2))
     assert 0 < changed.sum() < 20
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_planes_are_looked_at_as_their_rgb_copy(detector: Detector, channels: int):
+    """Planes that are alike, by weights that are made to fit."""
+    stem = "backbone.conv1.weight"
+    image = replace(detector.image, mean=(100.0,) * 3, std=(50.0,) * 3)
+    views = Views(tiles=80, flips=True, scales=(64, 96))
+    rgb = replace(detector, image=image, views=views)
+    params = {**detector.params, stem: grown(detector.params[stem], channels)}
+    planes = replace(rgb, params=params, image=replace(image, channels=channels))
+    plane = noise(100, 120)[..., :1]
+    expected = rgb(plane.repeat(3, axis=2), threshold=0.0).found
+    copies = plane.repeat(channels, axis=2)
+    (evaluated,) = planes.find([(batch_of({7: copies}, (128, 128), 1), (96, 128))])
+    for found in (planes(copies, threshold=0.0).found, evaluated):
+        assert len(found.scores) == len(expected.scores) > 20
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+        np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-2)
 
 
 def test_masks_of_two_looks_are_averaged():

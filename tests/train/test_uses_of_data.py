@@ -10,6 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import casc
+from casc.checkpoints.converting import convert
+from casc.checkpoints.foreign import Stated
 from casc.cli import main as cli
 from casc.data.index import read_index, training_split, write_index
 from casc.data.stream import evaluation_batches, training_batches
@@ -97,6 +99,8 @@ def test_a_run_without_masks_from_shards_to_report(boxes_recipe, tmp_path, capsy
         "image_id", "category_id", "bbox", "score", "file_name",
     }  # fmt: skip
 
+    with pytest.raises(UserError, match=r"model\.masks none: checkpoints for other programs"):
+        convert(str(recipe.folder), tmp_path / "theirs.pth", to="mmdetection", stated=Stated())
     with pytest.raises(SystemExit) as stop:
         cli.main(["report", str(recipe.folder)])
     assert not stop.value.code
