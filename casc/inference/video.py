@@ -20,6 +20,8 @@ from casc.inference.results import Results
 
 SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"))
 """Files that are taken for videos."""
+_ANIMATIONS = frozenset(("GIF", "WEBP", "PNG"))
+"""Pillow's formats of images that may move."""
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpeg,mpegts"
 """What FFmpeg may open: none that refers to other files, as playlists do."""
 _TICKS = 90_000
@@ -59,8 +61,8 @@ def is_animated(data: bytes) -> bool:
     if data.startswith(NPY):
         return False
     with open_image(data) as image:
-        # A TIFF's pages are no frames.
-        return image.format != "TIFF" and getattr(image, "n_frames", 1) > 1
+        # A TIFF's pages are no frames, nor are the previews that cameras put into a JPEG.
+        return image.format in _ANIMATIONS and getattr(image, "n_frames", 1) > 1
 
 
 def find_in_frames(

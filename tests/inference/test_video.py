@@ -99,6 +99,8 @@ def test_one_picture_is_no_animation(tmp_path: Path):
     pages = [Image.fromarray(frame(n)) for n in range(2)]
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
     assert not is_animated((tmp_path / "pages.tif").read_bytes())
+    pages[0].save(tmp_path / "camera.jpg", format="MPO", save_all=True, append_images=pages[1:])
+    assert not is_animated((tmp_path / "camera.jpg").read_bytes())
 
 
 def test_what_is_no_video_is_refused(tmp_path: Path, monkeypatch):
