@@ -20,9 +20,9 @@ default:
 demo *args: setup
     {{ bin }}/python -m casc.recipes.demo {{ args }}
 
-# All tests, two files at a time; longest files first
+# Tests, two files at a time, longest files first; the slow ones with `just test -m slow`
 test *args: setup
-    {{ bin }}/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder {{ args }}
+    {{ bin }}/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder {{ args }}
 
 # Make or refresh .venv
 setup:

@@ -35,6 +35,7 @@ def records(folder: str, kind: str) -> list[dict]:
     return [line for line in lines if line["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_fine_tuning_beats_training_from_scratch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in example():

@@ -11,6 +11,7 @@ from casc.checkpoints.timm_weights import timm_weights
 from casc.data.index import read_index
 from casc.errors import UserError
 from casc.model import detector
+from casc.model.preprocess import ImageConfig
 from casc.model.resnet import ResNetConfig
 from casc.model.timm_backbone import TimmConfig
 from casc.model.vit import ViTConfig
@@ -125,4 +126,4 @@ def test_other_programs_have_no_such_backbone(tiny_recipe):
     params, _ = detector.init(model, torch.Generator().manual_seed(0))
     assert "backbone.stem_0.weight" in params
     with pytest.raises(UserError, match="TimmConfig: only casc reads such a network"):
-        check_expressible(model)
+        check_expressible(model, ImageConfig())

@@ -166,6 +166,7 @@ def test_what_weights_say_of_themselves(run, tmp_path, tiny_recipe):
         harmless(text)
 
 
+@pytest.mark.slow
 def test_what_a_server_says(run, tmp_path, tiny_recipe):
     """Signatures stay out of all that a run writes, prints and publishes."""
     quick = TrainLoaderConfig(workers=1, retries=1, timeout=1, backoff=0.01)

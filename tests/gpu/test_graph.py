@@ -79,6 +79,7 @@ def run(*commands: list) -> None:
         assert process.returncode == 0, said[-6000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_stays_on_the_card_within_its_budget(reports, name):
     graphs, launches = STEPS[name]

@@ -530,6 +530,7 @@ def test_objects_move_with_their_pixels():
     assert cut >= 5
 
 
+@pytest.mark.slow
 def test_both_compile_to_the_same(compiled):
     sizes = [(50, 60), (40, 90)]
     batch = make_batch([noise_image(*size) for size in sizes], BOXES)

@@ -100,6 +100,7 @@ def full_batch(tiny_batch):
     return make
 
 
+@pytest.mark.slow
 def test_one_two_and_four_ranks_take_the_same_course(small, full_batch, tmp_path):
     # Crowded, sparse and empty images, so that the ranks' counts differ.
     batches = [full_batch([5, 1, 0, 2 + step % 3], seed=step) for step in range(20)]
