@@ -69,7 +69,9 @@ def frozen_norms(params: Params, buffers: Params, dtype: torch.dtype) -> Affine:
         By name, scale [C] float32 and shift [C].
     """
     made: Affine = {}
-    for group in _alike(params, (k.removesuffix(_VARIANCE) for k in buffers if _VARIANCE in k)):
+    for group in _alike(
+        params, (k.removesuffix(_VARIANCE) for k in buffers if k.endswith(_VARIANCE))
+    ):
         scale, shift = _scales_and_shifts(params, buffers, group, dtype)
         sizes = [len(params[f"{name}.weight"]) for name in group]
         both = zip(scale.split(sizes), shift.split(sizes), strict=True)
