@@ -27,6 +27,8 @@ from data_tools.plan import Settings
 
 WORLD = 2
 LIBRARY = Path(__file__).resolve().parents[2] / ".cache" / "strike.so"
+SERVERS: set[int] = set()
+"""Fork servers that `server` started in this process."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +171,18 @@ def server():
         with suppress(FileNotFoundError):  # without a compiler nothing can be aimed at
             subprocess.run(command, check=True)
             made.replace(LIBRARY)
+    # Another test's server was started without the library and knows none of its functions.
+    other = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if other is not None and other not in SERVERS:
+        os.kill(other, signal.SIGKILL)
+        os.waitid(os.P_PID, other, os.WEXITED | os.WNOWAIT)  # `ensure_running` reaps it
     mine = {"PYTHONPATH": os.pathsep.join([str(source.parent), *sys.path])}
     mine |= {"LD_PRELOAD": str(LIBRARY)} if LIBRARY.exists() else {}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in mine.items():
             patch.setenv(name, value)
         forkserver.ensure_running()
+    SERVERS.add(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
     return context
 
 
