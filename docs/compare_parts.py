@@ -19,7 +19,7 @@ from casc.data.index import INDEX_NAME
 from casc.data.stream import TrainLoaderConfig
 from casc.model.anchors import AnchorConfig
 from casc.model.box_head import BoxHeadConfig
-from casc.model.detector import DetectorConfig, InferenceConfig
+from casc.model.detector_config import DetectorConfig, InferenceConfig
 from casc.model.fpn import FPNConfig
 from casc.model.mask_head import MaskHeadConfig
 from casc.model.preprocess import ImageConfig

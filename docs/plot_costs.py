@@ -15,8 +15,9 @@ import torch
 from casc.bench.batch import CLASSES, Load, made_up_batch
 from casc.bench.train import image_config
 from casc.device.compute import Compute
-from casc.model import detector
-from casc.model.detector import DetectorConfig
+from casc.model import detector, forward_train
+from casc.model.detector_config import DetectorConfig
+from casc.model.losses import mean_losses
 from casc.model.steps import anchor_count, to_format, training_inputs
 
 SWEEPS = {
@@ -60,10 +61,10 @@ def without_masks(counts: list[int], rounds: int = 5) -> list[float]:
         start = time.perf_counter()
         inputs = training_inputs(batch, image_config(load), canvas, compute)
         anchors = anchor_count(config.anchors, canvas)
-        noise = detector.draw_noise(config, batch.seed, anchors, batch.valid.shape[1])
+        noise = forward_train.draw_noise(config, batch.seed, anchors, batch.valid.shape[1])
         features = detector.extract(params, buffers, config, inputs.image)
-        losses, _, _ = detector.box_branch(params, config, features, inputs, noise)
-        torch.autograd.grad(detector.total(losses), learning, allow_unused=True)
+        losses, _, _ = forward_train.box_branch(params, config, features, inputs, noise)
+        torch.autograd.grad(mean_losses(losses)[0], learning, allow_unused=True)
         return time.perf_counter() - start
 
     loads = [Load(canvas, objects=n, capacity=100) for n in counts]

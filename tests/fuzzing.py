@@ -355,8 +355,9 @@ def reference_weights() -> dict[str, Any]:
     import torch
 
     from casc.model import detector
+    from casc.model.detector_config import DetectorConfig
 
-    model = detector.DetectorConfig(classes=2)
+    model = DetectorConfig(classes=2)
     with torch.device("meta"):
         params, buffers = detector.init(model, None)  # type: ignore[arg-type]
     made = {name: torch.zeros(v.shape) for name, v in (params | buffers).items() if v.numel() < 300}

@@ -118,10 +118,10 @@ MUTANTS = (
     Mutant("a positive too few", "model/matching.py", "is_positive = slot < n_pos", "is_positive = slot < n_pos - 1"),
     Mutant("negatives begin with the second", "model/matching.py", "(slot - n_pos).clamp(0,", "(slot - n_pos + 1).clamp(0,"),
     Mutant("ground truth not among the samples", "model/box_head.py", "matches.positive | (candidates & is_gt),", "matches.positive & ~is_gt,"),
-    Mutant("ground truth refined twice", "model/detector.py", "valid = rois.valid & ~rois.from_gt", "valid = rois.valid"),
+    Mutant("ground truth refined twice", "model/forward_train.py", "valid = rois.valid & ~rois.from_gt", "valid = rois.valid"),
     Mutant("background is class 0", "model/box_head.py", "take(targets.labels, gt), classes)", "take(targets.labels, gt), 0)"),
     Mutant("more positives in the boxes' samples", "model/box_head.py", "positive_fraction: float = 0.25", "positive_fraction: float = 0.02"),
-    Mutant("one seed for all stages' noise", "model/detector.py", "stages = {noises.STAGE + i: capacity + count for", "stages = {noises.STAGE + i // 2: capacity + count for", ("model/test_detector.py", "model/test_noise.py")),
+    Mutant("one seed for all stages' noise", "model/forward_train.py", "stages = {noises.STAGE + i: capacity + count for", "stages = {noises.STAGE + i // 2: capacity + count for", ("model/test_detector.py", "model/test_noise.py")),
     # ---- RPN ----
     Mutant("the RPN's loss beta", "model/rpn.py", "beta: float = 1 / 9", "beta: float = 1.0"),
     Mutant("proposals suppressed too eagerly", "model/rpn.py", "nms_iou: float = 0.7", "nms_iou: float = 0.6"),
@@ -132,11 +132,11 @@ MUTANTS = (
     Mutant("the sampled head's patches transposed", "model/rpn.py", "weight = params[f\"{last}.weight\"].permute(0, 2, 3, 1)", "weight = params[f\"{last}.weight\"].permute(0, 3, 2, 1)"),
     Mutant("patches wrap round the border", "ops/pyramid.py", "weight = within.reshape(-1, 1).to(pyramid.pixels.dtype)", "weight = torch.ones_like(within.reshape(-1, 1)).to(pyramid.pixels.dtype)", ("model/test_rpn.py",)),
     # ---- box heads ----
-    Mutant("all stages refine as the first", "model/detector.py", "boxes = refine(stage, rois.boxes, deltas, inputs.size)", "boxes = refine(config.stages[0], rois.boxes, deltas, inputs.size)"),
-    Mutant("the first stage's deviations at inference", "model/detector.py", "boxes = refine(stage, boxes, deltas, size)", "boxes = refine(config.stages[0], boxes, deltas, size)"),
-    Mutant("a stage's threshold", "model/detector.py", "StageConfig(iou=0.6,", "StageConfig(iou=0.5,"),
-    Mutant("a stage's weight", "model/detector.py", "loss_weight=0.25", "loss_weight=0.5"),
-    Mutant("a stage's deviation", "model/detector.py", "(0.033, 0.033, 0.067, 0.067)", "(0.033, 0.033, 0.067, 0.067 / 2)"),
+    Mutant("all stages refine as the first", "model/forward_train.py", "boxes = refine(stage, rois.boxes, deltas, inputs.size)", "boxes = refine(config.stages[0], rois.boxes, deltas, inputs.size)"),
+    Mutant("the first stage's deviations at inference", "model/forward_detect.py", "boxes = refine(stage, boxes, deltas, size)", "boxes = refine(config.stages[0], boxes, deltas, size)"),
+    Mutant("a stage's threshold", "model/detector_config.py", "StageConfig(iou=0.6,", "StageConfig(iou=0.5,"),
+    Mutant("a stage's weight", "model/detector_config.py", "loss_weight=0.25", "loss_weight=0.5"),
+    Mutant("a stage's deviation", "model/detector_config.py", "(0.033, 0.033, 0.067, 0.067)", "(0.033, 0.033, 0.067, 0.067 / 2)"),
     Mutant("the box loss unweighted", "model/box_head.py", "goal = probe(\"box.goal\", encode(boxes, take(targets.boxes, gt), stage.stds))", "goal = probe(\"box.goal\", encode(boxes, take(targets.boxes, gt), (0.1, 0.1, 0.2, 0.2)))"),
     Mutant("the boxes' normaliser", "model/box_head.py", "samples = rois.valid.sum(dtype=torch.float32)", "samples = rois.positive.sum(dtype=torch.float32)"),
     Mutant("smooth L1 not halved", "model/losses.py", "reduction=\"none\", beta=beta)", "reduction=\"none\", beta=beta) * 2"),
@@ -170,14 +170,14 @@ MUTANTS = (
     Mutant("packed masks lose the last", "model/mask_head.py", "falling = torch.arange(slots, 0, -1, device=rois.valid.device)", "falling = torch.arange(slots - 1, -1, -1, device=rois.valid.device)", ("model/test_mask_head.py", "model/test_steps.py")),
     Mutant("a counted step rounds down", "model/steps.py", "-(-count // CAPACITY_STEP) * CAPACITY_STEP", "count // CAPACITY_STEP * CAPACITY_STEP"),
     # ---- inference ----
-    Mutant("scores of the last stage only", "model/detector.py", "torch.stack(logits).sum(dim=0) / len(logits)", "logits[-1]"),
-    Mutant("masks of the first stage only", "model/detector.py", "mean = torch.stack(stages).sum(dim=0) / len(stages)", "mean = stages[0]"),
-    Mutant("background in front", "model/detector.py", "logits.softmax(dim=-1)[..., :-1]", "logits.softmax(dim=-1)[..., 1:]"),
-    Mutant("the score threshold", "model/detector.py", "score_threshold: float = 0.05", "score_threshold: float = 0.1"),
-    Mutant("detections' suppression", "model/detector.py", "nms_iou: float = 0.5", "nms_iou: float = 0.7"),
-    Mutant("labels by the wrong factor", "model/detector.py", "torch.arange(classes, device=scores.device).repeat(proposals)", "torch.arange(classes, device=scores.device).repeat_interleave(proposals)"),
-    Mutant("boxes not scaled back", "model/detector.py", "config.inference, logits, boxes / inputs.scale[:, None], proposals.valid, probe", "config.inference, logits, boxes, proposals.valid, probe"),
-    Mutant("masks at the stored image's scale", "model/detector.py", "rois = probe(\"mask.rois\", boxes * inputs.scale[:, None])", "rois = probe(\"mask.rois\", boxes)"),
+    Mutant("scores of the last stage only", "model/forward_detect.py", "torch.stack(logits).sum(dim=0) / len(logits)", "logits[-1]"),
+    Mutant("masks of the first stage only", "model/forward_detect.py", "mean = torch.stack(stages).sum(dim=0) / len(stages)", "mean = stages[0]"),
+    Mutant("background in front", "model/forward_detect.py", "logits.softmax(dim=-1)[..., :-1]", "logits.softmax(dim=-1)[..., 1:]"),
+    Mutant("the score threshold", "model/detector_config.py", "score_threshold: float = 0.05", "score_threshold: float = 0.1"),
+    Mutant("detections' suppression", "model/detector_config.py", "nms_iou: float = 0.5", "nms_iou: float = 0.7"),
+    Mutant("labels by the wrong factor", "model/forward_detect.py", "torch.arange(classes, device=scores.device).repeat(proposals)", "torch.arange(classes, device=scores.device).repeat_interleave(proposals)"),
+    Mutant("boxes not scaled back", "model/forward_detect.py", "config.inference, logits, boxes / inputs.scale[:, None], proposals.valid, probe", "config.inference, logits, boxes, proposals.valid, probe"),
+    Mutant("masks at the stored image's scale", "model/forward_detect.py", "rois = probe(\"mask.rois\", boxes * inputs.scale[:, None])", "rois = probe(\"mask.rois\", boxes)"),
     # ---- suppression ----
     Mutant("groups aren't apart", "ops/nms.py", "[..., None] * (extent + 1)", "[..., None] * 0 * (extent + 1)", ("ops/test_nms.py",)),
     Mutant("groups apart by half an image", "ops/nms.py", "[..., None] * (extent + 1)", "[..., None] * (extent / 2)", ("ops/test_nms.py",)),
@@ -241,7 +241,7 @@ _loaded: dict[str, Any] = {}
 
 
 def _load() -> None:
-    from casc.model.detector import DetectorConfig
+    from casc.model.detector_config import DetectorConfig
     from casc.verify.goldens import golden_weights, read_sets
 
     (_loaded["golden"],) = read_sets(TREE / "tests" / "goldens", log=lambda line: None)
@@ -281,7 +281,7 @@ def _verify(tree: Path) -> str:
     sys.path.insert(0, str(tree))
     import casc.verify as verify
     from casc.device.compute import Compute
-    from casc.model.detector import DetectorConfig, reference_settings
+    from casc.model.detector_config import DetectorConfig, reference_settings
     from casc.verify.compare import Comparison
 
     assert Path(verify.__file__).is_relative_to(tree)

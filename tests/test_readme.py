@@ -13,7 +13,8 @@ from casc.data.index import Category
 from casc.device.compute import Compute
 from casc.inference.detector import Detector
 from casc.model.box_head import BoxHeadConfig
-from casc.model.detector import DetectorConfig, init
+from casc.model.detector import init
+from casc.model.detector_config import DetectorConfig
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import ResNetConfig
 

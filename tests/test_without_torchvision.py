@@ -14,11 +14,12 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import torch
 import casc.train.loop
-from casc.model import detector
+from casc.model import detector, forward_detect
+from casc.model.detector_config import DetectorConfig
 from casc.model.detector import Inputs
 from casc.model.targets import Targets
 from dataclasses import replace
-config = detector.DetectorConfig(classes=3)
+config = DetectorConfig(classes=3)
 small = replace(
     config,
     backbone=replace(config.backbone, depth=18, width=16),
@@ -31,7 +32,7 @@ small = replace(
 params, buffers = detector.init(small, torch.Generator().manual_seed(0))
 inputs = Inputs(torch.zeros(1, 3, 64, 64), torch.full((1, 2), 64.0), torch.ones(1, 4), None)
 with torch.no_grad():
-    found = detector.detect(params, buffers, small, inputs)
+    found = forward_detect.detect(params, buffers, small, inputs)
 assert found.masks.shape == (1, 5, 28, 28)
 assert not {"torchvision", "torch_npu"} & set(sys.modules)
 """

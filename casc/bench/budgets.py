@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from casc.bench.batch import Load, made_up_batch
 from casc.device.compute import Compute
 from casc.model import detector
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.losses import mean_losses
 from casc.model.preprocess import ImageConfig
 from casc.model.steps import make_detect_step, make_loss_step

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from casc.bench.batch import Load, made_up_batch
 from casc.data.batch import Batch
 from casc.device.compute import Compute
-from casc.model import detector
+from casc.model import detector, forward_train
 from casc.model.box_head import box_head
-from casc.model.detector import DetectorConfig, Features
+from casc.model.detector import Features
+from casc.model.detector_config import DetectorConfig, mask_stages
 from casc.model.layers import Params
 from casc.model.losses import join, mean_losses
 from casc.model.mask_head import MaskRois, mask_head
@@ -49,7 +50,7 @@ def reference_step(config: DetectorConfig, load: Load, positives: Sequence[int])
         for i, count in enumerate(positives):
             aligned = _aligned(features, config, rois, config.box_head.cells)
             results += box_head(params, config.box_head, i, aligned)
-            if count and i < detector.mask_stages(config):
+            if count and i < mask_stages(config):
                 aligned = _aligned(features, config, count, config.mask_head.cells)
                 results.append(mask_head(params, config.mask_head, i, aligned, None))
         return torch.stack([r.sum() for r in results]).sum()
@@ -64,16 +65,18 @@ def own_step(config: DetectorConfig, load: Load, positives: Sequence[int]) -> in
     def step(params: Params, buffers: Params, batch: Batch) -> Tensor:
         inputs = training_inputs(batch, image, canvas, COMPUTE)
         count = anchor_count(config.anchors, canvas)
-        noise = detector.draw_noise(config, batch.seed, count, inputs.targets.valid.shape[1])
+        noise = forward_train.draw_noise(config, batch.seed, count, inputs.targets.valid.shape[1])
         features = detector.extract(params, buffers, config, inputs.image, drop=noise.drop)
-        found, pyramid, rois = detector.box_branch(params, config, features, inputs, noise)
+        found, pyramid, rois = forward_train.box_branch(params, config, features, inputs, noise)
         for i, positive in enumerate(positives[: len(rois)]):
             slots = rois[i].valid.shape[0]
             if config.mask_head.capacity != "full":
                 slots = mask_capacity(positive, slots, COMPUTE.dynamic_rois)
             packed = MaskRois(*(t[:slots] for t in rois[i]))
-            (loss,) = detector.mask_branch(params, config, (i,), pyramid, [packed], inputs.targets)
-            found = join(found, detector.weighted_mask_loss(config, i, *loss))
+            (loss,) = forward_train.mask_branch(
+                params, config, (i,), pyramid, [packed], inputs.targets
+            )
+            found = join(found, forward_train.weighted_mask_loss(config, i, *loss))
         return mean_losses(found)[0]
 
     return _count(config, load, step)

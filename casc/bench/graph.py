@@ -24,7 +24,7 @@ from casc.bench.batch import CLASSES, Load, made_up_batch
 from casc.bench.cards import CARDS, Card
 from casc.device.compute import Compute
 from casc.model import detector, steps
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.preprocess import ImageConfig
 
 SHARED_FILES = ("layers", "linear", "losses", "boxes", "noise", "detector", "steps", "row_sums")

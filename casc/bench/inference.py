@@ -10,7 +10,8 @@ from casc.bench.batch import CLASSES, Job, made_up_batch
 from casc.bench.train import compute_of, image_config
 from casc.data.stream import to_device
 from casc.device.devices import synchronize
-from casc.model.detector import DetectorConfig, init
+from casc.model.detector import init
+from casc.model.detector_config import DetectorConfig
 from casc.model.steps import make_detect_step, to_format
 
 

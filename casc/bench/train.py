@@ -17,7 +17,8 @@ from casc.device.compute import Compute
 from casc.device.devices import choose_device, synchronize
 from casc.device.replay import Pool, Replay
 from casc.model.choose_compute import choose_compute
-from casc.model.detector import DetectorConfig, init, trainable
+from casc.model.detector import init, trainable
+from casc.model.detector_config import DetectorConfig
 from casc.model.losses import mean_losses
 from casc.model.preprocess import ImageConfig
 from casc.model.steps import make_loss_step, resolve_auto, to_format

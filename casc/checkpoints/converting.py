@@ -26,7 +26,7 @@ from casc.checkpoints.torchvision_resnet import is_torchvision, read_torchvision
 from casc.config import from_json, to_json
 from casc.data.index import Category
 from casc.errors import UserError
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import PREFIX
 

@@ -31,7 +31,7 @@ from casc.checkpoints.report import Convention, Row
 from casc.checkpoints.shapes import model_of
 from casc.errors import UserError
 from casc.model.anchors import base_anchors
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.preprocess import ImageConfig
 
 MEAN, STD = "pixel_mean", "pixel_std"

@@ -21,7 +21,7 @@ from casc.checkpoints.foreign import (
 from casc.checkpoints.report import Row
 from casc.checkpoints.shapes import BATCHES
 from casc.errors import UserError
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.preprocess import ImageConfig
 
 

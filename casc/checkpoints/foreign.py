@@ -19,7 +19,7 @@ from casc.config import from_json, to_json
 from casc.data.index import Category
 from casc.errors import UserError
 from casc.json_files import parse_json
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import PREFIX, ResNetConfig
 

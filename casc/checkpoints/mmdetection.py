@@ -34,7 +34,7 @@ from casc.checkpoints.report import Row
 from casc.checkpoints.shapes import model_of
 from casc.data.index import Category
 from casc.errors import UserError
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.preprocess import ImageConfig
 
 # Beside the model: copies of an averaged model, and 3.x's normalisation in some releases.

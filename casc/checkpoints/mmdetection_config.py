@@ -12,7 +12,7 @@ from casc.checkpoints.config_text import at
 from casc.checkpoints.foreign import Channels, resnet_of
 from casc.config import from_json, to_json
 from casc.errors import UserError
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.preprocess import ImageConfig
 from casc.ops.roi_align import FINEST_SIDE
 

@@ -12,7 +12,7 @@ from casc.config import from_json
 from casc.data.index import Category
 from casc.errors import UserError
 from casc.model import detector
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.layers import Params
 from casc.model.preprocess import ImageConfig
 

@@ -35,7 +35,7 @@ from casc.data.loader_config import RemoteConfig
 from casc.data.remote import FetchError, check_address, open_remote
 from casc.errors import UserError
 from casc.json_files import open_plain, parse_json
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.layers import Params, grown
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import PREFIX

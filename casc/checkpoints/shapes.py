@@ -13,7 +13,7 @@ from casc.errors import UserError
 from casc.model import detector
 from casc.model.box_head import PREFIX as BOX
 from casc.model.box_head import BoxHeadConfig, StageConfig
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.fpn import PREFIX as NECK
 from casc.model.fpn import FPNConfig
 from casc.model.layers import Norm

@@ -20,7 +20,7 @@ from casc.checkpoints.foreign import (
 from casc.checkpoints.report import Convention, Row
 from casc.checkpoints.shapes import backbone_of, expected
 from casc.errors import UserError
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import PREFIX
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from casc.errors import UserError
 from casc.evaluate.mask_rle import encode_masks
 from casc.json_files import MOST_COCO_BYTES, read_json, write_json
-from casc.model.detector import Detections
+from casc.model.forward_detect import Detections
 
 Result = dict[str, Any]
 """One detection: `image_id`, `category_id`, `bbox` [x, y, w, h], `score`, `segmentation` RLE."""

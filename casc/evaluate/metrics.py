@@ -17,7 +17,7 @@ from casc.evaluate.coco_results import Result, collect_results
 from casc.evaluate.errors import KINDS, confused, confusion_rows
 from casc.evaluate.ground_truth import CocoDict, are_numbers, is_key, is_rle, usable_objects
 from casc.json_files import read_json, write_json
-from casc.model.detector import Detections
+from casc.model.forward_detect import Detections
 
 IOU_TYPES: tuple[IouType, ...] = ("bbox", "segm")
 

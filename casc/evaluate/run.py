@@ -29,7 +29,7 @@ from casc.evaluate.errors import check_hotcoco, find_errors
 from casc.evaluate.ground_truth import ground_truth_from_samples, ground_truth_from_shards
 from casc.evaluate.metrics import IOU_TYPES, Evaluation, accumulate
 from casc.evaluate.workers import Truth, by_image, evaluate_images
-from casc.model.detector import DetectorConfig, mask_stages
+from casc.model.detector_config import DetectorConfig, mask_stages
 from casc.model.preprocess import ImageConfig
 
 

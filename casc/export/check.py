@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from casc.model.boxes import iou_matrix
-from casc.model.detector import Detections, InferenceConfig
+from casc.model.detector_config import InferenceConfig
+from casc.model.forward_detect import Detections
 
 Run = Callable[[Tensor, Tensor], Detections]
 """(pixels, size) to detections."""

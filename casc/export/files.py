@@ -19,7 +19,7 @@ from casc.export.onnx import OPSET, OPSETS, write_onnx
 from casc.export.operators import plain
 from casc.export.program import Shape
 from casc.export.runner import open_program
-from casc.model.detector import Detections
+from casc.model.forward_detect import Detections
 
 Form = Literal["onnx", "pt2", "aoti"]
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}

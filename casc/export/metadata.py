@@ -8,7 +8,7 @@ import casc
 from casc.checkpoints.model import Trained, class_names
 from casc.config import to_json
 from casc.export.program import Shape
-from casc.model.detector import mask_stages
+from casc.model.detector_config import mask_stages
 from casc.model.preprocess import per_channel
 
 INPUTS = ("pixels", "size")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from casc.data.batch import Batch
-from casc.model import detector
-from casc.model.detector import Detections, DetectorConfig
+from casc.model import forward_detect
+from casc.model.detector_config import DetectorConfig
+from casc.model.forward_detect import Detections
 from casc.model.layers import Params
 from casc.model.preprocess import ImageConfig, View, plain_view, prepare
 
@@ -68,7 +69,7 @@ def infer(
         seed=whole((count,)),
     )
     view = fitting_view(size, image, canvas)
-    return detector.detect(
+    return forward_detect.detect(
         params, buffers, model, prepare(batch, view, image, canvas, floats.dtype)
     )
 

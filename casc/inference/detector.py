@@ -27,7 +27,8 @@ from casc.inference.images import KINDS, Picture, batch_of, canvas_of, holding_c
 from casc.inference.results import Results
 from casc.inference.settings import Settings, Views
 from casc.inference.views import merged, views_of
-from casc.model.detector import Detections, DetectorConfig, InferenceConfig
+from casc.model.detector_config import DetectorConfig, InferenceConfig
+from casc.model.forward_detect import Detections
 from casc.model.layers import Params
 from casc.model.preprocess import ImageConfig
 from casc.model.steps import DetectStep, make_detect_step

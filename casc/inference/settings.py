@@ -8,7 +8,7 @@ from casc.errors import UserError
 
 if TYPE_CHECKING:  # torch and numpy take long to import, which --help needn't wait for
     from casc.data.index import Category
-    from casc.model.detector import InferenceConfig
+    from casc.model.detector_config import InferenceConfig
 
 
 @dataclass(frozen=True)

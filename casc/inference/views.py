@@ -14,7 +14,7 @@ import numpy as np
 
 from casc.evaluate.coco_results import ImageDetections
 from casc.inference.settings import Views
-from casc.model.detector import InferenceConfig
+from casc.model.detector_config import InferenceConfig
 
 _MARGIN = 0.01
 """Of a tile's side: what comes so near to a border within the image is taken for cut off there."""

@@ -15,7 +15,7 @@ from casc.device.compilers import choose_compiler
 from casc.device.compute import Compute
 from casc.device.devices import CompileBackend, choose_dtype, is_accelerator, traits, triton_missing
 from casc.errors import UserError
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.ops.nms import batched_nms
 from casc.ops.pyramid import flatten_pyramid
 from casc.ops.roi_align import RoiKernel, Sampling, roi_align

@@ -17,9 +17,12 @@ from casc.device.compile_cache import aot_cached
 from casc.device.compute import Compute
 from casc.device.devices import traits
 from casc.device.versions import compile_apart
-from casc.model import detector
+from casc.model import detector, forward_detect, forward_train
 from casc.model.anchors import AnchorConfig, grid_anchors
-from casc.model.detector import Detections, DetectorConfig, Inputs, Noise
+from casc.model.detector import Inputs
+from casc.model.detector_config import DetectorConfig, mask_stages
+from casc.model.forward_detect import Detections
+from casc.model.forward_train import Noise
 from casc.model.layers import Params
 from casc.model.losses import LossSums, join
 from casc.model.mask_head import MaskRois, pack, stage_params
@@ -67,9 +70,9 @@ def make_loss_step(
         params: Params, buffers: Params, batch: Batch, anchors: Tensor, probe: Probe = unwatched
     ) -> LossSums:
         inputs, noise = _step_inputs(batch, config, image, canvas, compute, probe)
-        return detector.losses(params, buffers, config, inputs, noise, probe, anchors)
+        return forward_train.losses(params, buffers, config, inputs, noise, probe, anchors)
 
-    if not detector.mask_stages(config) or config.mask_head.capacity == "full":
+    if not mask_stages(config) or config.mask_head.capacity == "full":
         step = recorded(
             losses, recorder, lambda f: _maybe_compile(f, compute, config, image, canvas)
         )
@@ -92,7 +95,7 @@ def _counted_step(
         inputs, noise = _step_inputs(batch, config, image, canvas, compute, probe)
         params = detector.cast_heads(params, inputs.image, masks=False)
         features = detector.extract(params, buffers, config, inputs.image, probe, noise.drop)
-        found, pyramid, rois = detector.box_branch(
+        found, pyramid, rois = forward_train.box_branch(
             params, config, features, inputs, noise, probe, anchors
         )
         return found, pyramid, rois, inputs.targets
@@ -104,7 +107,7 @@ def _counted_step(
         targets: Targets,
         probe: Probe = unwatched,
     ) -> tuple[Tensor, Tensor]:
-        (loss,) = detector.mask_branch(head, config, (0,), pyramid, [rois], targets, probe)
+        (loss,) = forward_train.mask_branch(head, config, (0,), pyramid, [rois], targets, probe)
         return loss
 
     box_step = _with_anchors(
@@ -123,7 +126,7 @@ def _counted_step(
                 for value in packed:
                     torch._dynamo.mark_dynamic(value, 0)
             loss = mask_step(stage_params(params, i), pyramid, packed, targets)
-            found = join(found, detector.weighted_mask_loss(config, i, *loss))
+            found = join(found, forward_train.weighted_mask_loss(config, i, *loss))
         return found
 
     return step
@@ -154,7 +157,9 @@ def make_detect_step(
         params: Params, buffers: Params, batch: Batch, anchors: Tensor, probe: Probe = unwatched
     ) -> Detections:
         inputs = prepare(batch, None, image, canvas, compute.dtype, compute.memory_format)
-        return detector.detect(params, buffers, config, probe("inputs", inputs), probe, anchors)
+        return forward_detect.detect(
+            params, buffers, config, probe("inputs", inputs), probe, anchors
+        )
 
     step = _with_anchors(
         recorded(run, recorder, lambda f: _maybe_compile(f, compute, config, image, canvas)),
@@ -188,7 +193,7 @@ def _step_inputs(
     """All that a training step's losses depend on beside the weights."""
     inputs = probe("inputs", training_inputs(batch, image, canvas, compute))
     anchors = anchor_count(config.anchors, canvas)
-    noise = detector.draw_noise(config, batch.seed, anchors, inputs.targets.valid.shape[1])
+    noise = forward_train.draw_noise(config, batch.seed, anchors, inputs.targets.valid.shape[1])
     return inputs, probe("noise", noise)
 
 
@@ -236,7 +241,7 @@ def reads_back(
         training: the training step's losses; else detection.
     """
     config = resolve_auto(config, compute)
-    masks = detector.mask_stages(config) > 0
+    masks = mask_stages(config) > 0
     if training and masks and config.mask_head.capacity == "counted":
         return "mask heads run on a counted number of RoIs; --model.mask-head.capacity full doesn't"
     suppression = config.rpn.nms_kernel, config.inference.nms_kernel

@@ -18,8 +18,7 @@ from casc.data.loader_config import TrainLoaderConfig
 from casc.device.devices import CompileBackend
 from casc.errors import UserError
 from casc.json_files import read_json
-from casc.model import detector
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig, mask_stages, reference_settings
 from casc.model.preprocess import ImageConfig
 from casc.train.ema import Ema
 from casc.train.optim import Optim
@@ -168,8 +167,8 @@ RESUMABLE_CHANGES = frozenset(
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe with its model as `exactness` wants it, and a figure that the model has."""
     if recipe.exactness == "reference":
-        recipe = dataclasses.replace(recipe, model=detector.reference_settings(recipe.model))
-    if recipe.keep_best == "mask_ap" and not detector.mask_stages(recipe.model):
+        recipe = dataclasses.replace(recipe, model=reference_settings(recipe.model))
+    if recipe.keep_best == "mask_ap" and not mask_stages(recipe.model):
         recipe = dataclasses.replace(recipe, keep_best="box_ap")
     return recipe
 
@@ -177,7 +176,7 @@ def resolved(recipe: Recipe) -> Recipe:
 def reads_bitmaps(recipe: Recipe) -> bool:
     """Whether mask targets are made of bitmaps, which batches then have to hold."""
     model = recipe.model
-    return detector.mask_stages(model) > 0 and model.mask_head.target == "bitmap"
+    return mask_stages(model) > 0 and model.mask_head.target == "bitmap"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch
 
 from casc.checkpoints.state import State
 from casc.model import detector
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.layers import Params
 from casc.model.steps import to_format
 from casc.train.flat import flatten

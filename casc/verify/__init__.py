@@ -16,7 +16,8 @@ from casc.device.compute import Compute
 from casc.errors import UserError
 from casc.evaluate.mask_rle import paste_masks
 from casc.model.choose_compute import choose_compute
-from casc.model.detector import DetectorConfig, Inputs, reference_settings, trainable
+from casc.model.detector import Inputs, trainable
+from casc.model.detector_config import DetectorConfig, reference_settings
 from casc.model.layers import Params
 from casc.model.losses import mean_losses
 from casc.model.rpn import Proposals

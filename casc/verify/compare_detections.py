@@ -6,7 +6,7 @@ Legend: D detections, P proposals.
 import torch
 from torch import Tensor
 
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.ops.nms import batched_nms
 from casc.verify.compare import BOX_PIXELS, MASK, MASK_PIXELS, SCORE, Comparison
 from casc.verify.goldens import GoldenSet

@@ -6,7 +6,8 @@ Legend: B images, A anchors, N what the reference recorded.
 import torch
 from torch import Tensor
 
-from casc.model.detector import ROI_LEVELS, DetectorConfig, Inputs
+from casc.model.detector import Inputs
+from casc.model.detector_config import ROI_LEVELS, DetectorConfig
 from casc.model.mask_targets import bitmap_coverage
 from casc.ops.nms import batched_nms
 from casc.ops.roi_align import roi_levels

@@ -26,7 +26,9 @@ from casc.data.index import Bucket
 from casc.data.sample import Sample, annotations_edges, edge_room
 from casc.errors import UserError
 from casc.model import noise as noises
-from casc.model.detector import DetectorConfig, Inputs, Noise, init
+from casc.model.detector import Inputs, init
+from casc.model.detector_config import DetectorConfig
+from casc.model.forward_train import Noise
 from casc.model.layers import Params
 from casc.model.preprocess import ImageConfig
 from casc.model.targets import Targets

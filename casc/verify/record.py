@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from casc.model.detector import Detections
+from casc.model.forward_detect import Detections
 
 Record = dict[str, Tensor]
 Seen = dict[str, list[Any]]

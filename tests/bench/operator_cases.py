@@ -15,7 +15,9 @@ from torch import Tensor
 
 from casc.evaluate.mask_rle import encode_masks, paste_masks
 from casc.model import noise
-from casc.model.detector import ROI_LEVELS, DetectorConfig, mask_branch, select
+from casc.model.detector_config import ROI_LEVELS, DetectorConfig
+from casc.model.forward_detect import select
+from casc.model.forward_train import mask_branch
 from casc.model.mask_head import MaskRois, init_mask_head, pack
 from casc.model.mask_targets import polygon_targets
 from casc.model.matching import match_anchors, match_rois, sample

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from casc.model.anchors import AnchorConfig, grid_anchors, inside
-from casc.model.detector import ROI_LEVELS
+from casc.model.detector_config import ROI_LEVELS
 from casc.model.mask_head import MaskRois
 from casc.model.targets import Targets
 

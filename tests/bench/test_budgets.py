@@ -12,7 +12,7 @@ from casc.data.batch import Batch
 from casc.device.compute import Compute
 from casc.model import detector
 from casc.model.box_head import BoxHeadConfig
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.losses import mean_losses
 from casc.model.steps import make_detect_step, make_loss_step
 

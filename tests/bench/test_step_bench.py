@@ -13,7 +13,7 @@ from casc.bench.peers import images_of, targets_of
 from casc.cli.bench import as_table, with_default
 from casc.cli.main import main
 from casc.errors import UserError
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 
 PROMISED = {
     *("img_per_s", "step_s", "mfu", "flops", "peak_flops", "graphs", "graph_breaks"),

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from casc.evaluate.mask_rle import Rle
-from casc.model.detector import InferenceConfig
+from casc.model.detector_config import InferenceConfig
 from casc.ops.roi_align import roi_levels
 
 

@@ -13,7 +13,8 @@ from torchvision.models.detection._utils import BoxCoder
 from casc.checkpoints.model import Trained, load_trained
 from casc.cli import main as cli
 from casc.device.compute import Compute
-from casc.model.detector import DetectorConfig, detect
+from casc.model.detector_config import DetectorConfig
+from casc.model.forward_detect import detect
 from casc.model.rpn import Proposals
 from casc.ops.probe import Recorder
 from casc.verify import goldens, run_detections

@@ -19,7 +19,8 @@ from casc.evaluate.mask_rle import paste_masks
 from casc.evaluate.metrics import IOU_TYPES
 from casc.model.anchors import AnchorConfig
 from casc.model.boxes import encode
-from casc.model.detector import ROI_LEVELS, STAGES, DetectorConfig, init, trainable
+from casc.model.detector import init, trainable
+from casc.model.detector_config import ROI_LEVELS, STAGES, DetectorConfig
 from casc.model.resnet import ResNetConfig, out_channels
 from casc.model.rpn import STDS
 from casc.train.recipe import Recipe, resolved

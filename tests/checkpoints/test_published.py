@@ -24,7 +24,7 @@ from casc.data.loader_config import RemoteConfig
 from casc.errors import UserError
 from casc.model import detector
 from casc.model.box_head import BoxHeadConfig
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.fpn import FPNConfig
 from casc.model.mask_head import MaskHeadConfig
 from casc.model.resnet import ResNetConfig

@@ -40,7 +40,7 @@ def resnet18():
 
 @pytest.fixture(scope="module")
 def model18():
-    from casc.model.detector import DetectorConfig
+    from casc.model.detector_config import DetectorConfig
 
     config = DetectorConfig(classes=2, backbone=ResNetConfig(depth=18))
     return config, *detector.init(config, torch.Generator().manual_seed(1))

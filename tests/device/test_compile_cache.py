@@ -22,17 +22,18 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 from casc.device import compile_cache as compiling
-from casc.model import detector
 from casc.ops.nms import batched_nms
+from casc.ops.pyramid import flatten_pyramid
+from casc.ops.roi_align import roi_align
 
 def loss(weight, image, boxes, scores):
     levels = [torch.nn.functional.avg_pool2d(image * weight["w"], 2**i) for i in range(2)]
-    pyramid = detector.flatten_pyramid(levels, (4, 8))
+    pyramid = flatten_pyramid(levels, (4, 8))
     index, kept = batched_nms(
         boxes[None], scores[None], torch.zeros_like(scores[None], dtype=torch.long),
         scores[None] > 0, iou=0.5, count=4,
     )
-    rois = detector.roi_align(pyramid, boxes[index[0]], index[0] * 0, 3, "fixed")
+    rois = roi_align(pyramid, boxes[index[0]], index[0] * 0, 3, "fixed")
     return (rois * kept[0][:, None, None, None]).square().sum()
 
 torch.set_num_threads(1)

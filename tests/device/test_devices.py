@@ -12,7 +12,7 @@ from casc.device.compute import Compute
 from casc.device.devices import choose_device
 from casc.errors import UserError
 from casc.model import steps
-from casc.model.detector import DetectorConfig, reference_settings
+from casc.model.detector_config import DetectorConfig, reference_settings
 
 CUDA: Any = torch.device("cuda")
 # torch knows the name only where the package of these devices is.

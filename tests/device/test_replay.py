@@ -11,7 +11,7 @@ from casc.device.compute import Compute
 from casc.device.devices import graph_class, make_deterministic
 from casc.device.replay import choose_replay
 from casc.errors import UserError
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.steps import reads_back
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -13,7 +13,7 @@ from casc.evaluate.coco_results import (
     read_results,
     write_results,
 )
-from casc.model.detector import Detections
+from casc.model.forward_detect import Detections
 
 IDS = [3, 17, 90]
 

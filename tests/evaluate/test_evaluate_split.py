@@ -22,7 +22,8 @@ from casc.evaluate.ground_truth import ground_truth_from_shards
 from casc.evaluate.metrics import Evaluation, evaluate_detections, read_evaluation, write_evaluation
 from casc.evaluate.run import evaluate_split
 from casc.inference.detector import Detector
-from casc.model.detector import Detections, DetectorConfig
+from casc.model.detector_config import DetectorConfig
+from casc.model.forward_detect import Detections
 from casc.model.preprocess import ImageConfig
 
 CPU = torch.device("cpu")

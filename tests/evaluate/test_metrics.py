@@ -27,7 +27,7 @@ from casc.evaluate.metrics import (
     read_evaluation,
     write_evaluation,
 )
-from casc.model.detector import Detections
+from casc.model.forward_detect import Detections
 
 EVALFIX = Path(__file__).parents[1] / "goldens" / "evalfix"
 

@@ -7,7 +7,8 @@ import torch
 
 from casc.export.check import Agreement, Tolerances, compare_image
 from casc.export.pictures import batches, generated_pictures
-from casc.model.detector import Detections, InferenceConfig
+from casc.model.detector_config import InferenceConfig
+from casc.model.forward_detect import Detections
 
 CONFIG = InferenceConfig(score_threshold=0.3, nms_iou=0.5, detections=5)
 TOLERANCES = Tolerances()

@@ -31,7 +31,8 @@ from casc.export.pictures import generated_pictures
 from casc.export.program import Shape, capture, infer
 from casc.export.runner import detect, open_program
 from casc.model import detector
-from casc.model.detector import STAGES, Detections, DetectorConfig
+from casc.model.detector_config import STAGES, DetectorConfig
+from casc.model.forward_detect import Detections
 from casc.model.preprocess import ImageConfig
 from casc.model.steps import make_detect_step
 

@@ -16,7 +16,8 @@ from casc.config import to_json
 from casc.export.check import Tolerances, compare_image
 from casc.export.runner import detect, open_program
 from casc.inference.images import read_image
-from casc.model.detector import Detections, init
+from casc.model.detector import init
+from casc.model.forward_detect import Detections
 
 SIZE = (1040, 1440)
 """As stored; both sides exceed the recipe's, and EXIF turns it."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from casc.bench import graph, no_gpu
 from casc.bench.cards import CARDS
 from casc.model.box_head import BoxHeadConfig
-from casc.model.detector import STAGES, DetectorConfig
+from casc.model.detector_config import STAGES, DetectorConfig
 from casc.model.fpn import FPNConfig
 from casc.model.mask_head import MaskHeadConfig
 from casc.model.resnet import ResNetConfig

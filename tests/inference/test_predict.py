@@ -24,7 +24,9 @@ from casc.inference.detector import Detector
 from casc.inference.image_files import base_name, find_images, listed_ids
 from casc.inference.images import batch_of, canvas_of, holding_canvas, read_image
 from casc.inference.predict import predict
-from casc.model.detector import Detections, DetectorConfig, init
+from casc.model.detector import init
+from casc.model.detector_config import DetectorConfig
+from casc.model.forward_detect import Detections
 from casc.model.preprocess import ImageConfig
 from data_tools.plan import Settings
 from data_tools.shard import Run, shard_dataset

@@ -19,7 +19,8 @@ from casc.inference import images
 from casc.inference.detector import Detector
 from casc.inference.predict import predict
 from casc.inference.video import Frame, is_animated, read_animation, read_video, video_writer
-from casc.model.detector import Detections, DetectorConfig
+from casc.model.detector_config import DetectorConfig
+from casc.model.forward_detect import Detections
 from casc.model.preprocess import ImageConfig
 
 SIZE = (64, 96)

@@ -27,7 +27,9 @@ from casc.inference.images import batch_of
 from casc.inference.results import Results
 from casc.inference.settings import Settings, Views
 from casc.inference.views import View, merged, tile_starts, views_of
-from casc.model.detector import Detections, DetectorConfig, InferenceConfig, init
+from casc.model.detector import init
+from casc.model.detector_config import DetectorConfig, InferenceConfig
+from casc.model.forward_detect import Detections
 from casc.model.layers import grown
 from casc.model.preprocess import ImageConfig
 

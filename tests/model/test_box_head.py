@@ -9,7 +9,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from casc.model import box_head as heads
 from casc.model.boxes import decode, encode
-from casc.model.detector import STAGES
+from casc.model.detector_config import STAGES
 from casc.model.losses import mean_losses
 from casc.model.targets import Targets
 

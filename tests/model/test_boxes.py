@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from casc.model.boxes import MAX_LOG_RATIO, area, clip, decode, encode, iou_matrix
-from casc.model.detector import STAGES
+from casc.model.detector_config import STAGES
 from casc.model.rpn import STDS
 
 CODERS = {"rpn": STDS} | {f"s{i}": stage.stds for i, stage in enumerate(STAGES)}

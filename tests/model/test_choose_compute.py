@@ -17,7 +17,7 @@ from casc.model.choose_compute import (
     choose_roi_kernel,
     roi_difference,
 )
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.losses import mean_losses
 from casc.model.steps import make_loss_step, resolve_auto
 from casc.ops import nms

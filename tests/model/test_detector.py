@@ -10,9 +10,11 @@ from torch import Tensor
 
 from casc.data.batch import Batch
 from casc.device.compute import Compute
-from casc.model import detector
+from casc.model import detector, forward_detect, forward_train
 from casc.model.box_head import BoxHeadConfig
-from casc.model.detector import DetectorConfig, InferenceConfig, Inputs, Noise
+from casc.model.detector import Inputs
+from casc.model.detector_config import DetectorConfig, InferenceConfig, reference_settings
+from casc.model.forward_train import Noise
 from casc.model.layers import Params
 from casc.model.losses import LossSums, mean_losses
 from casc.model.rpn import Proposals
@@ -55,14 +57,14 @@ def world(tiny) -> World:
         params,
         buffers,
         lambda batch: training_inputs(batch, image, canvas, EAGER),
-        lambda batch: detector.draw_noise(config, batch.seed, anchors, batch.valid.shape[1]),
+        lambda batch: forward_train.draw_noise(config, batch.seed, anchors, batch.valid.shape[1]),
         losses,
     )
 
 
 def measured(*arguments) -> dict[str, Tensor]:
     """All losses and measures of a batch by name."""
-    return mean_losses(detector.losses(*arguments))[1]
+    return mean_losses(forward_train.losses(*arguments))[1]
 
 
 def with_box(batch: Batch, box: list[float], image: int = 0) -> Batch:
@@ -201,11 +203,11 @@ def test_wild_pixels_crash_nothing(world, tiny_batch, value, where):
     params, buffers, config = world.params, world.buffers, world.config
     losses = measured(params, buffers, config, inputs, world.noise(batch))
     assert len(losses) == 22
-    found = detector.detect(params, buffers, config, inputs)
+    found = forward_detect.detect(params, buffers, config, inputs)
     assert found.boxes.shape == (2, 10, 4)
     exact = replace(config, roi_align="adaptive")
     measured(params, buffers, exact, inputs, world.noise(batch))
-    detector.detect(params, buffers, exact, inputs)
+    forward_detect.detect(params, buffers, exact, inputs)
 
 
 def more_capacity(batch: Batch, noise: Noise, extra: int) -> tuple[Batch, Noise]:
@@ -277,9 +279,9 @@ def test_a_batchs_losses_are_its_images_losses_weighted(world, tiny_batch):
 def test_an_image_is_detected_alike_alone_and_in_a_batch(world, tiny_batch):
     batch = tiny_batch([2, 1])
     arguments = world.params, world.buffers, world.config
-    together = detector.detect(*arguments, world.inputs(batch))
+    together = forward_detect.detect(*arguments, world.inputs(batch))
     for i in range(2):
-        alone = detector.detect(*arguments, world.inputs(one(batch, i)))
+        alone = forward_detect.detect(*arguments, world.inputs(one(batch, i)))
         assert torch.equal(together.valid[i : i + 1], alone.valid)
         for a, b in zip(together, alone, strict=True):
             assert a is not None
@@ -288,7 +290,7 @@ def test_an_image_is_detected_alike_alone_and_in_a_batch(world, tiny_batch):
 
 def test_detections_hold_together(world, tiny_batch):
     batch = tiny_batch([2, 1])
-    found = detector.detect(world.params, world.buffers, world.config, world.inputs(batch))
+    found = forward_detect.detect(world.params, world.buffers, world.config, world.inputs(batch))
     assert found.boxes.shape == (2, 10, 4)
     assert found.masks is not None
     assert found.masks.shape == (2, 10, 28, 28)
@@ -325,7 +327,7 @@ def test_scores_come_from_the_mean_logits_and_masks_from_the_mean_probabilities(
     masks = torch.tensor([[-4.0, 1, 0], [2, 1, 0], [0.5, 1, 0]])
     params = constant_heads(world, fc_cls=logits.tolist(), conv_logits=masks.tolist())
     inputs = world.inputs(tiny_batch([2, 1]))
-    found = detector.detect(params, world.buffers, world.config, inputs)
+    found = forward_detect.detect(params, world.buffers, world.config, inputs)
     assert found.valid.any()
     scores, probabilities = logits.mean(0).softmax(0), masks.sigmoid().mean(0)
     torch.testing.assert_close(found.scores, (scores[found.labels] * found.valid))
@@ -340,7 +342,7 @@ def test_scores_may_come_from_the_mean_probabilities(world, tiny_batch):
     inference = replace(world.config.inference, average="probabilities", score_threshold=0.0)
     config = replace(world.config, inference=inference)
     inputs = world.inputs(tiny_batch([2, 1]))
-    found = detector.detect(params, world.buffers, config, inputs)
+    found = forward_detect.detect(params, world.buffers, config, inputs)
     assert found.valid.any()
     scores = logits.softmax(-1).mean(0)
     torch.testing.assert_close(found.scores, scores[found.labels] * found.valid)
@@ -354,7 +356,7 @@ def test_each_stage_moves_the_boxes_of_the_one_before(world, tiny_batch):
     features = detector.extract(params, world.buffers, world.config, inputs.image)
     boxes = torch.tensor([[[20.0, 30, 40, 50]]]).expand(2, -1, -1)
     proposals = Proposals(boxes, torch.ones(2, 1), torch.ones(2, 1, dtype=torch.bool))
-    _, moved = detector.cascade_scores(
+    _, moved = forward_detect.cascade_scores(
         params, world.config, features.pyramid, proposals, inputs.size
     )
     half = 10 * math.exp(0.1)
@@ -365,7 +367,7 @@ def test_each_stage_moves_the_boxes_of_the_one_before(world, tiny_batch):
     # stage afresh; a stage's refinement of an object isn't handed on.
     none = Proposals(boxes, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.bool))
     keys = tuple(torch.rand(2, 5 + n, generator=torch.manual_seed(0)) for n in (1, 32, 32))
-    found, _, samples = detector.cascade_losses(
+    found, _, samples = forward_train.cascade_losses(
         params, world.config, features.pyramid, none, inputs, keys
     )
     for i, sample in enumerate(samples):
@@ -374,7 +376,7 @@ def test_each_stage_moves_the_boxes_of_the_one_before(world, tiny_batch):
         assert found.measures[f"s{i}.positives"] == 1.5
 
     # With proposals, the next stage's candidates are where this one moved them.
-    found, _, samples = detector.cascade_losses(
+    found, _, samples = forward_train.cascade_losses(
         params, world.config, features.pyramid, proposals, inputs, keys
     )
     for sample, x in zip(samples, (20, 22, 22), strict=True):
@@ -403,9 +405,9 @@ def test_masks_are_read_where_the_canvas_shows_the_box(world, tiny_batch):
     inputs = world.inputs(tiny_batch([2, 1]))
     assert (inputs.scale > 1.2).all()
     arguments = world.params, world.buffers, world.config
-    stored = detector.detect(*arguments, inputs)
+    stored = forward_detect.detect(*arguments, inputs)
     # As if the stored image were the canvas: the same network, other units.
-    canvas = detector.detect(*arguments, inputs._replace(scale=torch.ones(2, 4)))
+    canvas = forward_detect.detect(*arguments, inputs._replace(scale=torch.ones(2, 4)))
     assert torch.equal(stored.labels, canvas.labels)
     torch.testing.assert_close(stored.boxes * inputs.scale[:, None], canvas.boxes)
     torch.testing.assert_close(stored.masks, canvas.masks, rtol=1e-4, atol=1e-4)
@@ -414,7 +416,7 @@ def test_masks_are_read_where_the_canvas_shows_the_box(world, tiny_batch):
 def test_nothing_found_is_all_padding(world, tiny_batch):
     config = replace(world.config, inference=InferenceConfig(score_threshold=1.0, detections=10))
     batch = tiny_batch([2, 1])
-    found = detector.detect(world.params, world.buffers, config, world.inputs(batch))
+    found = forward_detect.detect(world.params, world.buffers, config, world.inputs(batch))
     for tensor in found:
         assert (tensor == 0).all()
 
@@ -427,7 +429,7 @@ def test_selection_reproduces_the_reference(unit_goldens, mode, detections):
     config = InferenceConfig(detections=detections)
     # The logarithm of probabilities that sum to one: softmax gives them back.
     logits, valid = scores.log()[None], torch.ones(1, len(boxes), dtype=torch.bool)
-    made = mode(lambda *a: detector.select(config, *a))(logits, boxes[None], valid)
+    made = mode(lambda *a: forward_detect.select(config, *a))(logits, boxes[None], valid)
     found, score, label, kept = (t[0] for t in made)
     assert kept.all()
     assert torch.equal(found, dets[:detections, :4])
@@ -440,7 +442,7 @@ def test_selection_leaves_padded_boxes_out():
     boxes = torch.tensor([[[0.0, 0, 9, 9], [0, 0, 9, 9], [0, 0, 9, 9]]])
     valid = torch.tensor([[True, False, True]])
     config = InferenceConfig(detections=4, score_threshold=0.5)
-    found, scores, labels, kept = detector.select(config, logits, boxes, valid)
+    found, scores, labels, kept = forward_detect.select(config, logits, boxes, valid)
     assert kept.tolist() == [[True, True, False, False]]
     assert labels.tolist() == [[0, 1, 0, 0]]
     assert (found[0, 2:] == 0).all()
@@ -460,7 +462,7 @@ def test_classes_can_suppress_each_other(mode):
     """As torchvision's nms over all boxes of all classes has it."""
     logits, boxes, valid = scored()
     config = InferenceConfig(class_agnostic=True, detections=200)
-    made = mode(lambda *a: detector.select(config, *a))(logits, boxes, valid)
+    made = mode(lambda *a: forward_detect.select(config, *a))(logits, boxes, valid)
     scores = logits.softmax(-1)[..., :-1]
     for image in range(2):
         place = ((scores[image] > 0.05) & valid[image, :, None]).nonzero()
@@ -478,12 +480,12 @@ def test_only_some_classes_are_kept(mode, agnostic: bool):
     """What is left when the others' scores are nothing."""
     logits, boxes, valid = scored(1)
     config = InferenceConfig(class_agnostic=agnostic, classes=(1, 3), detections=30)
-    made = mode(lambda *a: detector.select(config, *a))(logits, boxes, valid)
+    made = mode(lambda *a: forward_detect.select(config, *a))(logits, boxes, valid)
     scores = logits.softmax(-1)
     scores[..., [0, 2, 4]] = 0
     rest = scores[..., :-1].sum(-1)
     alone = torch.cat([scores[..., :-1], (1 - rest)[..., None]], -1).log()
-    expected = detector.select(replace(config, classes=()), alone, boxes, valid)
+    expected = forward_detect.select(replace(config, classes=()), alone, boxes, valid)
     assert set(made[2][made[3]].tolist()) == {1, 3}
     for found, wanted in zip(made, expected, strict=True):
         torch.testing.assert_close(found, wanted)
@@ -493,8 +495,8 @@ def test_only_some_classes_are_kept(mode, agnostic: bool):
 def test_soft_suppression_lowers_scores(mode, way):
     logits, boxes, valid = scored(2)
     config = InferenceConfig(soft_nms=way, detections=60)
-    soft = mode(lambda *a: detector.select(config, *a))(logits, boxes, valid)
-    hard = detector.select(replace(config, soft_nms="off"), logits, boxes, valid)
+    soft = mode(lambda *a: forward_detect.select(config, *a))(logits, boxes, valid)
+    hard = forward_detect.select(replace(config, soft_nms="off"), logits, boxes, valid)
     # The best box of an image is nobody's to lower; what hard suppression dropped may be there.
     torch.testing.assert_close(soft[1][:, 0], hard[1][:, 0])
     assert way == "gaussian" or soft[3].sum() > hard[3].sum()
@@ -511,7 +513,7 @@ def test_the_score_threshold_is_exclusive():
     valid = torch.ones(1, 1, dtype=torch.bool)
     for threshold, expected in ((0.5, False), (0.499, True)):
         config = InferenceConfig(score_threshold=threshold, detections=1)
-        *_, kept = detector.select(config, logits, boxes, valid)
+        *_, kept = forward_detect.select(config, logits, boxes, valid)
         assert kept.item() == expected
 
 
@@ -549,7 +551,7 @@ def test_losses_are_sums_over_counts_and_the_total_is_their_sum():
 
 
 def test_reference_settings_change_the_operators_only(world, tiny_batch):
-    config = detector.reference_settings(world.config)
+    config = reference_settings(world.config)
     assert config.roi_align == "adaptive"
     assert config.mask_head.target == "bitmap"
     batch = tiny_batch([2, 1])
@@ -673,7 +675,7 @@ def test_other_heads_learn_and_detect(world, tiny_batch, choice):
     batch = tiny_batch([3, 0, 2])
     inputs = world.inputs(batch)
     total, measures = mean_losses(
-        detector.losses(params, buffers, config, inputs, world.noise(batch))
+        forward_train.losses(params, buffers, config, inputs, world.noise(batch))
     )
     total.backward()
     assert total.isfinite()
@@ -685,7 +687,7 @@ def test_other_heads_learn_and_detect(world, tiny_batch, choice):
     ]  # fmt: skip
     assert not idle
     with torch.no_grad():
-        found = detector.detect(params, buffers, config, inputs)
+        found = forward_detect.detect(params, buffers, config, inputs)
     assert found.valid.any()
     assert found.boxes.isfinite().all()
     assert found.masks is not None
@@ -698,7 +700,7 @@ def test_one_mask_head_is_the_first_of_three(world, tiny_batch):
     batch = tiny_batch([3, 2])
     inputs, noise = world.inputs(batch), world.noise(batch)
     one, three = (
-        detector.losses(world.params, world.buffers, c, inputs, noise)
+        forward_train.losses(world.params, world.buffers, c, inputs, noise)
         for c in (config, world.config)
     )
     assert set(three.sums) - set(one.sums) == {"s1.loss_mask", "s2.loss_mask"}
@@ -709,8 +711,8 @@ def test_one_mask_head_is_the_first_of_three(world, tiny_batch):
         k.replace("mask_head.0", f"mask_head.{i}"): v
         for i in STAGES for k, v in world.params.items() if "mask_head.0" in k
     }  # fmt: skip
-    made = detector.detect_masks(world.params, config, features.pyramid, boxes, labels)
-    right = detector.detect_masks(
+    made = forward_detect.detect_masks(world.params, config, features.pyramid, boxes, labels)
+    right = forward_detect.detect_masks(
         world.params | same, world.config, features.pyramid, boxes, labels
     )
     torch.testing.assert_close(made, right)
@@ -725,7 +727,7 @@ def test_each_class_has_its_own_final_box(world, tiny_batch):
         for k, v in world.params.items()
     }
     inputs = world.inputs(tiny_batch([3, 2]))
-    right = detector.detect(world.params, world.buffers, config, inputs)
-    made = detector.detect(params, world.buffers, own, inputs)
+    right = forward_detect.detect(world.params, world.buffers, config, inputs)
+    made = forward_detect.detect(params, world.buffers, own, inputs)
     for ours, theirs in zip(made, right, strict=True):
         torch.testing.assert_close(ours, theirs)

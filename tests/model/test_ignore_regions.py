@@ -11,7 +11,7 @@ from casc.device.compute import Compute
 from casc.model import detector
 from casc.model.anchors import AnchorConfig, grid_anchors
 from casc.model.box_head import BoxHeadConfig, sample_rois
-from casc.model.detector import STAGES
+from casc.model.detector_config import STAGES
 from casc.model.losses import mean_losses
 from casc.model.matching import IGNORED_SHARE, covered, match_anchors, match_rois
 from casc.model.preprocess import ImageConfig, View, plain_view, prepare

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from casc.model import matching, noise
-from casc.model.detector import STAGES
+from casc.model.detector_config import STAGES
 from casc.model.matching import (
     Matches,
     Sample,

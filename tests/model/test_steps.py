@@ -22,7 +22,7 @@ from casc.device.compute import Compute
 from casc.model import detector, steps
 from casc.model.anchors import AnchorConfig, grid_anchors
 from casc.model.box_head import max_positive
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.layers import Params
 from casc.model.losses import mean_losses
 from casc.model.steps import make_detect_step, make_loss_step, mask_capacity

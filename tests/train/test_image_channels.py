@@ -24,6 +24,7 @@ from casc.export.pictures import read_pictures
 from casc.export.program import Shape, capture, infer
 from casc.inference.predict import predict
 from casc.model import detector
+from casc.model.detector_config import DetectorConfig
 from casc.model.layers import grown
 from casc.model.preprocess import ImageConfig, per_channel, plain_view, prepare
 from casc.train.loop import train
@@ -251,7 +252,7 @@ def test_an_exported_program_takes_planes(tiny, tmp_path, monkeypatch):
 
 
 def test_a_file_of_tensors_says_its_channels_and_that_it_has_no_masks():
-    config = detector.DetectorConfig(classes=2, masks="none")
+    config = DetectorConfig(classes=2, masks="none")
     params, buffers = detector.init(config, torch.Generator().manual_seed(0), 4)
     found = model_of(params | buffers, "x")
     assert found.masks == "none"

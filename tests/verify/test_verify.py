@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from casc.device.compute import Compute
 from casc.errors import UserError
-from casc.model.detector import DetectorConfig, reference_settings
+from casc.model.detector_config import DetectorConfig, reference_settings
 from casc.verify import format_rows, run_training, verify, verify_set
 from casc.verify.compare import Comparison, Row
 from casc.verify.compare_training import compare_gradients, compare_training

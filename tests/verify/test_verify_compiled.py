@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from casc.model.choose_compute import choose_compute
-from casc.model.detector import DetectorConfig, reference_settings
+from casc.model.detector_config import DetectorConfig, reference_settings
 from casc.verify import format_rows, verify_set
 from casc.verify.goldens import read_sets
 

@@ -24,7 +24,7 @@ from casc.distributed import ALONE, Exchange
 from casc.model import detector
 from casc.model.box_head import BoxHeadConfig
 from casc.model.choose_compute import choose_compute
-from casc.model.detector import DetectorConfig
+from casc.model.detector_config import DetectorConfig
 from casc.model.fpn import FPNConfig
 from casc.model.mask_head import MaskHeadConfig
 from casc.model.preprocess import ImageConfig

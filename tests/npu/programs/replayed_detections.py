@@ -19,7 +19,7 @@ from casc.device.devices import choose_device
 from casc.inference.detector import Detector
 from casc.model import detector as detectors
 from casc.model.choose_compute import choose_compute
-from casc.model.detector import Detections
+from casc.model.forward_detect import Detections
 
 CANVASES = ((96, 128), (128, 96), (96, 128), (96, 128), (128, 96))
 
