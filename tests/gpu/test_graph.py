@@ -35,10 +35,12 @@ STEPS = {
     "training": (2, 225),
     "counted": (4, 235),
     "inference": (1, 140),
+    "inference, upright": (1, 140),
 }
 """Of the small detector's steps in `lower_steps.py`: graphs, forward and backward (counted mask
 heads have one of their own), and the most that they may launch."""
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,14 @@ def run(*commands: list) -> None:
         assert process.returncode == 0, said[-6000:]
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_every_kernel_becomes_machine_code_for_three_generations_of_cards(reports, name):
+    found = reports[name]
+    total = found["kernels"]["in all"]
+    assert found["kernels"] == {"in all": total, "sm_80": total, "sm_90": total, "sm_100": total}
+    assert found["named"] == found["matched"] >= total > 20
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_stays_on_the_card_within_its_budget(reports, name):
     graphs, launches = STEPS[name]
@@ -108,7 +117,6 @@ def test_a_canvas_that_does_not_fit_is_refused(capsys):
     assert "multiples of 32" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_reference_models_training_step_is_within_its_budget(capsys, report):
     """On a small canvas, which is lowered sooner and has about as many launches as a large one."""
     with pytest.raises(SystemExit) as left:
