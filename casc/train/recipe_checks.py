@@ -26,6 +26,26 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
     Raises:
         UserError: naming the flag to change.
     """
+    _check_counts(recipe)
+    _check_going_on(recipe)
+    check_loading(recipe.loading)
+    _check_image(recipe.image)
+    if recipe.image.copy_paste and recipe.batch < 2:
+        raise UserError(
+            f"--image.copy-paste {recipe.image.copy_paste:g}: pastes from the next image of a"
+            " batch; use --batch 2 or more"
+        )
+    _check_optim(recipe)
+    if not 0 < recipe.model.box_head.box_weight < math.inf:
+        raise UserError(
+            f"--model.box-head.box-weight {recipe.model.box_head.box_weight}: must be more than 0"
+        )
+    _check_device(recipe.device, world)
+    _check_data(recipe, index)
+    _check_backbone(recipe)
+
+
+def _check_counts(recipe: Recipe) -> None:
     for flag, value, least in (
         ("epochs", recipe.epochs, 1),
         ("batch", recipe.batch, 1),
@@ -52,6 +72,10 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
     ):
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
+
+
+def _check_going_on(recipe: Recipe) -> None:
+    """What goes by evaluations, and where a run goes on from."""
     for flag, given in (("patience", recipe.patience), ("validation-loss", recipe.validation_loss)):
         if given and not recipe.evaluate_every:
             raise UserError(f"--{flag}: there are no evaluations; use --evaluate-every 1 or more")
@@ -63,19 +87,16 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
         raise UserError(
             f"--allow {' '.join(recipe.allow)}: goes with --resume-from STEP, where to go on from"
         )
+
+
+def _check_optim(recipe: Recipe) -> None:
+    """Rates, their schedule, and the average of the weights."""
     if not 0 <= recipe.schedule.warmup_limit <= 1:
         raise UserError(
             f"--schedule.warmup-limit {recipe.schedule.warmup_limit}: must be from 0 to 1"
         )
-    check_loading(recipe.loading)
-    _check_image(recipe.image)
-    if recipe.image.copy_paste and recipe.batch < 2:
-        raise UserError(
-            f"--image.copy-paste {recipe.image.copy_paste:g}: pastes from the next image of a"
-            " batch; use --batch 2 or more"
-        )
-    if not recipe.optim.lr > 0:
-        raise UserError(f"--optim.lr {recipe.optim.lr}: must be more than 0")
+    if not 0 < recipe.optim.lr < math.inf:
+        raise UserError(f"--optim.lr {recipe.optim.lr}: must be more than 0 and finite")
     _check_moments(recipe.optim)
     if not 0 < recipe.optim.layer_decay <= 1:
         raise UserError(
@@ -98,21 +119,16 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
         raise UserError(f"--ema.decay {decay}: must be between 0 and 1")
     if decay is None and not recipe.ema.evaluate:
         raise UserError("--ema.no-evaluate: there is no average; give --ema.decay, such as 0.9998")
-    if not 0 < recipe.model.box_head.box_weight < math.inf:
-        raise UserError(
-            f"--model.box-head.box-weight {recipe.model.box_head.box_weight}: must be more than 0"
-        )
     if recipe.optim.clip_norm is not None and not recipe.optim.clip_norm > 0:
         raise UserError(f"--optim.clip-norm {recipe.optim.clip_norm}: must be more than 0")
-    kind = recipe.device.partition(":")[0]
+
+
+def _check_device(device: str, world: int) -> None:
+    kind = device.partition(":")[0]
     if kind not in ("auto", *TRAITS):
-        raise UserError(f"--device {recipe.device}: expected auto or one of {', '.join(TRAITS)}")
-    if world > 1 and ":" in recipe.device:
-        raise UserError(
-            f"--device {recipe.device}: torchrun gives each process its own; drop the number"
-        )
-    _check_data(recipe, index)
-    _check_backbone(recipe)
+        raise UserError(f"--device {device}: expected auto or one of {', '.join(TRAITS)}")
+    if world > 1 and ":" in device:
+        raise UserError(f"--device {device}: torchrun gives each process its own; drop the number")
 
 
 def _check_backbone(recipe: Recipe) -> None:
