@@ -77,7 +77,10 @@ def simple_pyramid(params: Params, x: Tensor) -> list[Tensor]:
     Transposed convolutions make the finer ones, with C / 4 and C / 2 channels, and pooling the
     coarser one.
     """
-    half = F.gelu(layer_norm(params, f"{PREFIX}.fpn1.1", _doubled(params, f"{PREFIX}.fpn1.0", x)))
+    half = layer_norm(params, f"{PREFIX}.fpn1.1", _doubled(params, f"{PREFIX}.fpn1.0", x))
+    # By rows, as they lie: for a view with its channels last torch would make a result of that
+    # memory format, which NPUs refuse.
+    half = F.gelu(half.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return [
         _doubled(params, f"{PREFIX}.fpn1.3", half),
         _doubled(params, f"{PREFIX}.fpn2.0", x),

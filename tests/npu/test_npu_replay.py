@@ -9,10 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from casc.config import to_json
+from casc.model.detector import init
+from casc.model.resnet import ResNetConfig
 from casc.model.timm_backbone import TimmConfig
+from casc.model.vit import ViTConfig
 from casc.train.ema import Ema
 from casc.train.schedule import Schedule
 
@@ -82,6 +86,50 @@ def test_replayed_steps_are_launched_steps(
     assert sum(line["skipped"] for line in log_of(tmp_path / "scaled-on")) > 0
     text = (tmp_path / "on/log.txt").read_text() if (tmp_path / "on/log.txt").exists() else ""
     assert "replayed" in text or "replayed" in (tmp_path / "on/log.jsonl").read_text()
+
+
+FAMILIES = {
+    "resnet": ResNetConfig(depth=18, width=16, frozen_stages=1),
+    "convnext": TimmConfig("test_convnext", drop_path=0.3),
+    "plain": TimmConfig("test_vit", drop_path=0.3),
+    "vitdet": ViTConfig(
+        channels=32, depth=2, heads=2, grid=3, window=3, global_blocks=(1,), relative_grid=4,
+        drop_path=0.3,
+    ),
+}  # fmt: skip
+
+
+def test_each_kind_of_backbone_is_replayed(
+    tiny_recipe, write_shards, tmp_path, emulator, run_ranks
+):
+    """To the weights that three launched steps leave; frozen layers and dropped paths included."""
+    write_shards(tmp_path / "one", {"train": [(0, 6, True)], "val": [(0, 1, True)]})
+    weights = tmp_path / "weights.safetensors"
+    params, buffers = init(
+        replace(tiny_recipe.model, backbone=FAMILIES["resnet"]), torch.Generator().manual_seed(0)
+    )
+    save_file(params | buffers, weights)
+    recipe = replace(tiny_recipe, data=tmp_path / "one", device="npu", epochs=1)
+    jobs = []
+    for name, backbone in FAMILIES.items():
+        for replay in ("off", "on"):
+            run = replace(
+                recipe, out=tmp_path / f"{name}-{replay}", replay=replay,
+                init=str(weights) if name == "resnet" else "random",
+                model=replace(recipe.model, backbone=backbone),
+            )  # fmt: skip
+            jobs.append([to_json(run), f"{run.out}.safetensors"])
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    run_ranks("train_jobs.py", tmp_path / "jobs.json", environment=emulator)
+    for name in FAMILIES:
+        runs = [tmp_path / f"{name}-{replay}" for replay in ("off", "on")]
+        launched, replayed = (load_file(f"{run}.safetensors") for run in runs)
+        for key, value in launched.items():
+            assert value.equal(replayed[key]), f"{name}: {key}"
+        logs = [log_of(run) for run in runs]
+        assert len(logs[0]) == 3
+        assert logs[0] == logs[1], name
+        assert "replayed" in (runs[1] / "log.jsonl").read_text()
 
 
 def test_replayed_detections_are_launched_ones(tmp_path, emulator, run_ranks):
