@@ -1,9 +1,9 @@
 """Compare parts of a recipe on generated data: `python docs/compare_parts.py`.
 
-The same small detector, trained on easy shapes (`data_tools synth`) once, goes on for the same
-steps on hard ones (`--hard`), from several seeds per variant; a Markdown table of means and spreads
-is printed. Runs that the folder holds already aren't repeated, so it can be stopped and started at
-will.
+The same small detector, trained on easy shapes (`data_tools synth`) once, goes on for as many
+epochs on hard ones (`--hard`), from several seeds per variant, and its rate falls to 0 over them; a
+Markdown table of means and spreads is printed. Runs that the folder holds already aren't repeated,
+so it can be stopped and started at will.
 """
 
 import argparse
@@ -39,9 +39,9 @@ def base(data: Path, classes: int) -> Recipe:
     """What the variants differ from: SGD, smooth L1, three mask heads, group norm."""
     return Recipe(
         name="base", data=data, init=RANDOM, batch=BATCH, device="cpu", dtype="float32",
-        compile=False, evaluate_every=1000, save_every=0, log_every=20, epochs=1000,
+        compile=False, evaluate_every=1000, save_every=0, log_every=20,
         optim=Optim(lr=0.04, reference_batch=BATCH, clip_norm=10.0),
-        schedule=Schedule(kind="cosine", warmup_steps=20),
+        schedule=Schedule(kind="cosine", warmup_steps=20, warmup_limit=0.25),
         image=ImageConfig(short=SIDE, long=SIDE),
         loading=TrainLoaderConfig(workers=0),
         model=DetectorConfig(
@@ -106,25 +106,25 @@ def make_data(folder: Path, images: int, val: int, classes: int, hard: bool) -> 
     return shards
 
 
-def make_start(folder: Path, steps: int, images: int, val: int) -> Path:
+def make_start(folder: Path, epochs: int, images: int, val: int) -> Path:
     """Train the weights that all variants start from, on easy shapes, unless that is done."""
     out = folder / "start"
     if not (out / "finished").exists():
         data = make_data(folder, images, val, 8, hard=False)
-        train(replace(base(data, 8), name="start", out=out, max_steps=steps, save_every=1000))
+        train(replace(base(data, 8), name="start", out=out, epochs=epochs, save_every=1000))
         (out / "finished").touch()
     return out
 
 
-def run(recipe: Recipe, folder: Path, name: str, seed: int, steps: int) -> dict:
+def run(recipe: Recipe, folder: Path, name: str, seed: int, epochs: int) -> dict:
     """Train and evaluate once."""
-    out = folder / "runs" / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
+    out = folder / "runs" / f"{name.replace(' ', '_').replace(',', '')}-{epochs}-{seed}"
     start = time.process_time()
-    summary = train(replace(recipe, out=out, seed=seed, max_steps=steps))
+    summary = train(replace(recipe, out=out, seed=seed, epochs=epochs))
     assert summary.evaluation is not None
     figures = {f"{kind} {key}": summary.evaluation.figures[kind][key] for kind, key in FIGURES}
     return {
-        "variant": name, "seed": seed, "steps": steps, "figures": figures,
+        "variant": name, "seed": seed, "epochs": epochs, "figures": figures,
         "seconds": time.process_time() - start,
     }  # fmt: skip
 
@@ -153,8 +153,8 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/compare_parts"), help="folder")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
-    parser.add_argument("--steps", type=int, default=60, help="of each run")
-    parser.add_argument("--start-steps", type=int, default=500, help="of the common start")
+    parser.add_argument("--epochs", type=int, default=4, help="of each run")
+    parser.add_argument("--start-epochs", type=int, default=3, help="of the common start")
     parser.add_argument(
         "--images", type=int, default=300, help="to train on; twice as many easy ones"
     )
@@ -163,20 +163,22 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", help="these variants alone, by name")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
-    start = make_start(options.out, options.start_steps, 2 * options.images, options.val)
+    start = make_start(options.out, options.start_epochs, 2 * options.images, options.val)
     data = make_data(options.out, options.images, options.val, options.classes, hard=True)
     tried = variants(replace(base(data, options.classes), init=str(start)))
     names = [name for name in tried if not options.only or name in options.only]
     file = options.out / "results.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     results = [json.loads(line) for line in lines]
+    # Runs of other lengths are other runs.
+    results = [result for result in results if result["epochs"] == options.epochs]
     done = {(result["variant"], result["seed"]) for result in results}
     # Seed by seed, so that a comparison that is cut short has some of each.
     for seed in range(options.seeds):
         for name in names:
             if (name, seed) in done:
                 continue
-            results.append(run(tried[name], options.out, name, seed, options.steps))
+            results.append(run(tried[name], options.out, name, seed, options.epochs))
             with file.open("a") as kept:
                 kept.write(json.dumps(results[-1]) + "\n")
     print(table(results, names))

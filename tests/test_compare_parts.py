@@ -56,7 +56,7 @@ def test_the_table_has_means_and_deviations(script):
 
 def test_what_has_run_is_not_run_again(script, tmp_path, monkeypatch, capsys):
     out = tmp_path / "compare"
-    arguments = ["--out", str(out), "--seeds", "1", "--steps", "1", "--start-steps", "1"]
+    arguments = ["--out", str(out), "--seeds", "1", "--epochs", "1", "--start-epochs", "1"]
     arguments += ["--images", "6", "--val", "2", "--only", "base"]
     script.main(arguments)
     lines = (out / "results.jsonl").read_text().splitlines()

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from casc.bench import no_gpu
 from casc.bench.batch import CLASSES, Load, made_up_batch
 from casc.bench.cards import CARDS, Card
+from casc.config import from_json
 from casc.device.compute import Compute
 from casc.model import detector, steps
 from casc.model.detector_config import DetectorConfig
@@ -70,16 +71,23 @@ class GraphJob(NamedTuple):
     dtype: str = "bfloat16"
     capacity: str = "full"
     """Of the mask heads: full, or counted, which is two graphs each way."""
+    model: dict[str, Any] | None = None
+    """The detector as JSON; None: the reference's."""
+    image: dict[str, Any] | None = None
+    """What is done to images, as JSON; None: they are taken as they are."""
 
 
-def report(job: GraphJob, config: DetectorConfig | None = None) -> dict[str, Any]:
+def report(job: GraphJob) -> dict[str, Any]:
     """Lower a step, mask heads at full capacity, and say what it will launch.
 
     Changes torch for the whole process: run it in one of its own.
     """
     card = CARDS[job.card]
     no_gpu.pretend(card)
-    graphs = lower(job, config or DetectorConfig(classes=CLASSES))
+    config = DetectorConfig(classes=CLASSES)
+    if job.model is not None:
+        config = from_json(DetectorConfig, job.model, "model")
+    graphs = lower(job, config)
     return {
         "what": job.what, "canvas": job.canvas, "batch": job.batch, "dtype": job.dtype,
         "card": card.name, **summary(graphs, card),
@@ -90,6 +98,8 @@ def lower(job: GraphJob, config: DetectorConfig) -> list[no_gpu.Lowered]:
     """The graphs of the step, forward before backward."""
     config = replace(config, mask_head=replace(config.mask_head, capacity=job.capacity))
     image = ImageConfig(short=min(job.canvas), long=max(job.canvas))
+    if job.image is not None:
+        image = from_json(ImageConfig, job.image, "image")
     dtype = getattr(torch, job.dtype)
     # What "auto" comes to on a card: its check wants one that runs.
     compute = Compute(dtype, torch.channels_last, roi_kernel="triton", nms_kernel="triton")

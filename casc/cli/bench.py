@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from casc.cli.card import CardCommand
+from casc.cli.recipes import recipe_named
 from casc.errors import UserError
 from casc.printing import say
 
@@ -96,8 +97,11 @@ class GraphCommand:
     """The step: losses with their gradients, or detections."""
     card: Literal["a100", "h100", "b200"] = "h100"
     """Whose limits hold: casc/bench/cards.py."""
-    canvas: tuple[int, int] = (800, 1088)
-    """Height and width of the images in pixels, divisible by 32."""
+    recipe: str = "coco_1x"
+    """Of which recipe (`casc recipes`), with what its own step does to images."""
+    canvas: tuple[int, int] | None = None
+    """Height and width of the images in pixels, divisible by 32; by default 800 x 1088, or the
+    canvas of a recipe's large-scale jitter."""
     batch: int = 2
     """Images per step."""
     objects: int = 8
@@ -108,14 +112,25 @@ class GraphCommand:
     def run(self) -> int:
         """Lower and count."""
         from casc.bench.cards import check_build
+        from casc.config import to_json
 
         if self.batch < 1 or self.objects < 1:
             raise UserError("--batch and --objects must be at least 1")
-        check_canvas(self.canvas)
+        if self.canvas is not None:
+            check_canvas(self.canvas)
         check_build()
+        recipe = recipe_named(self.recipe)
+        image, canvas = recipe.image, self.canvas or (800, 1088)
+        if image.jitter is None:
+            image = replace(image, short=min(canvas), long=max(canvas))
+        else:
+            size = image.jitter_size
+            if self.canvas not in (None, (size, size)):
+                raise UserError(f"--canvas: that of {self.recipe} is {size} {size}; leave it out")
+            canvas = size, size
         job = {
-            "what": self.what, "canvas": self.canvas, "batch": self.batch,
-            "objects": self.objects, "card": self.card,
+            "what": self.what, "canvas": canvas, "batch": self.batch, "objects": self.objects,
+            "card": self.card, "model": to_json(recipe.model), "image": to_json(image),
         }  # fmt: skip
         command = [sys.executable, "-m", "casc.bench.graph", json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -7,12 +7,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from casc.arguments import refuse
+from casc.errors import UserError
 from casc.printing import say
+
+if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
+    from casc.train.recipe import Recipe
 
 _PACKAGE = "casc.recipes"
 
@@ -62,6 +66,18 @@ def descriptions() -> dict[str, str]:
     files = sorted(file for folder in folders for file in Path(folder).glob("[!_]*.py"))
     sources = {file.stem: ast.parse(file.read_text(encoding="utf-8")) for file in files}
     return {name: ast.get_docstring(source) or "" for name, source in sources.items()}
+
+
+def recipe_named(name: str) -> "Recipe":
+    """Give a recipe with its own settings.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    known = list(descriptions())
+    if name not in known:
+        raise UserError(f"--recipe {name}: there is {', '.join(known)}")
+    return getattr(importlib.import_module(f"{_PACKAGE}.{name}"), name)()
 
 
 def train(name: str, arguments: Sequence[str]) -> None:

@@ -117,6 +117,22 @@ def test_a_canvas_that_does_not_fit_is_refused(capsys):
     assert "multiples of 32" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe", "coco_2x"], "--recipe coco_2x: there is coco_1x, coco_20e"),
+        (["--recipe", "coco_lsj", "--canvas", "800", "1088"], "that of coco_lsj is 1024 1024"),
+    ],
+)
+def test_a_recipe_is_one_that_there_is_on_its_own_canvas(flags, message, capsys):
+    if torch.version.cuda is None:
+        pytest.skip("this torch isn't built for CUDA")
+    pytest.importorskip("triton", reason="Triton isn't installed")
+    with pytest.raises(SystemExit):
+        main(["bench", "graph", *flags])
+    assert message in capsys.readouterr().err
+
+
 def test_the_reference_models_training_step_is_within_its_budget(capsys, report):
     """On a small canvas, which is lowered sooner and has about as many launches as a large one."""
     with pytest.raises(SystemExit) as left:
