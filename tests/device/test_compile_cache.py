@@ -75,7 +75,7 @@ def start(
 
 
 def result(process: subprocess.Popen) -> dict:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
     assert "can't be" not in err
     return json.loads(out.splitlines()[-1])
@@ -106,7 +106,7 @@ def test_what_one_process_compiles_the_next_one_loads(tmp_path):
     whole = program.stat().st_size
     program.write_bytes(program.read_bytes()[:-100])
     process = start(tmp_path)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
     assert f"{program}: can't be loaded" in err
     assert json.loads(out.splitlines()[-1])["total"] == first["total"]

@@ -74,7 +74,10 @@ def start_python(command: list[str], environment: dict[str, str]) -> subprocess.
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=600)
+    try:
+        output, _ = process.communicate(timeout=1800)  # a guard against hanging, no measure
+    finally:
+        process.kill()
     assert process.returncode == 0, f"{process.args}\n{output[-6000:]}"
     return output
 

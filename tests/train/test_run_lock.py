@@ -172,7 +172,7 @@ def test_ranks_are_one_run(tiny_recipe, tmp_path):
         time.sleep(0.01)
     statuses = chaos.finish(chaos.start(recipe, tmp_path / "second.txt"), 60)
     chaos.kill(ranks, signal.SIGKILL)
-    chaos.finish(ranks, 60)
+    chaos.finish(ranks, 300)
     output = (tmp_path / "second.txt").read_text()
     assert statuses == [1, 1], output
     assert f"process {ranks[0].pid} on " in output

@@ -118,7 +118,7 @@ def test_ranks_stop_at_the_same_step(tiny_recipe, tmp_path):
     while chaos.last_step(recipe) < 2 and time.monotonic() < until:
         time.sleep(0.01)
     os.kill(ranks[1].pid, signal.SIGUSR1)
-    statuses = chaos.finish(ranks, 60)
+    statuses = chaos.finish(ranks, 300)
     output = (tmp_path / "output.txt").read_text()
     assert statuses == [128 + signal.SIGUSR1] * 2, output
     (newest,) = checkpoint.list_checkpoints(recipe.folder / "checkpoints")
@@ -135,7 +135,7 @@ def test_a_rank_that_is_killed_is_missed(tiny_recipe, tmp_path):
     while chaos.last_step(recipe) < 2 and time.monotonic() < until:
         time.sleep(0.01)
     ranks[1].kill()
-    statuses = chaos.finish(ranks, 60)
+    statuses = chaos.finish(ranks, 300)
     output = (tmp_path / "output.txt").read_text()
     assert statuses == [1, -signal.SIGKILL], output
     assert "rank 0: lost touch with another rank (computing, step" in output
@@ -153,7 +153,7 @@ def test_other_processes_go_on_in_the_middle_of_an_epoch(tiny_recipe, tmp_path, 
     recipe = replace(tiny_recipe, max_steps=5, save_steps=1, keep_last=0)
     two = replace(recipe, batch=1, max_steps=2)
     ranks = chaos.start(two, tmp_path / "output.txt")
-    assert chaos.finish(ranks, 60) == [0, 0], (tmp_path / "output.txt").read_text()
+    assert chaos.finish(ranks, 300) == [0, 0], (tmp_path / "output.txt").read_text()
     loading = replace(recipe.loading, workers=2, window=3)
     train(replace(recipe, max_steps=3, loading=loading))
     seen = []
@@ -213,7 +213,7 @@ def test_a_signal_to_one_rank_ends_an_evaluation_on_all(tiny_recipe, write_shard
         time.sleep(0.01)
     time.sleep(0.3)
     os.kill(ranks[1].pid, signal.SIGTERM)
-    statuses = chaos.finish(ranks, 60)
+    statuses = chaos.finish(ranks, 300)
     output = (tmp_path / "output.txt").read_text()
     assert statuses == [128 + signal.SIGTERM] * 2, output
     assert "SIGTERM: saved at step 2" in output
@@ -228,7 +228,7 @@ def test_a_rank_that_dies_before_the_first_step_is_missed_in_one_line(tiny_recip
     # As the main rank opens its log, having joined the other.
     at = chaos.Aim(recipe.folder / "logs", 1, signal=signal.SIGKILL, rank=1)
     ranks = chaos.start(recipe, tmp_path / "output.txt", at=at)
-    statuses = chaos.finish(ranks, 120)
+    statuses = chaos.finish(ranks, 300)
     output = (tmp_path / "output.txt").read_text()
     assert statuses == [1, -signal.SIGKILL], output
     assert output.count("error: rank 0") == 1, output
