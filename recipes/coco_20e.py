@@ -4,7 +4,8 @@ What to type:
 
     torchrun --standalone --nproc-per-node 8 -m casc.recipes.coco_20e --data SHARDS
 
-What it costs: 146,600 steps of 16 images, 5/3 of coco_1x.
+What it costs: 146,600 steps of 16 images, 5/3 of coco_1x. At best 0.39 hours on eight H100, by
+arithmetic (docs/recipes.md); not yet timed.
 
 What to expect: box AP 41.9, mask AP 36.5 on val2017, published by MMDetection's model zoo for
 this schedule. Not yet measured with casc.

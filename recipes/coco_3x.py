@@ -9,7 +9,8 @@ one 1333 at most; drops of the learning rate come after epochs 27 and 33. So doe
 mstrain_3x. Canvases are those of coco_1x, so nothing more is compiled, and a small image costs
 as much as a large one.
 
-What it costs: 263,880 steps of 16 images, 3 times coco_1x.
+What it costs: 263,880 steps of 16 images, 3 times coco_1x. At best 0.7 hours on eight H100, by
+arithmetic (docs/recipes.md); not yet timed.
 
 What to expect: box AP 44.3, mask AP 38.5 on val2017, published by Detectron2's model zoo for its
 Cascade R-CNN R50-FPN 3x: 270,000 steps of 16 images, sides of 640 to 800 in steps of 32, and

@@ -8,7 +8,8 @@ With n devices, --accumulate 16/2n. Every batch's losses are divided by its own 
 eight devices, and there is no batch norm that learns statistics: but for rounding, and which
 images meet in a batch, it is the same training at the same rate, 0.02.
 
-What it costs: 7,330 steps of 16 images an epoch, 87,960 in all, in the memory of 2.
+What it costs: 7,330 steps of 16 images an epoch, 87,960 in all, in the memory of 2. At best 1.9
+hours on one H100, by arithmetic (docs/recipes.md); not yet timed.
 
 What to expect: box AP 41.2, mask AP 36.0 on val2017, measured with MMDetection 2.13 on eight
 GPUs with coco_1x. Not yet measured with casc.

@@ -14,7 +14,8 @@ Two things differ from the source: its box heads normalise over the batches of a
 ours do so over groups of channels, its maps have a layer norm each before the FPN, and its images
 are also cropped at random. Here shorter sides are drawn from 480 to 800 pixels.
 
-What it costs: 263,880 steps of 16 images, 3 times as many as coco_1x.
+What it costs: 263,880 steps of 16 images, 3 times as many as coco_1x. At best 1.4 hours on eight
+H100, by arithmetic (docs/recipes.md); not yet timed.
 
 What to expect: box AP 50.3, mask AP 43.6 on val2017, published by MMDetection (configs/convnext,
 Cascade Mask R-CNN ConvNeXt-T) for what this follows. Not yet measured with casc.

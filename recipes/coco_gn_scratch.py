@@ -10,7 +10,7 @@ without a norm, as in coco_1x, where that paper has four convolutions with one. 
 clipped to a norm of 10, for the first steps' sake.
 
 What it costs: 535,090 steps of 16 images, 6 times coco_1x, with a backward pass through all of
-the backbone.
+the backbone. At best 1.5 hours on eight H100, by arithmetic (docs/recipes.md); not yet timed.
 
 What to expect: no published counterpart (MMDetection and Detectron2 publish Mask R-CNN so). Not
 yet measured with casc.

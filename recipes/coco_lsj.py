@@ -13,7 +13,8 @@ these settings beside Detectron2's, line by line, with what differs: above all g
 synchronised batch norm, and three cascade stages for one. Evaluation sees whole images at 800/1333.
 
 What it costs: 1,832 steps of 64 images an epoch, 183,200 in all, on one canvas. More epochs pay:
---epochs 400 --schedule.drops 355 385.
+--epochs 400 --schedule.drops 355 385. At best 3.2 hours on eight H100, by arithmetic
+(docs/recipes.md); not yet timed.
 
 What to expect: box AP 44.6, mask AP 40.3 on val2017, published by Detectron2 for Mask R-CNN R50-FPN
 with these settings (47.4 and 42.5 after 400 epochs). Not yet measured with casc.

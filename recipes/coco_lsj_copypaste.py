@@ -10,6 +10,7 @@ made them (Ghiasi et al., 2021). Masks and boxes of what lies under them lose wh
 pixel, and objects of which nothing is left are dropped. All is done on the device, in the step.
 
 What it costs: 732,800 steps of 64 images, 4 times coco_lsj, with room for twice as many objects.
+At best 13 hours on eight H100, by arithmetic (docs/recipes.md); not yet timed.
 
 What to expect: box AP 48.3, mask AP 42.4 on val2017, published by Ghiasi et al. for Mask R-CNN
 R50-FPN, 400 epochs from scratch; batch size and optimiser are their own. Not yet measured with

@@ -4,7 +4,8 @@ What to type:
 
     torchrun --standalone --nproc-per-node 8 -m casc.recipes.coco_r101_20e --data SHARDS
 
-What it costs: as many steps as coco_20e, of a larger network.
+What it costs: as many steps as coco_20e, of a larger network. At best 0.46 hours on eight H100,
+by arithmetic (docs/recipes.md); not yet timed.
 
 What to expect: box AP 43.4, mask AP 37.8 on val2017, published by MMDetection's model zoo
 (Cascade Mask R-CNN, R-101-FPN, pytorch, 20e). Not yet measured with casc.

@@ -17,7 +17,8 @@ What differs from Detectron2's: it lets biases decay, where here they are spared
 of what docs/recipes.md says of coco_lsj, all that isn't about norms and the cascade.
 
 What it costs: 1,832 steps of 64 images an epoch, 183,200 in all. `--model.backbone.recompute`
-makes room for larger batches.
+makes room for larger batches. At best 9.9 hours on eight H100, by arithmetic (docs/recipes.md);
+not yet timed.
 
 What to expect: box AP 54.0, mask AP 46.7 on val2017, published by Detectron2 (projects/ViTDet,
 Cascade Mask R-CNN ViT-B) for what this follows. Not yet measured with casc.
