@@ -102,8 +102,18 @@ def write(
         torch._inductor.aoti_compile_and_package(
             plain(program),
             package_path=str(path),
-            inductor_configs={"aot_inductor.metadata": {KEY: text}},
+            inductor_configs={"aot_inductor.metadata": {KEY: text, **plain_metadata(metadata)}},
         )
+
+
+def plain_metadata(metadata: dict[str, Any]) -> dict[str, str]:
+    """What a C++ program needs to call a package, where it has no parser of JSON.
+
+    casc.pixels: the sides of `pixels`; casc.class.0, ...: the classes' names by label.
+    """
+    sides = " ".join(str(side) for side in metadata["inputs"][0]["shape"])
+    names = {f"{KEY}.class.{i}": each["name"] for i, each in enumerate(metadata["classes"])}
+    return {f"{KEY}.pixels": sides, **names}
 
 
 def load(path: Path) -> Callable[[Tensor, Tensor], Detections]:

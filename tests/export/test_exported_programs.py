@@ -1,6 +1,7 @@
 """Exported programs of a small detector against eager, each run where casc can't be imported."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -281,14 +282,81 @@ def test_the_runner_refuses_what_the_program_cannot_take(world, program, tmp_pat
         open_program(tmp_path / "other.pt2")
 
 
+@pytest.fixture(scope="module")
+def package(world, program, tmp_path_factory) -> Path:
+    """A folder with a compiled program in it."""
+    folder = tmp_path_factory.mktemp("package")
+    metadata = describe(world.trained, SHAPE, "aoti")
+    write(program, folder / "detector.pt2", "aoti", metadata, SHAPE)
+    return folder
+
+
 @COMPILER
 @pytest.mark.slow
-def test_aot_inductor_agrees_with_eager_and_needs_no_casc(world, program, tmp_path):
+def test_aot_inductor_agrees_with_eager_and_needs_no_casc(world, package):
+    assert_agrees(run_alone(world, package, snippet("aoti_load_package")), world.eager)
+    loaded = torch._inductor.aoti_load_package(str(package / "detector.pt2"))
     metadata = describe(world.trained, SHAPE, "aoti")
-    write(program, tmp_path / "detector.pt2", "aoti", metadata, SHAPE)
-    assert_agrees(run_alone(world, tmp_path, snippet("aoti_load_package")), world.eager)
-    package = torch._inductor.aoti_load_package(str(tmp_path / "detector.pt2"))
-    assert json.loads(package.get_metadata()["casc"]) == metadata
+    assert json.loads(loaded.get_metadata()["casc"]) == metadata
+
+
+@COMPILER
+@pytest.mark.slow
+def test_the_cpp_program_finds_the_same(world, package):
+    """Built by the page's own line, and run on the images as PPM files."""
+    (package / "docs").symlink_to(DOCS.parent)
+    found_first = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    build = fenced("sh", "g++").replace("g++", shutil.which("g++") or "clang++")
+    shell = {"cwd": package, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run(["bash", "-ec", build], env={**os.environ, "PATH": found_first}, **shell)
+    assert done.returncode == 0, done.stderr
+    names = [f"{i}.ppm" for i in range(len(world.size))]
+    for name, pixels, (height, width) in zip(names, world.pixels, world.size.tolist(), strict=True):
+        Image.fromarray(pixels[:height, :width].numpy()).save(package / name)
+    done = subprocess.run(["./detect", "detector.pt2", *names], **shell)
+    assert done.returncode == 0, done.stderr
+    assert_printed(done.stdout, names, world)
+
+    (package / "text.ppm").write_text("P3 1 1 255 0 0 0")
+    (package / "short.ppm").write_bytes(b"P6 # a comment\n 40 30\n255\n" + bytes(40 * 30))
+    Image.new("RGB", (101, 40)).save(package / "wide.ppm")
+    for arguments, says in (
+        ((), "usage: detect PACKAGE.pt2 IMAGE.ppm..."),
+        (("none.pt2", "0.ppm"), "none.pt2: can't be opened"),
+        (("detector.pt2", "none.ppm"), "none.ppm: can't be opened"),
+        (("detector.pt2", "text.ppm"), "text.ppm: isn't a binary PPM of 8 bits (P6, 255)"),
+        (("detector.pt2", "short.ppm"), "short.ppm: ends before its last pixel"),
+        (
+            ("detector.pt2", "wide.ppm"),
+            "wide.ppm: 40 x 101 pixels (height x width), but the program takes at most 80 x 100:"
+            " reduce it, or export with --pixels 80 101",
+        ),
+    ):
+        done = subprocess.run(["./detect", *arguments], **shell)
+        assert (done.returncode, done.stderr) == (1, f"detect: {says}\n")
+
+
+def assert_printed(text: str, names: list[str], world: World) -> None:
+    """What the C++ program printed is what eager found, image by image and row by row."""
+    lines = iter(text.splitlines())
+    classes = [c["name"] for c in describe(world.trained, SHAPE, "aoti")["classes"]]
+    eager = world.eager
+    assert eager.masks is not None
+    for i, name in enumerate(names):
+        count = int(eager.valid[i].sum())
+        assert next(lines) == f"{name}: {count} objects"
+        for row in range(count):
+            score, box, label, mask = next(lines).split("  ")
+            assert float(score) == pytest.approx(float(eager.scores[i, row]), abs=1e-5)
+            sides = [float(side) for side in box.split()]
+            assert sides == pytest.approx(eager.boxes[i, row].tolist(), abs=1e-2)
+            assert label == classes[eager.labels[i, row]]
+            on, cells = mask.removesuffix(" cells").split(" of ")
+            sure = (eager.masks[i, row] - 0.5).abs() > 1e-4
+            least = int(((eager.masks[i, row] > 0.5) & sure).sum())
+            assert least <= int(on) <= least + int((~sure).sum())
+            assert int(cells) == eager.masks[i, row].numel()
+    assert next(lines, None) is None
 
 
 def test_eager_here_is_what_evaluation_and_predict_run(world):
