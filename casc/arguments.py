@@ -31,8 +31,8 @@ def parse_arguments(
 ) -> Any:
     """The command that the arguments mean.
 
-    Ends the program after `--help`, and with exit status 2 on wrong usage: one line names the
-    flags that there aren't, and the ones that are most like them.
+    Ends the program after `--help`, and with exit status 2 on wrong usage: one line names what is
+    missing or can't be read, or the flags that there aren't, and the ones that are most like them.
 
     Args:
         kind: a dataclass, or a union of subcommands.
@@ -59,9 +59,10 @@ def parse_arguments(
             sys.stdout.write(regrouped(shown.getvalue(), groups))
             raise
         # What tyro takes for a missing argument may follow from a flag that there isn't.
-        if not stop.code or not (unknown := _unknown_flags(kind, arguments, options)):
-            say(said.getvalue().rstrip("\n"), sys.stderr)
+        if not stop.code:
             raise
+        if not (unknown := _unknown_flags(kind, arguments, options)):
+            refuse(prog, _in_one_line(said.getvalue(), kind, arguments))
         refuse(prog, _unknown(unknown, _known_flags(kind, arguments, options)))
     flags = [text for text in unknown if _FLAG.match(text)]
     if flags:
@@ -165,6 +166,36 @@ def refuse(prog: str | None, text: str) -> NoReturn:
     """End the program for wrong usage: one line, exit status 2."""
     say(plain(f"{prog or 'error'}: {text}; --help lists what there is"), sys.stderr)
     sys.exit(2)
+
+
+def _in_one_line(box: str, kind: Any, arguments: Sequence[str]) -> str:
+    """What tyro says of a mistake in a box of many lines, drawn in ASCII or not."""
+    lines = [line.strip("│").rstrip() for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if re.fullmatch(r"[ ─╰╯+-]{5,}", line)]
+    # The title comes first, and after the text a rule and what `--help` says.
+    start = rules[0] + 1 if rules[:1] == [1] else 1
+    end = next((i for i in rules if i > start), len(lines))
+    inside = [line for line in lines[start:end] if line]
+    text = " ".join(line.strip() for line in inside)
+    if found := re.match(r"Expected one of \{(.*)\}", text):
+        return _no_command(found[1].split(", "), kind, arguments)
+    if text.startswith("Missing from "):
+        # Each is followed by its help, which is indented further.
+        indents = [len(line) - len(line.lstrip()) for line in inside]
+        names = [line.strip() for line, n in zip(inside, indents, strict=True) if n == indents[1]]
+        return f"{' and '.join(names)} missing"
+    return re.sub(r"^Error parsing (\S+): ", r"\1: ", text).rstrip(".")
+
+
+def _no_command(names: Sequence[str], kind: Any, arguments: Sequence[str]) -> str:
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    if words and words[0] in {about.name for _, about in map(get_args, get_args(kind))}:
+        words = words[1:]
+    if not words:
+        return f"a command is missing: {', '.join(names)}"
+    alike = difflib.get_close_matches(words[0], names, n=1)
+    meant = f" (did you mean {alike[0]}?)" if alike else ""
+    return f"there is no command {words[0]!r}{meant}: {', '.join(names)}"
 
 
 def _unknown(flags: Sequence[str], known: list[str]) -> str:

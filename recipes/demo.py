@@ -79,8 +79,9 @@ def demo() -> Recipe:
 
 
 def make_data(recipe: Recipe) -> None:
-    """Generate the images and shard them, unless there are shards already."""
-    if (recipe.data / INDEX_NAME).exists():
+    """Generate the images and shard them, unless there are shards already, or others were meant."""
+    splits = recipe.train_split, recipe.val_split
+    if (recipe.data / INDEX_NAME).exists() or splits != (demo().train_split, demo().val_split):
         return
     images = images_of(recipe)
     # What comes last: a folder that an interrupted run began is made anew.
@@ -101,7 +102,7 @@ def draw(recipe: Recipe) -> None:
 
 def images_of(recipe: Recipe) -> Path:
     """Where the generated images are: beside the shards."""
-    return recipe.data.with_name("images")
+    return recipe.data.absolute().with_name("images")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -62,3 +62,15 @@ def test_the_small_recipes_differ_from_the_reference_only_where_they_say():
     assert mini.model.rpn == reference.model.rpn
     assert mini.model.box_head == reference.model.box_head
     assert mini.model.stages == reference.model.stages
+
+
+@pytest.mark.parametrize("data", ["none", "."])
+def test_the_demo_makes_no_data_for_splits_of_other_names(tmp_path, monkeypatch, data):
+    """Somebody's own shards were meant, and aren't where they were said to be."""
+    demo = importlib.import_module("casc.recipes.demo")
+    monkeypatch.chdir(tmp_path)
+    own = ("--data", data, "--train-split", "train", "--val-split", "val")
+    with pytest.raises(SystemExit) as stop:
+        demo.main([*own, "--model.classes", "2", "--device", "cpu"])
+    assert "not found; make shards with `data_tools shard COCO`" in str(stop.value.code)
+    assert not list(tmp_path.rglob("*.jpg"))

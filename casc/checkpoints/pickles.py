@@ -63,7 +63,9 @@ def load_torch(path: Path) -> Any:
         if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise _refusal(path, asked[1]) from None
         why = first_line(error)
-        if isinstance(error, pickle.UnpicklingError):
+        if isinstance(error, EOFError):
+            why = "it ends too early" if path.stat().st_size else "it is empty"
+        elif isinstance(error, (pickle.UnpicklingError, KeyError)):
             why = "it isn't made of tensors and plain values alone, or is damaged"
         raise UserError(
             f"{path}: not a file of tensors that torch.load reads safely ({why})"

@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 import struct
 import sys
 import types
@@ -163,3 +164,19 @@ def test_damaged_and_other_files(tmp_path):
         with pytest.raises(UserError, match=f"{name}: ") as error:
             load_torch(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is empty"),
+        (b"\x80\x02}", "it ends too early"),
+        (b"hello\n", "it isn't made of tensors and plain values alone, or is damaged"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told_apart(tmp_path, content, why):
+    file = tmp_path / "weights.pth"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"{file}: not a file of tensors")) as caught:
+        load_torch(file)
+    assert str(caught.value).endswith(f"reads safely ({why})")

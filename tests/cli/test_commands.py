@@ -1,12 +1,13 @@
 """What the command lines say of themselves, and how they end."""
 
 import inspect
+import io
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -127,6 +128,45 @@ def test_help_shows_two_examples_and_names_what_goes_where(capsys, name: str, ki
         parse_arguments(union, [command, "--help"], prog=program)
     usage = capsys.readouterr().out.splitlines()[0]
     assert not re.search(r"\b(STR|PATH|None)\b", usage)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("casc", "a command is missing: train, recipes, eval, "),
+        ("casc predct photo.jpg", "there is no command 'predct' (did you mean predict?): train, "),
+        ("casc bench nothing", "there is no command 'nothing': train, inference, graph, "),
+        ("casc eval", "CHECKPOINT and SHARDS missing"),
+        ("casc convert a.pth", "OUT missing"),
+        ("casc eval run shards --device", "Missing value for argument '--device'."),
+        ("casc eval run shards --batch x", "--batch: invalid literal for int() with base 10: 'x'"),
+        ("casc bench train --canvas a b", "--canvas: Could not parse arguments ['a', 'b']"),
+        ("casc bench graph --card nope", "invalid choice 'nope' for argument '--card'."),
+        ("casc eval run shards more", "unexpected argument 'more'"),
+        ("casc --nothing", "unknown flag --nothing"),
+        ("data_tools", "a command is missing: shard, check, synth, show"),
+        ("data_tools synth out --train x", "--train: invalid literal"),
+        ("recipe --epochs", "Missing value for argument '--epochs'."),
+        ("recipe --epochs many", "--epochs: invalid literal"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_wrong_usage_is_told_in_one_line(capsys, monkeypatch, line: str, says: str, encoding: str):
+    """Whatever tyro draws boxes with."""
+    program, *words = line.split()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    mains: dict[str, Callable[[list[str]], object]] = {
+        "casc": cli.main,
+        "data_tools": data_tools.main,
+        "recipe": lambda given: parse(coco_1x(), None, given),
+    }
+    with pytest.raises(SystemExit) as stop:
+        mains[program](words)
+    assert stop.value.code == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    name = "error" if program == "recipe" else program
+    assert told.startswith(f"{name}: {says}")
+    assert told.endswith("; --help lists what there is")
 
 
 @pytest.mark.parametrize("width", ["80", "250"])
