@@ -54,12 +54,16 @@ def main() -> None:
             seconds[name].append(time.process_time() - start)
             for value in params.values():
                 value.grad = None
-    usual = statistics.median(seconds["8 objects each"][1:])
+    usual = seconds["8 objects each"][1:]
     for name, times in seconds.items():
-        median = statistics.median(times[1:])  # the first warms up
+        times = times[1:]  # the first warms up
+        # Of each round by itself: what else runs on the machine slows a round as a whole.
+        ratios = [own / others for own, others in zip(times, usual, strict=True)]
         mib = sum(column.nbytes for column in batches[name] if column is not None) / 2**20
-        line = f"{name}: {median:.2f} s, {median / usual:.2f} times, batch of {mib:.1f} MiB"
-        print(line)
+        print(
+            f"{name}: {statistics.median(times):.2f} s, {statistics.median(ratios):.2f} times"
+            f" ({min(ratios):.2f} to {max(ratios):.2f}), batch of {mib:.1f} MiB"
+        )
 
 
 if __name__ == "__main__":

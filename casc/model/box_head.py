@@ -132,7 +132,7 @@ def sample_rois(
         valid: [B, N] bool.
         targets: padded ground truth.
         keys: [B, G + N] noise in [0, 1).
-        probe: sees the matches.
+        probe: sees the proposals' matches.
 
     Returns:
         S boxes per image.
@@ -140,17 +140,16 @@ def sample_rois(
     capacity = targets.boxes.shape[1]
     if targets.regions is not None:
         valid = valid & ~covered(proposals, targets.regions)
-    boxes = torch.cat([targets.boxes, proposals], dim=1)
-    candidates = torch.cat([targets.valid, valid], dim=1)
-    matches = match_rois(boxes, candidates, targets.boxes, targets.valid, iou=stage.iou)
+    # Only proposals look for their ground truth: a ground truth answers for itself, even where it
+    # coincides with another.
+    matches = match_rois(proposals, valid, targets.boxes, targets.valid, iou=stage.iou)
     matches = probe("box.matches", matches)
-    # A ground truth answers for itself, even where it coincides with another.
-    itself = torch.arange(capacity, device=boxes.device).expand(boxes.shape[0], -1)
-    gt = torch.cat([itself, matches.gt[:, capacity:]], dim=1)
-    is_gt = torch.arange(boxes.shape[1], device=boxes.device) < capacity
+    itself = torch.arange(capacity, device=proposals.device).expand(proposals.shape[0], -1)
+    boxes = torch.cat([targets.boxes, proposals], dim=1)
+    gt = torch.cat([itself, matches.gt], dim=1)
     drawn = sample(
-        matches.positive | (candidates & is_gt),
-        matches.negative & ~is_gt,
+        torch.cat([targets.valid, matches.positive], dim=1),
+        torch.cat([torch.zeros_like(targets.valid), matches.negative], dim=1),
         keys,
         count=config.samples,
         max_positive=max_positive(config),

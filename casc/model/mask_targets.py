@@ -3,6 +3,8 @@
 Legend: R RoIs, B images, G ground-truth capacity, E edge capacity of an image, M cells per side.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -49,45 +51,11 @@ def polygon_targets(
         [R, M, M] bool, (y, x).
     """
     count, device = cells * SUPERSAMPLES, boxes.device
-    rois, capacity = boxes.shape[0], edges.shape[1]
-    top, height = boxes[:, 1:2], boxes[:, 3:4] - boxes[:, 1:2]
-
-    def line_at(line: Tensor) -> Tensor:
-        """The height of lines [R, N]."""
-        return top + (line.to(boxes.dtype) + 0.5) / count * height
-
-    def lines_above(y: Tensor) -> Tensor:
-        """How many lines lie above each of the heights [R, N]."""
-        found = torch.ceil((y - top) / height.clamp(min=1e-6) * count - 0.5)
-        found = torch.where(found > 0, found, 0.0).clamp(max=count)
-        # Rounding may be off by one: what decides is the very height of the line.
-        found = torch.where((found > 0) & (line_at(found - 1) >= y), found - 1, found)
-        return torch.where((found < count) & (line_at(found) < y), found + 1, found).int()
-
-    heights = edges[:, :, 1::2].mT.flatten(1)[image]
-    begin, end = lines_above(heights).chunk(2, dim=1)
-    own = edge_gt[image] == gt[:, None]
-    crossings = torch.where(own, (end - begin).abs(), 0)
-    stop = crossings.cumsum(1, dtype=torch.int32)
-    slots = max(-(-capacity * count // GRID_LINES), count * min(capacity, FREE_CROSSINGS))
-    slot = torch.arange(slots, dtype=torch.int32, device=device).repeat(rois, 1)
-    edge = torch.searchsorted(stop, slot, right=True)
-    used = edge < capacity
-    edge = edge.clamp(max=capacity - 1)
-    first = torch.minimum(begin, end) - stop + crossings
-    line = torch.where(used, first.gather(1, edge) + slot, 0)
-    direction = torch.where(used, (end - begin).sign().gather(1, edge), 0)
-
-    x0, y0, x1, y1 = edges[image[:, None], edge].unbind(-1)
-    y = line_at(line)
-    x = x0 + (y - y0) * (x1 - x0) / torch.where(y1 == y0, 1.0, y1 - y0)
-    # How many of the line's samples lie left of the crossing: sample i is at (i + 0.5) steps.
-    width = (boxes[:, 2:3] - boxes[:, 0:1]).clamp(min=1e-6)
-    left = torch.ceil((x - boxes[:, 0:1]) / width * count - 0.5)
-    left = torch.where(left > 0, left, 0.0).clamp(max=count).long()  # NaN is no index
-    at = line * (count + 1) + left
-    crossed = direction.new_zeros((rois, count * (count + 1))).scatter_add(1, at, direction)
-    crossed = crossed.reshape(rois, count, count + 1)
+    rois = boxes.shape[0]
+    if traits(device).reads_wait_for_nothing:
+        crossed = crossings_present(edges, edge_gt, boxes, image, gt, count)
+    else:
+        crossed = crossings_all(edges, edge_gt, boxes, image, gt, count)
     # Sample i is left of every crossing whose count exceeds i.
     winding = crossed.flip(-1).cumsum(-1).flip(-1)[:, :, 1:]
     on = winding != 0
@@ -99,6 +67,95 @@ def polygon_targets(
         on = on & ~(hidden & (gt < under)[:, None, None])
     covered = on.reshape(rois, cells, SUPERSAMPLES, cells, SUPERSAMPLES)
     return covered.sum(dim=(2, 4)) * 2 > SUPERSAMPLES**2
+
+
+def crossings_all(
+    edges: Tensor, edge_gt: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, count: int
+) -> Tensor:
+    """Where the edges of each RoI's object cross its scan lines: [R, count, count + 1] int32.
+
+    Of each line, and of how many samples lie left of the crossing, the sum of directions.
+    """
+    rois, capacity = boxes.shape[0], edges.shape[1]
+    heights = edges[:, :, 1::2].mT.flatten(1)[image]
+    grid = _Grid.of(boxes[:, None])
+    begin, end = grid.lines_above(heights, count).chunk(2, dim=1)
+    own = edge_gt[image] == gt[:, None]
+    crossings = torch.where(own, (end - begin).abs(), 0)
+    stop = crossings.cumsum(1, dtype=torch.int32)
+    slots = max(-(-capacity * count // GRID_LINES), count * min(capacity, FREE_CROSSINGS))
+    slot = torch.arange(slots, dtype=torch.int32, device=boxes.device).repeat(rois, 1)
+    edge = torch.searchsorted(stop, slot, right=True)
+    used = edge < capacity
+    edge = edge.clamp(max=capacity - 1)
+    first = torch.minimum(begin, end) - stop + crossings
+    line = torch.where(used, first.gather(1, edge) + slot, 0)
+    direction = torch.where(used, (end - begin).sign().gather(1, edge), 0)
+    at = grid.crossing(edges[image[:, None], edge], line, count)
+    crossed = direction.new_zeros((rois, count * (count + 1))).scatter_add(1, at, direction)
+    return crossed.reshape(rois, count, count + 1)
+
+
+@torch.library.custom_op("casc::crossings_present", mutates_args=())
+def crossings_present(
+    edges: Tensor, edge_gt: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, count: int
+) -> Tensor:
+    """What `crossings_all` gives, with work for the RoIs' own edges, not for the capacity."""
+    owner = torch.where(edges[..., 1] == edges[..., 3], -1, edge_gt)
+    roi, edge = (owner[image] == gt[:, None]).nonzero().unbind(1)
+    edge, grid = edges[image[roi], edge], _Grid.of(boxes[roi])
+    begin, end = (grid.lines_above(edge[:, i], count) for i in (1, 3))
+    crossings = (end - begin).abs()
+    each = torch.repeat_interleave(crossings)
+    first = torch.minimum(begin, end) - crossings.cumsum(0, dtype=torch.int32) + crossings
+    line = first[each] + torch.arange(len(each), dtype=torch.int32, device=boxes.device)
+    cells, grid = count * (count + 1), _Grid(*(column[each] for column in grid))
+    at = roi[each] * cells + grid.crossing(edge[each], line, count)
+    direction = (end - begin).sign()[each]
+    crossed = direction.new_zeros(boxes.shape[0] * cells).scatter_add(0, at, direction)
+    return crossed.reshape(-1, count, count + 1)
+
+
+@crossings_present.register_fake
+def _(edges: Tensor, edge_gt: Tensor, boxes: Tensor, image: Tensor, gt: Tensor, count: int):
+    return boxes.new_empty((boxes.shape[0], count, count + 1), dtype=torch.int32)
+
+
+class _Grid(NamedTuple):
+    """Where boxes lie, [...] each."""
+
+    left: Tensor
+    top: Tensor
+    width: Tensor
+    height: Tensor
+
+    @classmethod
+    def of(cls, boxes: Tensor) -> "_Grid":
+        """Those of [..., 4]."""
+        return cls(*boxes[..., :2].unbind(-1), *(boxes[..., 2:] - boxes[..., :2]).unbind(-1))
+
+    def line_at(self, line: Tensor, count: int) -> Tensor:
+        """The height of lines [...]."""
+        return self.top + (line.to(self.top.dtype) + 0.5) / count * self.height
+
+    def lines_above(self, y: Tensor, count: int) -> Tensor:
+        """How many lines lie above each of the heights [...]: int32."""
+        found = torch.ceil((y - self.top) / self.height.clamp(min=1e-6) * count - 0.5)
+        found = torch.where(found > 0, found, 0.0).clamp(max=count)
+        # Rounding may be off by one: what decides is the very height of the line.
+        found = torch.where((found > 0) & (self.line_at(found - 1, count) >= y), found - 1, found)
+        more = (found < count) & (self.line_at(found, count) < y)
+        return torch.where(more, found + 1, found).int()
+
+    def crossing(self, edges: Tensor, line: Tensor, count: int) -> Tensor:
+        """Where edges [..., 4] cross lines: line * (count + 1) + how many samples lie left."""
+        x0, y0, x1, y1 = edges.unbind(-1)
+        y = self.line_at(line, count)
+        x = x0 + (y - y0) * (x1 - x0) / torch.where(y1 == y0, 1.0, y1 - y0)
+        # Sample i is at (i + 0.5) steps.
+        before = torch.ceil((x - self.left) / self.width.clamp(min=1e-6) * count - 0.5)
+        before = torch.where(before > 0, before, 0.0).clamp(max=count).long()  # NaN is no index
+        return line * (count + 1) + before
 
 
 def _pixels(low: Tensor, high: Tensor, steps: Tensor, side: int) -> Tensor:

@@ -17,8 +17,9 @@ from casc.model.boxes import iou_matrix
 # Accelerators, where each block is launched anew, let anchors meet all ground truths at once, if
 # there aren't more overlaps than this.
 LARGEST_BLOCK = 2**27
-# Where reading is free, as many blocks as there are objects, of so many at most.
-PRESENT_BLOCK = 8
+# Where reading is free, as many blocks as there are objects, of so many at most: what a block's
+# objects overlap stays in a processor's cache.
+PRESENT_BLOCK = 16
 
 
 class Matches(NamedTuple):
@@ -108,15 +109,44 @@ def meet_present(
     anchors: Tensor, inside: Tensor, gt_boxes: Tensor, gt_valid: Tensor, low_quality_iou: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `meet_all` gives, with work for the objects that there are, not for the capacity."""
-    rows = []
-    for row, boxes, valid in zip(inside, gt_boxes, gt_valid, strict=True):
-        found = _unmet(row)
-        present = valid.nonzero()[:, 0].int()
-        for first in range(0, len(present), PRESENT_BLOCK):
-            block = present[first : first + PRESENT_BLOCK]
-            found = _meet(found, anchors, boxes[block], row[None], block, low_quality_iou)
-        rows.append(found)
+    rows = [
+        _meet_present(anchors, *image, low_quality_iou)
+        for image in zip(inside, gt_boxes, gt_valid, strict=True)
+    ]
     best, gt, claim = (torch.stack(column) for column in zip(*rows, strict=True))
+    return best, gt, claim
+
+
+def _meet_present(
+    anchors: Tensor, inside: Tensor, boxes: Tensor, valid: Tensor, low_quality_iou: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one image; the ground truths from top to bottom, each block with the anchors beside it."""
+    best, gt, claim = _unmet(inside)
+    at, present = inside.nonzero()[:, 0], valid.nonzero()[:, 0].int()
+    if not len(present):
+        return best, gt, claim
+    # Anchors that overlap nothing overlap all by 0, and the first is the best.
+    best[at], gt[at] = 0.0, present[0]
+    own = anchors[at].mT.contiguous()
+    order = present[boxes[present, 1].argsort()]
+    for block in order.split(PRESENT_BLOCK):
+        numbers = block.sort().values
+        some = by_column(boxes[numbers])
+        beside = torch.ones_like(at, dtype=torch.bool)
+        if low_quality_iou > 0:  # else an object may claim what it doesn't overlap
+            beside = (own[3] > some[:, 1].amin()) & (own[1] < some[:, 3].amax())
+        beside = beside.nonzero()[:, 0]
+        if not len(beside):
+            continue
+        iou, place = iou_matrix(some, own[:, beside].mT), at[beside]
+        block_best, first = iou.max(dim=0)
+        old_best, old, block_gt = best[place], gt[place], numbers[first]
+        earlier = torch.where(block_best == old_best, torch.minimum(old, block_gt), old)
+        gt[place] = torch.where(block_best > old_best, block_gt, earlier)
+        best[place] = torch.maximum(block_best, old_best)
+        gt_best = iou.amax(dim=1, keepdim=True)
+        row, column = (iou == torch.where(gt_best >= low_quality_iou, gt_best, 2.0)).nonzero().T
+        claim.scatter_reduce_(0, place[column], numbers[row], "amax")
     return best, gt, claim
 
 
@@ -199,7 +229,8 @@ def best_present(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> tuple[Ten
     for i, own in enumerate(gt_valid):
         present = own.nonzero()[:, 0]
         if len(present):
-            best[i], at = iou_matrix(gt_boxes[i, present], boxes[i]).max(dim=0)
+            overlap = iou_matrix(by_column(gt_boxes[i, present]), by_column(boxes[i]))
+            best[i], at = overlap.max(dim=0)
             gt[i] = present[at]
     return best, gt
 
@@ -208,6 +239,11 @@ def best_present(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> tuple[Ten
 def _(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor):
     best = boxes.new_empty(boxes.shape[:2])
     return best, torch.empty(boxes.shape[:2], dtype=torch.int64, device=boxes.device)
+
+
+def by_column(boxes: Tensor) -> Tensor:
+    """The same [N, 4], each coordinate of all in one place: a CPU reads it four times as fast."""
+    return boxes.mT.contiguous().mT
 
 
 def covered(boxes: Tensor, regions: Tensor) -> Tensor:

@@ -197,11 +197,9 @@ def _stage_matching(table: Comparison, r: Record, inputs: Inputs, stage: int, im
     if stage:
         key = f"s{stage - 1}.refined.{image}"
         table.absolute(part, key, proposals, BOX_PIXELS, "pixels")
-    # The step matches ground truth, which stands in front, to itself as well.
-    own = inputs.targets.boxes.shape[1]
-    gt = _gt_numbers(r, "", image)[own:][valid]
+    gt = _gt_numbers(r, "", image)[valid]
     table.equal(part, f"{s}.assign.gt_inds.{image}", gt)
-    iou = r["iou"][image][own:][valid].clamp(min=0)
+    iou = r["iou"][image][valid].clamp(min=0)
     table.relative(part, f"{s}.assign.max_overlaps.{image}", iou)
     labels = table.golden(f"train.gt_labels.{image}")
     if labels is not None and len(labels):

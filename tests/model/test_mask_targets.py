@@ -10,7 +10,13 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from casc.data.sample import edge_room
-from casc.model.mask_targets import SUPERSAMPLES, bitmap_targets, polygon_targets
+from casc.model.mask_targets import (
+    SUPERSAMPLES,
+    bitmap_targets,
+    crossings_all,
+    crossings_present,
+    polygon_targets,
+)
 
 CELLS = 28
 Points = np.ndarray  # [n, 2] x, y
@@ -31,7 +37,10 @@ def alone(edges: Tensor, boxes: Tensor, cells: int = CELLS) -> Tensor:
     edges = torch.cat([edges, torch.zeros(len(edges), max(0, room - edges.shape[1]), 4)], dim=1)
     image = torch.arange(len(edges))
     owner = torch.zeros(edges.shape[:2], dtype=torch.long)
-    return polygon_targets(edges, owner, boxes, image, torch.zeros_like(image), cells)
+    inputs = edges, owner, boxes, image, torch.zeros_like(image)
+    lines = cells * SUPERSAMPLES
+    assert torch.equal(crossings_present(*inputs, lines), crossings_all(*inputs, lines))
+    return polygon_targets(*inputs, cells)
 
 
 def ellipse(cx, cy, a, b, turn=0.0, points=60) -> Points:
@@ -252,6 +261,8 @@ def test_compiled_equals_eager(compiled):
     inputs = torch.cat(edges).reshape(4, -1, 4), owner, boxes, image, gt, CELLS
     assert torch.equal(compiled(polygon_targets)(*inputs), polygon_targets(*inputs))
     assert torch.equal(polygon_targets(*inputs), alone(torch.cat(edges), boxes))
+    lines = *inputs[:5], CELLS * SUPERSAMPLES
+    assert torch.equal(compiled(crossings_all)(*lines), crossings_present(*lines))
     order = torch.randperm(520, generator=torch.Generator().manual_seed(0))
     mixed = inputs[0][:, order], owner[:, order], *inputs[2:]
     assert torch.equal(polygon_targets(*mixed), polygon_targets(*inputs))
@@ -273,6 +284,8 @@ def test_a_ragged_outline_crosses_a_line_more_often_than_it_has_free_room(mode):
     boxes = torch.tensor([bounds([comb]), bounds([other])], dtype=torch.float32)
     both = torch.arange(2)
     made = mode(polygon_targets)(edges, owner, boxes, both * 0, both, CELLS)
+    lines = edges, owner, boxes, both * 0, both, CELLS * SUPERSAMPLES
+    assert torch.equal(mode(crossings_all)(*lines), crossings_present(*lines))
     for k, shape in enumerate((comb, other)):
         share = coverage([shape], boxes[k].tolist())
         sure = (share - 0.5).abs() > 0.35

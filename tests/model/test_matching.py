@@ -339,8 +339,10 @@ def test_only_present_objects_cost_and_all_say_the_same(mode, monkeypatch, block
     corner = torch.from_numpy(rng.integers(0, 12, (60, 2)).astype(np.float32))
     anchors = torch.cat([corner, corner + torch.from_numpy(rng.integers(1, 9, (60, 2)))], dim=-1)
     inside = torch.from_numpy(rng.random((3, 60)) < 0.8)
+    anchors[:9] += torch.tensor([0.0, 40, 0, 40])  # with nothing beside them
     found = mode(meet_present)(anchors, inside, boxes.float(), valid, 0.3)
     expected = mode(meet_all)(anchors, inside, boxes.float(), valid, 0.3)
+    assert (expected[0] == 0).any()
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
     rois = anchors + torch.arange(3)[:, None, None]
