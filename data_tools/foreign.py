@@ -24,6 +24,8 @@ class Foreign(NamedTuple):
     """LabelMe and VOC: the folder of JSON or XML files. YOLO: data.yaml."""
     images: Path
     voc: VocSplit | None = None
+    files: tuple[Path, ...] = ()
+    """YOLO: the images, all below `images`."""
 
 
 class Converted(NamedTuple):
@@ -42,7 +44,7 @@ def find_foreign(root: Path) -> list[Foreign]:
         if file.is_file():
             about = _yaml(file)
             return [
-                Foreign("val" if key == "valid" else key, file, _yolo_folder(file, about, key))
+                _yolo_split(file, about, key)
                 for key in ("train", "val", "valid", "test")
                 if about.get(key)
             ]
@@ -169,37 +171,99 @@ def _yaml(file: Path) -> dict[str, Any]:
     return found
 
 
-def _yolo_folder(file: Path, about: dict[str, Any], key: str) -> Path:
-    listed = about[key]
-    if not isinstance(listed, str):
-        raise UserError(f"{file}: {key}: expected one folder of images, got {listed!a}")
-    base = Path(str(about.get("path", "")))
-    # Roboflow writes ../train/images for a folder beside data.yaml.
-    tries = [file.parent / base / listed, file.parent / listed, file.parent / listed.lstrip("./")]
-    folder = next((folder for folder in tries if folder.is_dir()), None)
-    if folder is None:
-        raise UserError(f"{file}: {key}: {listed!a}: no such folder")
-    return folder.resolve()
+def _yolo_split(file: Path, about: dict[str, Any], key: str) -> Foreign:
+    """What a key of data.yaml names: a folder of images, a text file of their paths, or several."""
+    entries: list[object] = about[key] if isinstance(about[key], list) else [about[key]]
+    bases = [file.parent / str(about.get("path") or ""), file.parent]
+    found: list[Path] = []
+    places: list[Path] = []
+    for entry in entries:
+        if not isinstance(entry, str):
+            raise UserError(
+                f"{file}: {key}: expected a folder of images, a .txt list of them, or several of"
+                f" these, got {entry!a}"
+            )
+        # Roboflow writes ../train/images for a folder beside data.yaml.
+        tries = [*(base / entry for base in bases), file.parent / entry.lstrip("./")]
+        place = next((place for place in tries if place.exists()), None)
+        if place is None:
+            raise UserError(
+                f"{file}: {key}: {entry!a}: no such folder or list of images; mend it, or path:"
+            )
+        place = place.resolve()
+        places.append(place)
+        if place.is_dir():
+            found += (f for f in sorted(place.rglob("*")) if f.suffix.lower() in IMAGES)
+        else:
+            found += _yolo_list(place, bases)
+    split = "val" if key == "valid" else key
+    if len(places) == 1 and places[0].is_dir():
+        return Foreign(split, file, places[0], files=tuple(found))
+    if not found:
+        raise UserError(f"{file}: {key}: there is no image in {', '.join(map(str, places))}")
+    common = Path(os.path.commonpath([image.parent for image in found]))
+    if common == Path(common.anchor):
+        raise UserError(
+            f"{file}: {key}: its images, such as {found[0]} and {found[-1]}, have no folder in"
+            " common; link them into one"
+        )
+    return Foreign(split, file, common, files=tuple(found))
+
+
+def _yolo_list(file: Path, bases: Sequence[Path]) -> list[Path]:
+    """The images that a text file lists, one a line.
+
+    With ./ in front they are below its folder, as Ultralytics reads them; else they may also be
+    below one of `bases`.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file}: can't be read as a list of images, one path a line ({error})"
+        ) from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        name = line.strip().replace("\\", "/")
+        if not name:
+            continue
+        if "\0" in name or Path(name).suffix.lower() not in IMAGES:
+            raise UserError(
+                f"{file}: line {number}: expected an image's path ({', '.join(IMAGES)}),"
+                f" got {name[:60]!a}; mend or remove it"
+            )
+        folders = [file.parent] if name.startswith("./") else [file.parent, *bases]
+        tries = [Path(os.path.normpath(folder / name)) for folder in folders]
+        found.append(next((path for path in tries if path.is_file()), tries[0]))
+    return found
+
+
+def _yolo_labels(image: Path) -> Path:
+    """Where an image's objects are: labels/ in place of the last images/ of its path, .txt."""
+    *above, name = image.with_suffix(".txt").parts
+    if "images" in above:
+        above[len(above) - 1 - above[::-1].index("images")] = "labels"
+    return Path(*above, name)
 
 
 def _convert_yolo(part: Foreign) -> Converted:
     names = _yaml(part.source)["names"]
     by_number = dict(names) if isinstance(names, dict) else dict(enumerate(names))
     digest = hashlib.sha256(json.dumps(sorted(by_number.items())).encode())
-    parts = list(part.images.parts)
-    where = len(parts) - 1 - parts[::-1].index("images") if "images" in parts else None
-    labels = (
-        Path(*parts[:where], "labels", *parts[where + 1 :]) if where is not None else part.images
-    )
     images, annotations, numbers = [], [], itertools.count(1)
-    files = [f for f in sorted(part.images.rglob("*")) if f.suffix.lower() in IMAGES]
-    for image_id, file in enumerate(files, 1):
+    ids: dict[Path, int] = {}
+    for file in part.files:
         below = file.relative_to(part.images)
+        again = file in ids
+        image_id = ids.setdefault(file, len(ids) + 1)
         width, height = image_size(file)
         images.append(
             {"id": image_id, "file_name": below.as_posix(), "width": width, "height": height}
         )
-        text = labels / below.with_suffix(".txt")
+        if again:  # an entry like the first, which is reported
+            digest.update(f"{below}\0again".encode())
+            continue
+        text = _yolo_labels(file)
         lines = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
         digest.update(f"{below}\0{lines}\0{width} {height}".encode())
         for number, line in enumerate(lines, 1):

@@ -16,6 +16,7 @@ from data_tools.foreign import convert
 from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
 from data_tools.report import Finding
+from data_tools.voc import IMAGES
 
 _CONTENT_VERSION = 4
 """Raised when the same input gives other shards than before, so that old ones aren't reused."""
@@ -142,22 +143,30 @@ def hold_out(source: Source, share: float, seed: int) -> list[Source]:
 
 
 def count_unlisted(source: Source, every: Sequence[Source]) -> int:
-    """Count the files in the split's folder that no annotation file of it lists."""
+    """Count the files in the split's folder that no annotation file of it lists.
+
+    Of a data.yaml, which may list images of many folders, only images in these folders count.
+    """
     listed = {
-        os.path.normpath(image.file_name)
+        os.path.abspath(other.images / image.file_name)  # noqa: PTH100 - links stay as they are
         for other in every
-        if other.images == source.images
         for image in other.annotations.images
     }
     # An export may keep its annotation file among the images.
-    listed |= {os.path.relpath(other.file, source.images) for other in every}
-    files = (
-        os.path.relpath(os.path.join(folder, name), source.images)  # noqa: PTH118
+    listed |= {os.path.abspath(other.file) for other in every}  # noqa: PTH100
+    if source.file.suffix == ".yaml":
+        names = (image.file_name for image in source.annotations.images)
+        folders = {(source.images / name).parent for name in names}
+        files = [f for above in folders if above.is_dir() for f in above.iterdir()]
+        paths = {os.path.abspath(f) for f in files if f.suffix.lower() in IMAGES}  # noqa: PTH100
+        return len(paths - listed)
+    labels = (".json", ".xml") if source.file.is_dir() else ()
+    walked = (
+        os.path.abspath(os.path.join(folder, name))  # noqa: PTH100, PTH118
         for folder, _, names in os.walk(source.images)
         for name in names
     )
-    labels = (".json", ".xml") if source.file.is_dir() else ()
-    return sum(name not in listed and Path(name).suffix not in labels for name in files)
+    return sum(path not in listed and Path(path).suffix not in labels for path in walked)
 
 
 def source_digest(source: Source, images: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from pycocotools import mask as coco_mask
@@ -133,3 +134,97 @@ def test_a_line_of_another_form_is_named(tmp_path, make_picture, quiet_run, line
     yolo(root, make_picture, ["0 0.5 0.5 0.5 0.2", line])
     with pytest.raises(UserError, match=rf"a\.txt: line 2: .*{named}"):
         shard(root, tmp_path / "out", quiet_run)
+
+
+def boxed(root, name, x, make_picture):
+    """An image and, where Ultralytics looks, its label: a box whose left edge is at x pixels."""
+    image = root / name
+    image.parent.mkdir(parents=True, exist_ok=True)
+    image.write_bytes(make_picture(WIDTH, HEIGHT, seed=x))
+    head, found, tail = str(image).rpartition("/images/")
+    label = (head + "/labels/" + tail if found else str(image)).rpartition(".")[0] + ".txt"
+    Path(label).parent.mkdir(parents=True, exist_ok=True)
+    Path(label).write_text(f"1 {(x + 5) / WIDTH} 0.5 {10 / WIDTH} 0.2\n")
+    return image
+
+
+def lefts(found, part) -> dict[str, int]:
+    """Where each image's box begins: which label it got."""
+    return {
+        name: round(entries[0]["bbox"][0])
+        for (split, name), (_, entries) in found.items()
+        if split == part
+    }
+
+
+def test_yolo_lists_of_images(tmp_path, make_picture, quiet_run):
+    root, data = tmp_path / "set", tmp_path / "set/data"
+    for name, x in (("images/a.jpg", 3), ("images/b.png", 7), ("images/images/c.jpg", 11)):
+        boxed(data, name, x, make_picture)
+    boxed(data, "images/unlisted.jpg", 1, make_picture)
+    far = boxed(data, "more/d.jpg", 20, make_picture)
+    boxed(data, "lists/images/e.jpg", 30, make_picture)
+    # Of Windows; relative to path:; absolute; relative to the list itself; twice.
+    (data / "lists").mkdir(exist_ok=True)
+    (data / "lists/train.txt").write_bytes(
+        f"\ufeffimages\\a.jpg\r\n\r\nimages/images/c.jpg\r\n{far}\r\n./images/e.jpg\r\n"
+        "images/a.jpg\r\n".encode()
+    )
+    (data / "val.txt").write_text("./images/b.png\n")
+    (root / "data.yaml").write_text(
+        "path: data\ntrain: lists/train.txt\nval: val.txt\nnames: [cat, dog]\n"
+    )
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert lefts(found, "train") == {
+        "images/a.jpg": 3, "images/images/c.jpg": 11, "more/d.jpg": 20, "lists/images/e.jpg": 30,
+    }  # fmt: skip
+    assert lefts(found, "val") == {"b.png": 7}
+    report = index.splits["train"].report
+    assert report["findings"]["duplicate_image"]["count"] == 1
+    assert report["images"]["unlisted_files"] == 1
+
+
+def test_yolo_several_folders(tmp_path, make_picture, quiet_run):
+    root = tmp_path / "set"
+    boxed(root, "one/images/a.jpg", 3, make_picture)
+    boxed(root, "two/images/deep/a.jpg", 9, make_picture)
+    boxed(root, "three/images/b.jpg", 15, make_picture)
+    (root / "val.txt").write_text("./three/images/b.jpg\n")
+    (root / "data.yaml").write_text(
+        "train:\n  - one/images\n  - ../two/images\n  - val.txt\nval: three/images\n"
+        "names: [cat, dog]\n"
+    )
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert lefts(found, "train") == {
+        "one/images/a.jpg": 3, "two/images/deep/a.jpg": 9, "three/images/b.jpg": 15,
+    }  # fmt: skip
+    assert lefts(found, "val") == {"b.jpg": 15}
+    assert index.splits["train"].report["images"]["unlisted_files"] == 0
+
+
+@pytest.mark.parametrize(
+    ("train", "listed", "named"),
+    [
+        ("none.txt", "", r"data\.yaml: train: 'none\.txt': no such folder or list"),
+        ("[list.txt, 3]", "", r"data\.yaml: train: expected a folder .* got 3"),
+        ("list.txt", "\n", r"data\.yaml: train: there is no image in .*list\.txt"),
+        ("list.txt", "a.jpg\nclip.mp4", r"list\.txt: line 2: expected an image's path"),
+        ("list.txt", "\udcff", r"list\.txt: can't be read as a list of images"),
+    ],
+)
+def test_a_yolo_list_that_cant_be_followed(tmp_path, quiet_run, train, listed, named):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/list.txt").write_text(listed, errors="surrogateescape")
+    (tmp_path / "set/data.yaml").write_text(f"train: {train}\nnames: [cat]\n")
+    with pytest.raises(UserError, match=named):
+        shard(tmp_path / "set", tmp_path / "out", quiet_run)
+
+
+def test_a_yolo_list_of_images_that_are_gone(tmp_path, make_picture, quiet_run):
+    root = tmp_path / "set"
+    boxed(root, "images/a.jpg", 3, make_picture)
+    (root / "list.txt").write_text("images/a.jpg\nimages/gone.jpg\n")
+    (root / "data.yaml").write_text("train: list.txt\nnames: [cat, dog]\n")
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert list(found) == [("train", "a.jpg")]
+    assert index.splits["train"].report["findings"]["missing_file"]["count"] == 1
