@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from casc.data.decode import ImageError, decode_image
 from casc.data.index import Bucket, read_index
+from casc.data.sample import iter_tar, read_sample
 from casc.data.stream import evaluation_batches, training_batches
 from casc.errors import UserError
 from data_tools.check import check_shards, fault_lines
@@ -173,3 +174,43 @@ def test_grey_of_colours_is_reported_and_bad_settings_refused(coco):
 
 def test_buckets_that_are_positional_stay_rgb():
     assert Bucket("", 0, None, 1, 1, 1, 1, 1).channels == 3
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+def test_a_tiffs_orientation_turns_pixels_and_boxes(coco, channels):
+    """All eight, from the file to the decoded sample, as Pillow's `exif_transpose` turns them."""
+    true, boxes = {}, {}
+    stored = RNG.integers(0, 200, (50, 60, channels), dtype=np.uint8)
+    stored[5:17, 8:40] = 255  # the object, which no turn leaves in its place
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        if channels == 5:
+            data = pages(stored, exif=exif)
+        else:
+            data = saved(Image.fromarray(stored.squeeze()), "TIFF", exif=exif)
+        with Image.open(io.BytesIO(data)) as opened:
+            planes = []
+            for page in range(5 if channels == 5 else 1):
+                opened.seek(page)
+                planes.append(np.asarray(ImageOps.exif_transpose(opened)))
+        upright = np.dstack(planes)
+        rows, columns = ((upright == 255).all(axis=-1).any(axis=axis) for axis in (1, 0))
+        (y0, y1), (x0, x1) = (np.flatnonzero(seen)[[0, -1]] + [0, 1] for seen in (rows, columns))
+        image = coco.image(*upright.shape[1::-1], data=data, name=f"{orientation}.tif")
+        box = [int(v) for v in (x0, y0, x1 - x0, y1 - y0)]
+        ring = [[int(v) for v in (x0, y0, x1, y0, x1, y1, x0, y1)]]
+        coco.object(image, bbox=box, segmentation=ring, area=box[2] * box[3])
+        true[image], boxes[image] = upright, [x0, y0, x1, y1]
+    assert len({tuple(box) for box in boxes.values()}) == 8
+    index, out = coco.shard(channels=channels)
+    found = {}
+    for shard in index.splits["train"].shards:
+        for _, data, text in iter_tar(out / shard.name):
+            sample = read_sample(data, text, channels=channels)
+            found[sample.image_id] = sample
+    assert len(found) == 8
+    for image, sample in found.items():
+        assert np.array_equal(sample.image, true[image]), index.splits["train"].report
+        assert sample.boxes.tolist() == [boxes[image]]
+        assert sample.edges[0].min(axis=0).tolist()[:2] == boxes[image][:2]
