@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from casc.data.record import AnnotationRecord
-from casc.data.segmentation import mask_area, pack, part_fault, rle_counts
+from casc.data.segmentation import mask_area, pack, part_fault, polygon_areas, rle_counts
 from data_tools.boxes import Box, mask_box, mismatch
 from data_tools.report import Finding
 from data_tools.rings import (
@@ -170,6 +170,9 @@ class _Polygons(NamedTuple):
     """Of the parts that can't be used."""
     outlines: Outlines | None
     """Of `stored`; None where there is none."""
+    pixels: int = 0
+    """Of `stored`. Pycocotools loses some outlines thinner than a pixel, a pixel's centre in them
+    or not."""
 
 
 def _polygons(segmentations: Sequence[Any], frame: Frame) -> list[_Polygons]:
@@ -194,8 +197,15 @@ def _polygons(segmentations: Sequence[Any], frame: Frame) -> list[_Polygons]:
         return found
     outlines = measure_outlines(every, frame.stored_height, frame.stored_width)
     bounds = list(itertools.accumulate((len(each.stored) for each in found), initial=0))
+    areas = iter(
+        polygon_areas(
+            [each.stored for each in found if each.stored], frame.stored_width, frame.stored_height
+        )
+    )
     return [
-        each._replace(outlines=Outlines(*(column[low:high] for column in outlines)))
+        each._replace(
+            outlines=Outlines(*(column[low:high] for column in outlines)), pixels=next(areas)
+        )
         if each.stored
         else each
         for each, (low, high) in zip(found, itertools.pairwise(bounds), strict=True)
@@ -217,8 +227,7 @@ def _polygon_mask(polygons: _Polygons, frame: Frame, tolerance: float | None, fi
     width, height = frame.stored_width, frame.stored_height
     low, high = about.low.min(axis=0), about.high.max(axis=0)
     box: Any = (*low.tolist(), *(high - low).tolist())
-    # Pycocotools loses some outlines thinner than a pixel, a pixel's centre in them or not.
-    pixels = mask_area(parts, width, height)
+    pixels = polygons.pixels
 
     def area() -> int:
         if polygons.parts is parts:

@@ -6,6 +6,7 @@ have positive area (clockwise on the screen), holes have negative area. The wind
 then 1 on the mask and 0 off it, whatever the nesting.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from casc.data.sample import signed_area
+
+_TOLERANCES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+"""Pixels by which a ragged outline may be simplified."""
 
 
 def trace_mask(mask: np.ndarray, tolerance: float = 0.0) -> list[np.ndarray]:
@@ -56,17 +60,19 @@ def trace_within(mask: np.ndarray, least_iou: float) -> tuple[list[np.ndarray], 
     corner = np.array([columns[0], rows[0]], np.float64)
     mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     exact = sorted(_exact_rings(mask), key=lambda ring: abs(signed_area(ring)))
+    areas = [signed_area(ring) for ring in exact]
     # Specks may cost a quarter of what the outline may.
-    lost = np.cumsum([abs(signed_area(ring)) for ring in exact])
-    exact = exact[int((lost <= (1 - least_iou) / 4 * mask.sum()).sum()) :]
+    lost = np.cumsum(np.abs(areas))
+    kept = int((lost <= (1 - least_iou) / 4 * mask.sum()).sum())
+    exact, areas = exact[kept:], areas[kept:]
     smooth = [_smooth(_edge_middles(ring)) for ring in exact]
+    weights = [_weights(ring, _TOLERANCES[0]) for ring in smooth]
     best, iou = exact, mask_iou(mask, fill_rings(exact, *mask.shape))
-    for tolerance in (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0):
+    for tolerance in _TOLERANCES:
+        fewer = (ring[weight > tolerance] for ring, weight in zip(smooth, weights, strict=True))
         rings = [
-            ring if len(ring) >= 3 and signed_area(ring) * signed_area(old) > 0 else old
-            for ring, old in zip(
-                (_simplify(each, tolerance) for each in smooth), exact, strict=True
-            )
+            ring if len(ring) >= 3 and signed_area(ring) * area > 0 else old
+            for ring, old, area in zip(fewer, exact, areas, strict=True)
         ]
         agreement = mask_iou(mask, fill_rings(rings, *mask.shape))
         if agreement < least_iou:
@@ -244,13 +250,21 @@ def _smooth(points: np.ndarray) -> np.ndarray:
 
 def _simplify(points: np.ndarray, tolerance: float) -> np.ndarray:
     """Douglas and Peucker on a closed curve, cut at its first point and the farthest from it."""
+    return points[_weights(points, tolerance) > tolerance]
+
+
+def _weights(points: np.ndarray, least: float) -> np.ndarray:
+    """Up to which tolerance `_simplify` keeps each point `[n]`; 0 for those of `least` or less.
+
+    Where it cuts a stretch doesn't depend on the tolerance, only whether it does.
+    """
     far = int(np.argmax(((points - points[0]) ** 2).sum(axis=1)))
     closed = np.concatenate([points, points[:1]])
-    keep = np.zeros(len(closed), bool)
-    keep[[0, far, len(closed) - 1]] = True
-    stack = [(0, far), (far, len(closed) - 1)]
+    weights = np.zeros(len(closed))
+    weights[[0, far]] = np.inf
+    stack = [(0, far, math.inf), (far, len(closed) - 1, math.inf)]
     while stack:
-        first, last = stack.pop()
+        first, last, most = stack.pop()
         if last - first < 2:
             continue
         base = closed[last] - closed[first]
@@ -261,8 +275,9 @@ def _simplify(points: np.ndarray, tolerance: float) -> np.ndarray:
         else:
             distance = np.hypot(between[:, 0], between[:, 1])
         worst = int(np.argmax(distance))
-        if distance[worst] > tolerance:
+        most = min(most, float(distance[worst]))
+        if most > least:
             middle = first + 1 + worst
-            keep[middle] = True
-            stack += [(first, middle), (middle, last)]
-    return closed[:-1][keep[:-1]]
+            weights[middle] = most
+            stack += [(first, middle, most), (middle, last, most)]
+    return weights[:-1]

@@ -99,7 +99,7 @@ class Store(Mapping[int, list[dict[str, Any]]]):
 
     def _of(self, image_id: int) -> np.ndarray:
         key = np.int64(image_id)
-        low, high = (np.searchsorted(self._keys, key, side) for side in ("left", "right"))
+        low, high = (self._keys.searchsorted(key, side) for side in ("left", "right"))
         return self._rows[low:high]
 
     def __getitem__(self, image_id: int) -> list[dict[str, Any]]:

@@ -153,16 +153,19 @@ def edge_room(outlines: Sequence[np.ndarray]) -> int:
     Args:
         outlines: each object's edges `[e, 4]`.
     """
-    most = max((_most_crossings(edges) for edges in outlines), default=0)
+    # As many edges as are free can't cross more often.
+    ragged = (edges for edges in outlines if len(edges) > FREE_CROSSINGS)
+    most = max((_most_crossings(edges) for edges in ragged), default=0)
     crossings = GRID_LINES * most if most > FREE_CROSSINGS else 0
     return max(sum(map(len, outlines)), crossings)
 
 
 def _most_crossings(edges: np.ndarray) -> int:
     """How many of the edges `[e, 4]` a horizontal line crosses at most."""
-    top, bottom = np.sort(edges[:, 1::2], axis=1).T
-    top, bottom = np.sort(top), np.sort(bottom)
-    return int((np.arange(1, len(top) + 1) - np.searchsorted(bottom, top, "right")).max(initial=0))
+    top, bottom = np.minimum(edges[:, 1], edges[:, 3]), np.maximum(edges[:, 1], edges[:, 3])
+    top.sort()
+    bottom.sort()
+    return int((np.arange(1, len(top) + 1) - bottom.searchsorted(top, "right")).max(initial=0))
 
 
 def _edges(

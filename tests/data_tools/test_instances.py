@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
 from casc.data.sample import annotation_edges
+from casc.data.segmentation import part_fault
 from data_tools.instances import Frame, Made, make_record
 from data_tools.rings import fill_rings
 
@@ -225,3 +227,13 @@ def test_a_tolerance_saves_edges():
     iou = rough.entry.get("mask_iou")
     assert iou is not None
     assert 0.95 < iou < 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400, -(10**400), 121, -61])
+@pytest.mark.parametrize("place", [0, 2, 5])
+def test_a_coordinate_that_is_nowhere_is_found_at_any_place(value, place):
+    """In an image of 60 x 60; up to its own length outside is near enough."""
+    part: list[float] = [1.5, 2, 120, -60, 7, 120]
+    assert part_fault(part, 60, 60) == ""
+    part[place] = value
+    assert "NaN, infinite or far outside" in part_fault(part, 60, 60)
