@@ -43,8 +43,9 @@ def main() -> None:
         return made_up_batch(load, recipe.model.classes)
 
     few, full = made(8, settings.objects), made(settings.objects, settings.objects)
-    columns = zip(few, full, strict=True)
-    one = Batch(*(a if a is None or b is None else torch.cat([b[:1], a[1:]]) for a, b in columns))
+    crowd, others = full._asdict(), few._asdict()
+    mixed = {k: torch.cat([crowd[k][:1], v[1:]]) for k, v in others.items() if v is not None}
+    one = few._replace(**mixed)
     batches = {"8 objects each": made(8, 8), "the same, more room": few, "one crowded": one}
     seconds: dict[str, list[float]] = {name: [] for name in batches}
     for _ in range(settings.rounds + 1):
