@@ -99,11 +99,12 @@ def polygon_areas(
     """Give `mask_area` of many polygons, none of them empty, at once."""
     rles = coco_mask.frPyObjects([part for parts in objects for part in parts], height, width)  # type: ignore[arg-type]
     bounds = list(itertools.accumulate(map(len, objects), initial=0))
-    united = [
+    united = (
         rles[low] if high == low + 1 else coco_mask.merge(rles[low:high])
         for low, high in itertools.pairwise(bounds)
-    ]
-    return coco_mask.area(united).tolist()  # type: ignore[union-attr]
+    )
+    # One by one: pycocotools counts to 255 where it is given a list.
+    return [int(coco_mask.area(rle)) for rle in united]
 
 
 def _decompress(text: str) -> list[int]:

@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
 from casc.data.sample import annotation_edges
-from casc.data.segmentation import part_fault
+from casc.data.segmentation import part_fault, polygon_areas
 from data_tools.instances import Frame, Made, make_record
 from data_tools.rings import fill_rings
 
@@ -237,3 +237,10 @@ def test_a_coordinate_that_is_nowhere_is_found_at_any_place(value, place):
     assert part_fault(part, 60, 60) == ""
     part[place] = value
     assert "NaN, infinite or far outside" in part_fault(part, 60, 60)
+
+
+def test_areas_of_more_objects_than_a_byte_counts():
+    rng = np.random.default_rng(0)
+    objects = [rng.uniform(0, 60, (1 + i % 3, 8)).tolist() for i in range(600)]
+    alone = [coco_mask.merge(coco_mask.frPyObjects(parts, 60, 60)) for parts in objects]
+    assert polygon_areas(objects, 60, 60) == [int(coco_mask.decode(rle).sum()) for rle in alone]
