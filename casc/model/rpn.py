@@ -249,8 +249,8 @@ class Candidates(NamedTuple):
     """[N] int64."""
     valid: Tensor
     """[B, N] bool; a box without width or height is not."""
-    levels: int
-    """How many levels there are."""
+    lengths: list[int]
+    """How many boxes each level has."""
 
 
 def candidates(
@@ -287,7 +287,8 @@ def candidates(
     deltas = take(output.deltas.detach(), index)
     boxes = decode(anchors[index], deltas, STDS, size)
     valid = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
-    return Candidates(boxes, torch.cat(scores, dim=1), torch.cat(levels), valid, len(lengths))
+    counts = [len(each) for each in levels]
+    return Candidates(boxes, torch.cat(scores, dim=1), torch.cat(levels), valid, counts)
 
 
 def propose(config: RPNConfig, found: Candidates, *, train: bool) -> Proposals:
@@ -303,9 +304,7 @@ def propose(config: RPNConfig, found: Candidates, *, train: bool) -> Proposals:
         found.valid,
         iou=config.nms_iou,
         count=config.train_proposals if train else config.test_proposals,
-        groups=found.levels,
-        largest=config.train_pre_nms if train else config.test_pre_nms,
-        ordered=True,
+        lengths=found.lengths,
         kernel=config.nms_kernel,
     )
     return Proposals(

@@ -19,17 +19,17 @@ chains of any length come out right.
 Legend: B images, N boxes, G groups, M boxes of the largest group, m boxes of a block, K kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 # Numbers of outcomes, all blocks together: they decide how large blocks are.
-MOST_OUTCOMES = 2**25
-LARGEST_BLOCK = 14
+MOST_OUTCOMES = 2**27
+LARGEST_BLOCK = 16
 # Pairs of boxes whose overlaps are computed at once.
-MOST_PAIRS = 2**25
+MOST_PAIRS = 2**26
 
 
 @torch.library.custom_op("casc::fixed_nms", mutates_args=())
@@ -42,7 +42,7 @@ def fixed_nms(
     count: int,
     groups: int,
     largest: int,
-    ordered: bool = False,
+    lengths: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Greedy suppression within groups, in plain ATen of fixed shapes.
 
@@ -55,7 +55,8 @@ def fixed_nms(
         count: K.
         groups: G.
         largest: M; no group has more boxes, valid or not.
-        ordered: the boxes come group by group, each by falling score, as they needn't be sorted.
+        lengths: boxes of each group where they come group by group, each by falling score: they
+            needn't be sorted then.
 
     Returns:
         index [B, K] int64 by falling score, equal scores in the boxes' order, 0 where padded;
@@ -70,12 +71,12 @@ def fixed_nms(
         count,
         groups,
         largest,
-        ordered,
+        lengths,
     )
 
 
 @fixed_nms.register_fake
-def _(boxes, scores, group, valid, iou, count, groups, largest, ordered=False):
+def _(boxes, scores, group, valid, iou, count, groups, largest, lengths=None):
     shape = (boxes.shape[0], count)
     return boxes.new_empty(shape, dtype=torch.long), boxes.new_empty(shape[:1], dtype=torch.long)
 
@@ -89,7 +90,7 @@ def suppress_in_slots(
     count: int,
     groups: int,
     largest: int,
-    ordered: bool,
+    lengths: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """What `fixed_nms` does, by any function that suppresses within sets as `greedy` does.
 
@@ -103,36 +104,52 @@ def suppress_in_slots(
         count: likewise.
         groups: likewise.
         largest: likewise.
-        ordered: likewise.
+        lengths: likewise.
     """
     batch, boxes_per_image = scores.shape
-    slot = _slots(scores, group, groups, largest, ordered)
-    size = groups * largest
-    table = boxes.new_zeros((batch, size, 4)).scatter(1, slot[..., None].expand(-1, -1, 4), boxes)
-    alive = boxes.new_zeros((batch, size)).scatter(1, slot, valid.to(boxes.dtype))
     sets = batch * groups
-    keep = survive(table.reshape(sets, largest, 4), alive.reshape(sets, largest))
-    kept = keep.reshape(batch, size).gather(1, slot) > 0
+    if lengths is None:
+        slot = _slots(scores, group, groups, largest)
+        size = groups * largest
+        table = boxes.new_zeros((batch, size, 4))
+        table = table.scatter(1, slot[..., None].expand(-1, -1, 4), boxes)
+        alive = boxes.new_zeros((batch, size)).scatter(1, slot, valid.to(boxes.dtype))
+        keep = survive(table.reshape(sets, largest, 4), alive.reshape(sets, largest))
+        kept = keep.reshape(batch, size).gather(1, slot) > 0
+    else:
+        table = _padded(boxes, lengths, largest)
+        alive = _padded(valid.to(boxes.dtype)[..., None], lengths, largest)
+        keep = survive(table.flatten(0, 1), alive.reshape(sets, largest)).unflatten(0, (batch, -1))
+        kept = torch.cat([keep[:, i, :length] for i, length in enumerate(lengths)], dim=1) > 0
     most = min(count, boxes_per_image)
     order = torch.where(kept, scores, -torch.inf).argsort(dim=1, descending=True, stable=True)
     order = order[:, :most]
     survivors = kept.sum(dim=1)
-    order = torch.where(torch.arange(most, device=order.device) < survivors[:, None], order, 0)
-    return torch.nn.functional.pad(order, (0, count - most)), survivors.clamp(max=count)
+    order = order * (torch.arange(most, device=order.device) < survivors[:, None])
+    if most < count:
+        order = torch.nn.functional.pad(order, (0, count - most))
+    return order, survivors.clamp(max=count)
 
 
-def _slots(scores: Tensor, group: Tensor, groups: int, largest: int, ordered: bool) -> Tensor:
+def _padded(values: Tensor, lengths: Sequence[int], largest: int) -> Tensor:
+    """[B, G, M, C] of [B, N, C], which come group by group; 0 beyond a group's own."""
+    parts = [
+        torch.nn.functional.pad(part, (0, 0, 0, largest - length)) if length < largest else part
+        for part, length in zip(values.split(list(lengths), dim=1), lengths, strict=True)
+    ]
+    return torch.stack(parts, dim=1)
+
+
+def _slots(scores: Tensor, group: Tensor, groups: int, largest: int) -> Tensor:
     """Each box's place, [B, N] in [0, G * M): its group's first, by falling score from there."""
-    order, by_group = None, group
-    if not ordered:
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
-        by_group = group.gather(1, order)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
+    by_group = group.gather(1, order)
     every = torch.arange(groups, device=group.device)
     sizes = (group[..., None] == every).sum(dim=1)
     first = (sizes.cumsum(dim=1) - sizes).gather(1, by_group)
     slot = by_group * largest + torch.arange(group.shape[1], device=group.device) - first
-    return slot if order is None else torch.empty_like(order).scatter(1, order, slot)
+    return torch.empty_like(order).scatter(1, order, slot)
 
 
 def greedy(boxes: Tensor, valid: Tensor, iou: float) -> Tensor:
@@ -149,12 +166,14 @@ def greedy(boxes: Tensor, valid: Tensor, iou: float) -> Tensor:
     sets, size = valid.shape
     width = block_size(sets, size)
     padding = -size % width
-    boxes = torch.nn.functional.pad(boxes, (0, 0, 0, padding))
+    # How often each box is ruled out already; those of the padding are.
+    out = 1 - valid
+    if padding:
+        boxes = torch.nn.functional.pad(boxes, (0, 0, 0, padding))
+        out = torch.nn.functional.pad(out, (0, padding), value=1.0)
     overlaps = _overlaps(boxes, iou)
     outcomes = _outcomes(width, boxes)
     worth = _worth(overlaps, outcomes)
-    # How often each box is ruled out already; those of the padding are.
-    out = torch.nn.functional.pad(1 - valid, (0, padding), value=1.0)
     cost = outcomes.t() * -(2.0**width)
     kept = []
     for number, first in enumerate(range(0, size, width)):
@@ -175,23 +194,23 @@ def block_size(sets: int, size: int) -> int:
 
 
 def _overlaps(boxes: Tensor, iou: float) -> Tensor:
-    """[S, M, M] float32: 1 where box i comes before j and overlaps it by more than `iou`."""
+    """[S, M, M] float32: 1 where boxes i and j overlap by more than `iou`, also where i = j."""
     size = boxes.shape[1]
-    earlier = torch.ones((size, size), dtype=torch.bool, device=boxes.device).triu(1)
     at_once = max(1, MOST_PAIRS // (size * size))
-    parts = [
-        ((_iou(part) > just_below(iou)) & earlier).to(boxes.dtype) for part in boxes.split(at_once)
-    ]
-    return torch.cat(parts)
+    parts = [(_iou(part) > just_below(iou)).to(boxes.dtype) for part in boxes.split(at_once)]
+    return torch.cat(parts) if parts[1:] else parts[0]
 
 
 def _iou(boxes: Tensor) -> Tensor:
     """[S, M, M], in torchvision's order of operations; NaN between empty boxes."""
-    x1, y1, x2, y2 = boxes.unbind(dim=-1)
-    area = (x2 - x1) * (y2 - y1)
-    width = torch.minimum(x2[:, :, None], x2[:, None]) - torch.maximum(x1[:, :, None], x1[:, None])
-    height = torch.minimum(y2[:, :, None], y2[:, None]) - torch.maximum(y1[:, :, None], y1[:, None])
-    inter = width.clamp(min=0) * height.clamp(min=0)
+    low, high = boxes.permute(2, 0, 1).contiguous().split(2)
+    sides = high - low
+    area = sides[0] * sides[1]
+    # Both axes in one tensor, the axis first.
+    common = torch.minimum(high[..., None], high[:, :, None])
+    common -= torch.maximum(low[..., None], low[:, :, None])
+    common.clamp_(min=0)
+    inter = common[0] * common[1]
     return inter / (area[:, :, None] + area[:, None] - inter)
 
 
@@ -211,16 +230,32 @@ def _outcomes(width: int, like: Tensor) -> Tensor:
 def _worth(overlaps: Tensor, outcomes: Tensor) -> Tensor:
     """Each outcome's number, less 2**m for every two of its boxes that overlap.
 
-    All are whole: those that break no rule are exact, and no others come near them.
+    All are whole: those that break no rule are exact, and no others come near them. An outcome is
+    one of the block's better half and one of its other half, so that tables stay small.
 
     Returns:
         [blocks, S, 2**m].
     """
     sets, size, _ = overlaps.shape
-    number, width = torch.arange(len(outcomes), device=outcomes.device), outcomes.shape[1]
-    blocks = size // width
+    width = outcomes.shape[1]
+    half, blocks, rest = -(-width // 2), size // width, width // 2
     within = overlaps.unflatten(2, (blocks, width)).unflatten(1, (blocks, width))
-    within = within.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2).reshape(blocks * sets, -1)
-    both = (outcomes[:, :, None] * outcomes[:, None]).flatten(1)
-    worth = torch.addmm(number.to(both.dtype), within, both.t(), alpha=-(2.0**width))
-    return worth.unflatten(0, (blocks, sets))
+    within = within.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2).reshape(-1, width, width)
+    step, penalty = 2**rest, -(2.0**width)
+    better, other = outcomes[::step, :half], outcomes[:step, half:]
+    first = _half_worth(within[:, :half, :half], better, float(step), penalty)
+    second = _half_worth(within[:, half:, half:], other, 1.0, penalty)
+    # What the better half's survivors rule out in the other half.
+    between = torch.matmul(better, within[:, :half, half:])
+    worth = torch.baddbmm(
+        second[:, None], between, other.t().expand(len(within), -1, -1), alpha=penalty
+    )
+    return worth.add_(first[..., None]).reshape(blocks, sets, -1)
+
+
+def _half_worth(within: Tensor, outcomes: Tensor, scale: float, penalty: float) -> Tensor:
+    """`scale` times each outcome's number, and `penalty` for every two that overlap: [N, 2**w]."""
+    number = torch.arange(len(outcomes), device=outcomes.device).to(outcomes.dtype)
+    # Each two once, the better one first.
+    both = (outcomes[:, :, None] * outcomes[:, None]).triu(1).flatten(1)
+    return torch.addmm(number * scale, within.flatten(1), both.t(), alpha=penalty)

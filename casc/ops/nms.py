@@ -9,7 +9,7 @@ would read per image, so there `fixed_nms` does the same by a fixed number of la
 Legend: B images, N boxes, K kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -33,7 +33,7 @@ def batched_nms(
     count: int,
     groups: int = 1,
     largest: int | None = None,
-    ordered: bool = False,
+    lengths: Sequence[int] | None = None,
     kernel: NmsKernel = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Suppress within groups (levels or classes), best score first.
@@ -51,7 +51,8 @@ def batched_nms(
         groups: how many groups there can be, and `largest` of how many boxes each; without
             them all boxes are compared with all, which comes to the same.
         largest: most boxes of a group, valid or not.
-        ordered: the boxes come group by group, each by falling score; they needn't be sorted then.
+        lengths: boxes of each group, where they come group by group, each by falling score: they
+            needn't be sorted then. In place of `groups` and `largest`.
         kernel: greedy walks from survivor to survivor, which is fast on the CPU. fixed takes
             a fixed number of launches of plain ATen, triton two of its kernels. auto is greedy
             on the CPU and else fixed; `casc.model.choose_compute` puts triton in its place
@@ -68,13 +69,15 @@ def batched_nms(
     if kernel == "greedy" or (kernel == "auto" and boxes.is_cpu):
         index, survivors = nms(shifted, scores, group, valid, iou, count)
     else:
-        # Groups are apart already: all as one is right too where their sizes aren't known.
-        ids = torch.zeros_like(group) if largest is None else group
-        sizes = (1, boxes.shape[1]) if largest is None else (groups, min(largest, boxes.shape[1]))
         suppress = _triton_nms() if kernel == "triton" else fixed_nms
-        # All as one are in no order.
-        ordered = ordered and largest is not None
-        index, survivors = suppress(shifted, scores, ids, valid, iou, count, *sizes, ordered)
+        if lengths is not None:
+            sizes = (len(lengths), max(lengths), list(lengths))
+        elif largest is not None:
+            sizes = (groups, min(largest, boxes.shape[1]), None)
+        else:
+            # Groups are apart already: all as one is right too where their sizes aren't known.
+            group, sizes = torch.zeros_like(group), (1, boxes.shape[1], None)
+        index, survivors = suppress(shifted, scores, group, valid, iou, count, *sizes)
     slot = torch.arange(count, device=boxes.device)
     return index, slot < survivors[:, None]
 

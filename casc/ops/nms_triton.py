@@ -34,7 +34,7 @@ def triton_nms(
     count: int,
     groups: int,
     largest: int,
-    ordered: bool = False,
+    lengths: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fixed_nms` by Triton kernels; takes and returns the same."""
     return suppress_in_slots(
@@ -46,7 +46,7 @@ def triton_nms(
         count,
         groups,
         largest,
-        ordered,
+        lengths,
     )
 
 

@@ -116,13 +116,31 @@ def test_kernels_give_the_same(compiler):
         assert torch.equal(c, b)
 
 
-def test_boxes_in_order_need_no_sorting():
+@pytest.mark.parametrize("lengths", [[60] * 5, [60, 60, 60, 17, 3], [1, 0, 60, 2, 60]])
+def test_boxes_in_order_need_no_sorting(lengths):
     boxes, scores, _, valid = crowd(300, 3)
-    scores = scores.unflatten(1, (5, 60)).sort(dim=2, descending=True).values.flatten(1)
-    group = torch.arange(5).repeat_interleave(60).expand(2, -1)
+    boxes, valid = (
+        torch.cat([part[:, :n] for part, n in zip(x.split(60, 1), lengths, strict=True)], dim=1)
+        for x in (boxes, valid)
+    )
+    parts = [torch.rand(2, n).sort(dim=1, descending=True).values for n in lengths]
+    scores = (torch.cat(parts, dim=1) * 50).round() / 50
+    group = torch.arange(5).repeat_interleave(torch.tensor(lengths)).expand(2, -1)
     sizes = (0.5, 200, 5, 60)
     right = fixed_nms(boxes, scores, group, valid, *sizes)
-    made = fixed_nms(boxes, scores, group, valid, *sizes, ordered=True)
+    made = fixed_nms(boxes, scores, group, valid, *sizes, lengths=lengths)
+    for a, b in zip(made, right, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 16])
+def test_blocks_of_any_size_give_the_same(monkeypatch, width):
+    """Also the largest, which hypothesis doesn't reach."""
+    boxes, scores, group, valid = crowd(200, 4)
+    every = (boxes, scores, group, valid)
+    right = batched_nms(*every, iou=0.3, count=200, kernel="greedy")
+    monkeypatch.setattr(module, "LARGEST_BLOCK", width)
+    made = batched_nms(*every, iou=0.3, count=200, groups=5, largest=40, kernel="fixed")
     for a, b in zip(made, right, strict=True):
         assert torch.equal(a, b)
 
