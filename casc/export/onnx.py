@@ -198,7 +198,7 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
 def _roi_align(
     levels: Sequence[Any],
     rois: Any,
-    level: Any,
+    here: Any,
     scales: Sequence[float],
     cells: int,
     grid: int = 0,
@@ -213,7 +213,8 @@ def _roi_align(
     count = op.Slice(op.Shape(rois), zero, one)
     result = op.ConstantOfShape(op.Concat(count, sides, axis=0))
     for i, (features, scale) in enumerate(zip(levels, scales, strict=True)):
-        own = op.Transpose(op.NonZero(op.Equal(level, op.Constant(value_int=i))), perm=[1, 0])
+        own = op.NonZero(op.Gather(here, op.Constant(value_int=i), axis=0))
+        own = op.Transpose(own, perm=[1, 0])
         flat = op.Squeeze(own, one)
         aligned = op.RoiAlign(
             features,

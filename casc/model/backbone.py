@@ -6,7 +6,7 @@ Legend: B images, D places where paths are dropped.
 import torch
 from torch import Tensor
 
-from casc.model.layers import Params
+from casc.model.layers import Cells, Params
 from casc.model.resnet import (
     PREFIX,
     ResNetConfig,
@@ -36,7 +36,7 @@ def feature_maps(
     config: Backbone,
     image: Tensor,
     drop: Tensor | None = None,
-    share: Tensor | None = None,
+    cells: Cells | None = None,
 ) -> list[Tensor]:
     """What the neck reads: maps of strides 4, 8, 16 and 32, or a plain network's one of 16.
 
@@ -46,14 +46,14 @@ def feature_maps(
         config: which network.
         image: [B, 3, H, W] normalised, H and W divisible by 32.
         drop: [B, D] float32, uniform noise that decides which paths are dropped; None drops none.
-        share: as for `group_norm`, of ResNets' norms.
+        cells: as for `group_norm`, of ResNets' norms.
 
     Returns:
         4 or 1 tensors [B, C_l, H / stride, W / stride].
     """
     match config:
         case ResNetConfig():
-            return resnet(params, buffers, config, image, share)
+            return resnet(params, buffers, config, image, cells)
         case TimmConfig():
             return timm_features(params, buffers, config, image, drop)
         case ViTConfig():

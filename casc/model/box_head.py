@@ -1,8 +1,9 @@
 """One cascade stage for boxes: sampling, head, loss and refinement (Cai & Vasconcelos, 2018).
 
-Legend: B images, G ground-truth capacity, N candidate boxes, S samples, K classes.
+Legend: T stages, B images, G ground-truth capacity, N candidate boxes, S samples, K classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -219,44 +220,102 @@ def _outputs(params: Params, config: BoxHeadConfig, stage: int, x: Tensor) -> Bo
     return BoxOutput(*both.split([classes, both.shape[1] - classes], dim=1))
 
 
+class StageNumbers(NamedTuple):
+    """What the losses of stages differ by, on the device."""
+
+    stds: Tensor
+    """[T, 1, 1, 4] float32, of the deltas."""
+    weights: Tensor
+    """[T] float32, of the losses."""
+
+
+def stage_numbers(stages: Sequence[StageConfig], device: torch.device) -> StageNumbers:
+    """Made by filling in: copies from the host would be transfers."""
+
+    def vector(numbers: Sequence[float]) -> Tensor:
+        return torch.stack([torch.full((), number, device=device) for number in numbers])
+
+    stds = torch.stack([vector(stage.stds) for stage in stages])
+    return StageNumbers(stds[:, None, None], vector([stage.loss_weight for stage in stages]))
+
+
 def box_losses(
     config: BoxHeadConfig,
-    stage: StageConfig,
-    output: BoxOutput,
-    rois: RoiSample,
+    stages: Sequence[StageConfig],
+    outputs: Sequence[BoxOutput],
+    samples: Sequence[RoiSample],
     targets: Targets,
     probe: Probe = unwatched,
-) -> losses.LossSums:
+    numbers: StageNumbers | None = None,
+) -> list[losses.LossSums]:
     """Classification and box loss, both to be divided by the batch's number of samples.
 
+    Of several stages at once: what each operator launches then serves them all.
+
+    Args:
+        config: which losses.
+        stages: whose losses.
+        outputs: of each.
+        samples: of each, as many boxes.
+        targets: ground truth.
+        probe: sees each stage's goal.
+        numbers: from `stage_numbers`; made here if None.
+
     Returns:
-        The losses `loss_cls` and `loss_bbox`, weighted; `acc`, the percentage of samples
-        whose best class is right, and `samples`, how many there are per image.
+        Of each stage the losses `loss_cls` and `loss_bbox`, weighted; `acc`, the percentage of
+        samples whose best class is right, and how many `samples` and `positives` there are per
+        image.
     """
-    samples = rois.valid.sum(dtype=torch.float32)
-    labels, valid = rois.labels.flatten(), rois.valid.flatten()
-    loss_cls = losses.cross_entropy(output.logits, labels, valid)
-    hits = (output.logits.detach().argmax(dim=1) == labels) & valid
-    first = max_positive(config)
-    boxes, gt, positive = (t[:, :first] for t in (rois.boxes, rois.gt, rois.positive))
-    goal = probe("box.goal", encode(boxes, take(targets.boxes, gt), stage.stds))
-    deltas = output.deltas.reshape(*rois.valid.shape, -1)[:, :first]
-    if config.class_specific:
-        deltas = own_deltas(deltas, rois.labels[:, :first])
-    if config.loss == "smooth_l1":
-        loss_bbox = losses.smooth_l1(deltas, goal, positive, config.beta)
-    else:
-        moved = decode(boxes, deltas, stage.stds, None)
-        loss_bbox = losses.iou_loss(config.loss, moved, take(targets.boxes, gt), positive)
-    weight = stage.loss_weight * config.box_weight
-    return losses.LossSums(
-        {"loss_cls": stage.loss_weight * loss_cls, "loss_bbox": weight * loss_bbox},
-        {"loss_cls": samples, "loss_bbox": samples},
-        {
-            "acc": 100 * hits.sum() / samples.clamp(min=1),
-            "samples": samples / rois.valid.shape[0],
-        },
+    if numbers is None:
+        numbers = stage_numbers(stages, targets.boxes.device)
+    boxes, gt, labels, valid, positive = (
+        torch.stack([getattr(rois, name) for rois in samples])
+        for name in ("boxes", "gt", "labels", "valid", "positive")
     )
+    count, batch = valid.shape[:2]
+    logits = torch.stack([output.logits for output in outputs])
+    own = labels.flatten(1)
+    entropies = losses.cross_entropies(logits.flatten(0, 1), own.flatten(), valid.flatten())
+    loss_cls = entropies.unflatten(0, (count, -1)).sum(dim=1)
+    hits = (logits.detach().argmax(dim=2) == own) & valid.flatten(1)
+    drawn = valid.sum(dim=(1, 2), dtype=torch.float32)
+    # Positives come first in a sample: only so many rows can have a box loss.
+    first = slice(max_positive(config))
+    boxes, gt, few = boxes[:, :, first], gt[:, :, first], positive[:, :, first]
+    gt_boxes = take(targets.boxes, gt.transpose(0, 1).flatten(1)).unflatten(1, gt.shape[::2])
+    gt_boxes = gt_boxes.transpose(0, 1)
+    goal = encode(boxes, gt_boxes, numbers.stds)
+    for each in goal:
+        probe("box.goal", each)
+    deltas = torch.stack([output.deltas for output in outputs])
+    deltas = deltas.reshape(*valid.shape, -1)[:, :, first]
+    if config.class_specific:
+        own_boxes = own_deltas(deltas.flatten(0, 1), labels[:, :, first].flatten(0, 1))
+        deltas = own_boxes.unflatten(0, (count, -1))
+    if config.loss == "smooth_l1":
+        loss_bbox = losses.smooth_l1(deltas, goal, few, config.beta).sum(dim=(1, 2, 3))
+    else:
+        every = zip(boxes, deltas, stages, strict=True)
+        moved = torch.stack([decode(box, delta, own.stds, None) for box, delta, own in every])
+        loss_bbox = losses.iou_loss(config.loss, moved, gt_boxes, few).sum(dim=(1, 2))
+    loss_cls, loss_bbox = loss_cls * numbers.weights, loss_bbox * numbers.weights
+    if config.box_weight != 1:
+        loss_bbox = loss_bbox * config.box_weight
+    measures = {
+        "acc": 100 * hits.sum(dim=1) / drawn.clamp(min=1),
+        "samples": drawn / batch,
+        "positives": positive.sum(dim=(1, 2), dtype=torch.float32) / batch,
+    }
+    # Of unbind the gradient is one stack; of numbers taken singly, three launches for each.
+    columns = zip(loss_cls.unbind(), loss_bbox.unbind(), drawn.unbind(), strict=True)
+    return [
+        losses.LossSums(
+            {"loss_cls": cls, "loss_bbox": box},
+            {"loss_cls": drawn, "loss_bbox": drawn},
+            {name: values[i] for name, values in measures.items()},
+        )
+        for i, (cls, box, drawn) in enumerate(columns)
+    ]
 
 
 def own_deltas(deltas: Tensor, labels: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from casc.device.devices import is_accelerator, traits
+
 # Widths and heights may change by at most this factor's logarithm either way in one
 # decoding, so that an untrained head can't overflow exp(); mmdet's wh_ratio_clip = 16/1000.
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
@@ -24,7 +26,8 @@ def area(boxes: Tensor) -> Tensor:
     Returns:
         [...], of the boxes' dtype.
     """
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    sides = boxes[..., 2:] - boxes[..., :2]
+    return sides[..., 0] * sides[..., 1]
 
 
 def iou_matrix(a: Tensor, b: Tensor) -> Tensor:
@@ -40,14 +43,37 @@ def iou_matrix(a: Tensor, b: Tensor) -> Tensor:
         [..., N, M] float32 in [0, 1].
     """
     a, b = a[..., :, None, :], b[..., None, :, :]
-    width = torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])
-    height = torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])
-    intersection = width.clamp(min=0) * height.clamp(min=0)
+    intersection = _both_axes(a, b) if _launches_each(a) else _by_axes(a, b)
     union = area(a) + area(b) - intersection
     return intersection / union.clamp(min=1e-6)
 
 
-def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
+def _launches_each(x: Tensor) -> bool:
+    """Whether each operator is likely a launch: on accelerators that want contiguous memory."""
+    own = traits(x.device)
+    return is_accelerator(x.device) and own.memory_format == torch.contiguous_format
+
+
+def _by_axes(a: Tensor, b: Tensor) -> Tensor:
+    width = torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])
+    height = torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])
+    return width.clamp(min=0) * height.clamp(min=0)
+
+
+def _both_axes(a: Tensor, b: Tensor) -> Tensor:
+    """The same with both axes in one tensor, the axis first: half the operators."""
+    dims = max(a.dim(), b.dim())
+    (low, high), (other_low, other_high) = (
+        x[(None,) * (dims - x.dim())].movedim(-1, 0).unflatten(0, (2, 2)) for x in (a, b)
+    )
+    sides = torch.minimum(high, other_high) - torch.maximum(low, other_low)
+    sides = sides.clamp(min=0)
+    return sides[0] * sides[1]
+
+
+def encode(
+    boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, float] | Tensor
+) -> Tensor:
     """Deltas (dx, dy, dw, dh) that move `boxes` onto `targets`, divided by `stds`.
 
     Appendix C of "Rich feature hierarchies" (Girshick et al., 2014). Sides are clamped
@@ -56,7 +82,7 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, floa
     Args:
         boxes: [..., 4] xyxy.
         targets: [..., 4] xyxy.
-        stds: standard deviations of the four deltas.
+        stds: standard deviations of the four deltas; of each box if [..., 4].
 
     Returns:
         [..., 4].
@@ -65,6 +91,8 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, floa
     goal_centre, goal_side = _centre_form(targets)
     side, goal_side = side.clamp(min=1e-6), goal_side.clamp(min=1e-6)
     shift, growth = (goal_centre - centre) / side, (goal_side / side).log()
+    if isinstance(stds, Tensor):
+        return torch.cat([shift, growth], dim=-1) / stds
     pairs = ((shift, stds[:2]), (growth, stds[2:]))
     return torch.cat([_by_axis(torch.div, *pair) for pair in pairs], dim=-1)
 

@@ -3,7 +3,7 @@
 `forward_train` goes on from here to losses, `forward_detect` to detections. All are pure functions
 of (parameters, buffers, inputs, noise) with shapes that never change.
 
-Legend: B images, H x W canvas, A anchors, N boxes per image, K classes.
+Legend: B images, H x W canvas, N boxes per image, K classes.
 """
 
 from typing import NamedTuple
@@ -11,17 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from casc.model.anchors import grid_anchors
 from casc.model.backbone import feature_maps, init_backbone, is_frozen, map_channels
 from casc.model.box_head import BoxOutput, init_box_head, own_deltas, regressed_class
 from casc.model.detector_config import ROI_LEVELS, DetectorConfig, mask_stages
 from casc.model.fpn import fpn, init_fpn
-from casc.model.layers import Params, cast_together, gathers_gradients
+from casc.model.layers import Params, cast_together, gathers_gradients, image_cells
 from casc.model.mask_head import init_mask_head
 from casc.model.rpn import init_rpn
 from casc.model.targets import Targets
 from casc.ops.probe import Probe, unwatched
 from casc.ops.pyramid import Pyramid, flatten_pyramid
+
+NORM_STRIDES = (2, 4, 8, 16, 32)
+"""Of all maps that group norms may see."""
 
 
 class Inputs(NamedTuple):
@@ -96,12 +98,11 @@ def extract(
     With the images' sizes [B, 2] float32 given, group norms normalise over the image and not over
     what the canvas adds to it: what is found hardly depends on the canvas then.
     """
-    share = None
+    cells = None
     if size is not None and "gn" in (getattr(config.backbone, "norm", None), config.fpn.norm):
-        height, width = image.shape[2:]
-        share = torch.stack([size[:, 0] / height, size[:, 1] / width], dim=1)
-    maps = probe("maps", feature_maps(params, buffers, config.backbone, image, drop, share))
-    levels = probe("levels", fpn(params, config.fpn, maps, share))
+        cells = image_cells(size, (image.shape[2], image.shape[3]), NORM_STRIDES)
+    maps = probe("maps", feature_maps(params, buffers, config.backbone, image, drop, cells))
+    levels = probe("levels", fpn(params, config.fpn, maps, cells))
     strides = config.anchors.strides[:ROI_LEVELS]
     return Features(levels, flatten_pyramid(levels[:ROI_LEVELS], strides))
 
@@ -116,16 +117,15 @@ def anchor_lengths(config: DetectorConfig, levels: list[Tensor]) -> list[int]:
     return [height * width * len(config.anchors.ratios) for height, width in level_sizes(levels)]
 
 
-def features_anchors(config: DetectorConfig, features: Features) -> Tensor:
-    """The anchors of all levels, [A, 4]."""
-    device = features.pyramid.pixels.device
-    return torch.cat(grid_anchors(config.anchors, level_sizes(features.levels), device))
-
-
 def flat_rois(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """[B, N, 4] boxes as [B * N, 4], and the image of each."""
-    image = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand(boxes.shape[:2])
-    return boxes.flatten(0, 1), image.reshape(-1)
+    return boxes.flatten(0, 1), roi_images(boxes, boxes.shape[1])
+
+
+def roi_images(boxes: Tensor, count: int) -> Tensor:
+    """The image [B * count] of `count` RoIs of each."""
+    image = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
+    return image.expand(-1, count).reshape(-1)
 
 
 def chosen_deltas(output: BoxOutput, shape: torch.Size, labels: Tensor | None) -> Tensor:

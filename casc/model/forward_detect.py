@@ -15,10 +15,11 @@ from casc.model.detector import (
     anchor_lengths,
     chosen_deltas,
     extract,
-    features_anchors,
     flat_rois,
+    level_sizes,
 )
 from casc.model.detector_config import DetectorConfig, InferenceConfig, mask_stages
+from casc.model.fixed import Fixed, make_fixed
 from casc.model.layers import Params
 from casc.model.mask_head import mask_head
 from casc.model.matching import take
@@ -55,20 +56,22 @@ def detect(
     config: DetectorConfig,
     inputs: Inputs,
     probe: Probe = unwatched,
-    anchors: Tensor | None = None,
+    fixed: Fixed | None = None,
 ) -> Detections:
     """Detections with masks; `inputs.targets` isn't read.
 
     Each stage scores the RoIs that it was given; the mean of the three stages' logits is
     turned into scores once (see `InferenceConfig.average`). Masks are the mean of the three
-    heads' probabilities. `anchors` are as for `forward_train.box_branch`.
+    heads' probabilities. `fixed` is as for `forward_train.box_branch`.
     """
     features = extract(params, buffers, config, inputs.image, probe, size=inputs.size)
-    if anchors is None:
-        anchors = features_anchors(config, features)
+    if fixed is None:
+        fixed = make_fixed(config, level_sizes(features.levels), inputs.image.device)
     output = rpn_head(params, config.rpn, features.levels)
     lengths = anchor_lengths(config, features.levels)
-    found = candidates(config.rpn, output, anchors, lengths, inputs.size, train=False)
+    found = candidates(
+        config.rpn, output, fixed.anchors, lengths, inputs.size, train=False, slots=fixed.slots
+    )
     proposals = probe("proposals", propose(config.rpn, found, train=False))
     logits, boxes = cascade_scores(params, config, features.pyramid, proposals, inputs.size, probe)
     boxes, scores, labels, valid = select(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from casc.model import noise as noises
-from casc.model.backbone import drop_places
 from casc.model.box_head import (
+    BoxOutput,
     RoiSample,
+    StageNumbers,
     box_head_at,
     box_losses,
     max_positive,
@@ -26,11 +27,11 @@ from casc.model.detector import (
     cast_heads,
     chosen_deltas,
     extract,
-    features_anchors,
-    flat_rois,
     level_sizes,
+    roi_images,
 )
 from casc.model.detector_config import DetectorConfig, mask_stages
+from casc.model.fixed import Fixed, make_fixed, noise_counts
 from casc.model.layers import Params
 from casc.model.losses import LossSums, add_prefix, join
 from casc.model.mask_head import MaskRois, mask_heads, mask_losses, mask_rois, mask_targets
@@ -45,7 +46,7 @@ from casc.model.rpn import (
 )
 from casc.model.targets import Targets
 from casc.ops.probe import Probe, unwatched
-from casc.ops.pyramid import Pyramid
+from casc.ops.pyramid import Neighbours, Pyramid
 from casc.ops.roi_align import detach_unread, roi_align
 
 
@@ -58,9 +59,17 @@ class Noise(NamedTuple):
     """Per stage [B, G + P] or [B, G + S]."""
     drop: Tensor | None = None
     """[B, D], which paths of the backbone are dropped; None where none are."""
+    flip: Tensor | None = None
+    """[B, 1], whether the image is mirrored; None where that is decided elsewhere."""
 
 
-def draw_noise(config: DetectorConfig, seed: Tensor, anchors: int, capacity: int) -> Noise:
+def draw_noise(
+    config: DetectorConfig,
+    seed: Tensor,
+    anchors: int,
+    capacity: int,
+    draws: noises.Draws | None = None,
+) -> Noise:
     """All noise of a step from one seed per image.
 
     Args:
@@ -68,14 +77,12 @@ def draw_noise(config: DetectorConfig, seed: Tensor, anchors: int, capacity: int
         seed: [B] int64.
         anchors: A, of all levels.
         capacity: G.
+        draws: of `noise_counts`; made here if None.
     """
-    boxes = [config.rpn.train_proposals] + [config.box_head.samples] * (len(config.stages) - 1)
-    stages = {noises.STAGE + i: capacity + count for i, count in enumerate(boxes)}
-    places = drop_places(config.backbone)
-    drops = {noises.DROP_PATH: places} if places else {}
-    rpn, *others = noises.uniforms(seed, {noises.RPN: anchors} | stages | drops)
-    drop = others.pop() if places else None
-    return Noise(rpn, tuple(others), drop)
+    counts = noise_counts(config, anchors, capacity)
+    made = dict(zip(counts, noises.uniforms(seed, counts, draws), strict=True))
+    stages = tuple(made[noises.STAGE + i] for i in range(len(config.stages)))
+    return Noise(made[noises.RPN], stages, made.get(noises.DROP_PATH), made[noises.FLIP])
 
 
 def losses(
@@ -85,7 +92,7 @@ def losses(
     inputs: Inputs,
     noise: Noise,
     probe: Probe = unwatched,
-    anchors: Tensor | None = None,
+    fixed: Fixed | None = None,
 ) -> LossSums:
     """Every loss of a batch in one graph.
 
@@ -99,14 +106,14 @@ def losses(
         inputs: images with ground truth.
         noise: the step's random numbers.
         probe: sees what is computed on the way.
-        anchors: as for `box_branch`.
+        fixed: as for `box_branch`.
 
     Returns:
         Losses and measures, named like the reference's log.
     """
     params = cast_heads(params, inputs.image)
     features = extract(params, buffers, config, inputs.image, probe, noise.drop)
-    result, pyramid, rois = box_branch(params, config, features, inputs, noise, probe, anchors)
+    result, pyramid, rois = box_branch(params, config, features, inputs, noise, probe, fixed)
     stages = range(mask_stages(config))
     if not stages:
         return result
@@ -128,28 +135,33 @@ def box_branch(
     inputs: Inputs,
     noise: Noise,
     probe: Probe = unwatched,
-    anchors: Tensor | None = None,
+    fixed: Fixed | None = None,
 ) -> tuple[LossSums, Pyramid, list[MaskRois]]:
     """All losses but the masks', and what these need: features, and each stage's positive RoIs.
 
-    The pyramid goes from reader to reader, which bounds the gradients held at once. `anchors` are
-    the canvas's, [A, 4]; without them they are made.
+    The pyramid goes from reader to reader, which bounds the gradients held at once. `fixed` is
+    the canvas's; without it, it is made.
     """
-    if anchors is None:
-        anchors = features_anchors(config, features)
-    anchors = probe("anchors", anchors)
-    result, pyramid = rpn_branch(params, config, features, anchors, inputs, noise.rpn, probe)
+    if fixed is None:
+        device, capacity = inputs.image.device, inputs.targets.valid.shape[1]
+        fixed = make_fixed(config, level_sizes(features.levels), device, capacity)
+    anchors = probe("anchors", fixed.anchors)
+    result, pyramid = rpn_branch(
+        params, config, features, anchors, inputs, noise.rpn, probe, fixed.neighbours
+    )
     with torch.no_grad():
         output = probe("rpn.output", rpn_head(params, config.rpn, features.levels))
     lengths = anchor_lengths(config, features.levels)
-    found = candidates(config.rpn, output, anchors, lengths, inputs.size, train=True)
+    found = candidates(
+        config.rpn, output, anchors, lengths, inputs.size, train=True, slots=fixed.slots
+    )
     found = probe("candidates", found)
     proposals = probe("proposals", propose(config.rpn, found, train=True))
     cascade, pyramid, samples = cascade_losses(
-        params, config, pyramid, proposals, inputs, noise.stages, probe
+        params, config, pyramid, proposals, inputs, noise.stages, probe, fixed.numbers
     )
     masked = samples[: mask_stages(config)]
-    rois = [mask_rois(s, max_positive(config.box_head)) for s in masked]
+    rois = mask_rois(masked, max_positive(config.box_head)) if masked else []
     pyramid = detach_unread(pyramid, config.roi_align, config.roi_kernel)
     return join(result, cascade), pyramid, rois
 
@@ -162,6 +174,7 @@ def rpn_branch(
     inputs: Inputs,
     keys: Tensor,
     probe: Probe = unwatched,
+    table: Neighbours | None = None,
 ) -> tuple[LossSums, Pyramid]:
     """The RPN's losses and number of positive anchors per image; the pyramid for what follows."""
     gt = inputs.targets
@@ -171,7 +184,7 @@ def rpn_branch(
     targets = probe("rpn.targets", targets)
     sizes = level_sizes(features.levels)
     index = targets.sample.indices
-    sampled, pyramid = rpn_head_at(params, config.rpn, features.pyramid, sizes, index)
+    sampled, pyramid = rpn_head_at(params, config.rpn, features.pyramid, sizes, index, table)
     sampled = probe("rpn.sampled", sampled)
     result = rpn_losses(config.rpn, sampled, anchors, targets, gt.boxes, probe)
     result.measures["rpn.positives"] = _per_image(targets.sample.positive)
@@ -186,37 +199,42 @@ def cascade_losses(
     inputs: Inputs,
     keys: tuple[Tensor, ...],
     probe: Probe = unwatched,
+    numbers: StageNumbers | None = None,
 ) -> tuple[LossSums, Pyramid, list[RoiSample]]:
     """Box losses of every stage, each starting from the boxes refined by the one before.
 
     Also the pyramid for what follows, and each stage's RoIs.
     """
     boxes, valid = proposals.boxes, proposals.valid
-    stages: list[LossSums] = []
-    samples = []
+    outputs: list[BoxOutput] = []
+    samples: list[RoiSample] = []
+    image = roi_images(boxes, config.box_head.samples)
     for i, stage in enumerate(config.stages):
         boxes, valid = probe("box.candidates", (boxes, valid))
         rois = sample_rois(
             config.box_head, stage, config.classes, boxes, valid, inputs.targets, keys[i], probe
         )
         rois = probe("box.rois", rois)
-        flat, image = flat_rois(rois.boxes)
+        flat = rois.boxes.flatten(0, 1)
         sampling, kernel = config.roi_align, config.roi_kernel
         output, pyramid = box_head_at(
             params, config.box_head, i, pyramid, flat, image, sampling, kernel, probe
         )
         output = probe("box.output", output)
-        stage_losses = box_losses(config.box_head, stage, output, rois, inputs.targets, probe)
-        stage_losses.measures["positives"] = _per_image(rois.positive)
-        stages.append(add_prefix(f"s{i}.", stage_losses))
+        outputs.append(output)
+        samples.append(rois)
+        if i + 1 == len(config.stages):
+            break
         deltas = output.deltas
         if config.box_head.class_specific:
             deltas = chosen_deltas(output, rois.labels.shape, rois.labels)
         boxes = refine(stage, rois.boxes, deltas, inputs.size)
         # Ground truth is added afresh by each stage; its own refinement would come twice.
         valid = rois.valid & ~rois.from_gt
-        samples.append(rois)
-    return join(*stages), pyramid, samples
+    made = box_losses(
+        config.box_head, config.stages, outputs, samples, inputs.targets, probe, numbers
+    )
+    return join(*(add_prefix(f"s{i}.", each) for i, each in enumerate(made))), pyramid, samples
 
 
 def mask_branch(
@@ -250,13 +268,13 @@ def mask_branch(
         pyramid, every.boxes, every.image, head.cells, config.roi_align, config.roi_kernel
     )
     features = [probe("mask.features", each) for each in features.split(counts)]
-    made = mask_heads(params, head, stages, features, every.labels.split(counts))
-    logits = [probe("mask.logits", each) for each in made]
-    goal = mask_targets(head, every, targets)
-    goals = [probe("mask.goal", each) for each in goal.split(counts)]
+    logits = mask_heads(params, head, stages, features, every.labels.split(counts))
     # Every stage has as many RoIs.
-    valid = every.valid.unflatten(0, (len(rois), -1))
-    return mask_losses(torch.stack(logits), torch.stack(goals), valid)
+    goals = mask_targets(head, every, targets).unflatten(0, (len(rois), -1))
+    for each, goal in zip(logits, goals, strict=True):
+        probe("mask.logits", each)
+        probe("mask.goal", goal)
+    return mask_losses(logits, goals, every.valid.unflatten(0, (len(rois), -1)))
 
 
 def _per_image(mask: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from casc.model.layers import (
+    Cells,
     Norm,
     Params,
     conv_module,
@@ -37,7 +38,7 @@ class FPNConfig:
 
 
 def fpn(
-    params: Params, config: FPNConfig, maps: list[Tensor], share: Tensor | None = None
+    params: Params, config: FPNConfig, maps: list[Tensor], cells: Cells | None = None
 ) -> list[Tensor]:
     """P2 to P6 from C2 to C5, or from a plain network's one map by `simple_pyramid`.
 
@@ -48,7 +49,7 @@ def fpn(
         params: weights by name.
         config: channels and norm.
         maps: 4 tensors [B, C_l, H_l, W_l], fine to coarse; or one [B, C, H / 16, W / 16].
-        share: as for `group_norm`.
+        cells: as for `group_norm`.
 
     Returns:
         5 tensors [B, channels, H_l, W_l], fine to coarse.
@@ -58,14 +59,14 @@ def fpn(
         maps = simple_pyramid(params, maps[0])
     laterals = [
         conv_module(
-            params, f"{PREFIX}.lateral_convs.{i}", x, padding=0, norm=config.norm, share=share
+            params, f"{PREFIX}.lateral_convs.{i}", x, padding=0, norm=config.norm, cells=cells
         )
         for i, x in enumerate(maps)
     ]
     for i in range(0 if plain else len(laterals) - 1, 0, -1):
         laterals[i - 1] = add_upsampled(laterals[i - 1], laterals[i])
     levels = [
-        conv_module(params, f"{PREFIX}.fpn_convs.{i}", x, padding=1, norm=config.norm, share=share)
+        conv_module(params, f"{PREFIX}.fpn_convs.{i}", x, padding=1, norm=config.norm, cells=cells)
         for i, x in enumerate(laterals)
     ]
     return [*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2)]

@@ -25,6 +25,8 @@ Params = dict[str, Tensor]
 Affine = dict[str, tuple[Tensor | None, Tensor]]
 """Scale and shift of each channel, by the norm's name; no scale where the weight has it already."""
 Norm = Literal["none", "gn", "ln"]
+Cells = dict[tuple[int, int], Tensor]
+"""Which cells of maps are image, [B, H_l, W_l] bool by their height and width."""
 
 BN_EPS = 1e-5
 GN_GROUPS = 32
@@ -314,22 +316,22 @@ def keep_path(noise: Tensor, probability: float) -> Tensor:
     return (noise >= probability).to(noise.dtype) / (1 - probability)
 
 
-def group_norm(params: Params, name: str, x: Tensor, share: Tensor | None = None) -> Tensor:
+def group_norm(params: Params, name: str, x: Tensor, cells: Cells | None = None) -> Tensor:
     """Group normalisation (Wu & He, 2018) over at most 32 groups: [B, C, H, W], same shape.
 
     Args:
         params: weights by name.
         name: of the norm.
         x: activations.
-        share: [B, 2] float32, the part of height and width that is image. Mean and variance are of
-            its cells, so that they don't depend on how large the canvas is; None: of all cells.
+        cells: from `image_cells`. Mean and variance are of these, so that they don't depend on how
+            large the canvas is; None: of all cells.
     """
     channels = x.shape[1]
     groups = math.gcd(GN_GROUPS, channels)
     weight, bias = params[f"{name}.weight"].to(x.dtype), params[f"{name}.bias"].to(x.dtype)
-    if share is None:
+    if cells is None:
         return F.group_norm(x, groups, weight, bias)
-    inside = _inside(share, x.shape[2], x.shape[3])[:, None, None]
+    inside = cells[x.shape[2], x.shape[3]][:, None, None]
     parts = x.float().unflatten(1, (groups, channels // groups))
     count = inside.sum(dim=(2, 3, 4), keepdim=True) * (channels // groups)
     centred = parts - (parts * inside).sum(dim=(2, 3, 4), keepdim=True) / count
@@ -338,15 +340,23 @@ def group_norm(params: Params, name: str, x: Tensor, share: Tensor | None = None
     return normal * weight[:, None, None] + bias[:, None, None]
 
 
-def _inside(share: Tensor, height: int, width: int) -> Tensor:
-    """Cells that are image, in full or in part: [B, height, width] bool, at least one."""
+def image_cells(size: Tensor, canvas: tuple[int, int], strides: Iterable[int]) -> Cells:
+    """Cells that are image, in full or in part, at least one: made once for all norms.
+
+    Args:
+        size: [B, 2] float32, height and width of the images on the canvas.
+        canvas: (H, W), divisible by the strides.
+        strides: of the maps.
+    """
 
     def along(axis: int, length: int) -> Tensor:
         # Sizes are whole pixels: a number of cells is whole, or farther from it than this.
-        cells = (share[:, axis : axis + 1] * length - 1e-3).ceil().clamp(min=1)
-        return torch.arange(length, device=share.device) < cells
+        share = size[:, axis : axis + 1] / canvas[axis]
+        inside = (share * length - 1e-3).ceil().clamp(min=1)
+        return torch.arange(length, device=size.device) < inside
 
-    return along(0, height)[:, :, None] & along(1, width)[:, None]
+    maps = [(canvas[0] // stride, canvas[1] // stride) for stride in strides]
+    return {(h, w): along(0, h)[:, :, None] & along(1, w)[:, None] for h, w in maps}
 
 
 def layer_norm(params: Params, name: str, x: Tensor) -> Tensor:
@@ -362,15 +372,15 @@ def conv_module(
     x: Tensor,
     padding: int,
     norm: Norm,
-    share: Tensor | None = None,
+    cells: Cells | None = None,
 ) -> Tensor:
     """A ConvModule of mmcv without its activation: `name.conv`, then `name.gn` or `name.ln`.
 
-    `share` is as for `group_norm`.
+    `cells` is as for `group_norm`.
     """
     x = conv(params, f"{name}.conv", x, padding=padding)
     if norm == "gn":
-        return group_norm(params, f"{name}.gn", x, share)
+        return group_norm(params, f"{name}.gn", x, cells)
     return layer_norm(params, f"{name}.ln", x) if norm == "ln" else x
 
 

@@ -1,4 +1,4 @@
-"""Masked losses: sums over the entries that count; the caller divides.
+"""Masked losses: of the entries that count; the caller sums up and divides.
 
 Entries that don't count give exactly zero loss and gradient, whatever finite numbers they
 hold, so a batch without a single object trains like any other.
@@ -81,8 +81,7 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tenso
 
 def binary_cross_entropies(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """What `binary_cross_entropy` sums: [...] float32, 0 where `mask` doesn't hold."""
-    loss = _BinaryCrossEntropy.apply(logits, targets.to(logits.dtype))
-    return torch.where(mask, loss, 0.0)
+    return _BinaryCrossEntropy.apply(logits, targets.to(logits.dtype)) * mask
 
 
 # torch's own function in its own terms, to the bit. torch_npu replaces the gradient of
@@ -99,8 +98,8 @@ class _BinaryCrossEntropy(torch.autograd.Function):
         return (logits.sigmoid() - targets) * grads[0], None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Sum of softmax cross-entropies where `mask` holds.
+def cross_entropies(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Softmax cross-entropies, 0 where `mask` doesn't hold.
 
     Args:
         logits: [N, C] float32.
@@ -108,13 +107,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         mask: [N] bool.
 
     Returns:
-        Scalar float32.
+        [N] float32.
     """
-    return torch.where(mask, F.cross_entropy(logits, labels, reduction="none"), 0.0).sum()
+    return F.cross_entropy(logits, labels, reduction="none") * mask
 
 
 def smooth_l1(prediction: Tensor, target: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """Sum over coordinates of the smooth L1 loss where `mask` holds (Fast R-CNN, eq. 3).
+    """The smooth L1 loss of each coordinate (Fast R-CNN, eq. 3), 0 where `mask` doesn't hold.
 
     Args:
         prediction: [..., 4] float32.
@@ -123,16 +122,16 @@ def smooth_l1(prediction: Tensor, target: Tensor, mask: Tensor, beta: float) -> 
         beta: where the square turns into a line.
 
     Returns:
-        Scalar float32.
+        [..., 4] float32.
     """
     loss = F.smooth_l1_loss(prediction, target, reduction="none", beta=beta)
-    return torch.where(mask[..., None], loss, 0.0).sum()
+    return loss * mask[..., None]
 
 
 def iou_loss(
     kind: BoxLoss, prediction: Tensor, target: Tensor, mask: Tensor, eps: float = 1e-7
 ) -> Tensor:
-    """Sum of 1 - GIoU, DIoU or CIoU where `mask` holds.
+    """1 - GIoU, DIoU or CIoU of each box, 0 where `mask` doesn't hold.
 
     Generalized IoU (Rezatofighi et al., 2019) subtracts the share of the enclosing box that is
     in neither; Distance-IoU (Zheng et al., 2020) the squared distance of the centres over the
@@ -147,7 +146,7 @@ def iou_loss(
         eps: added to what is divided by.
 
     Returns:
-        Scalar float32.
+        [...] float32.
     """
     # Padded rows become the unit square, whose loss and gradient are finite. It is computed: a
     # list would be copied to the device at every step.
@@ -170,4 +169,4 @@ def iou_loss(
         )
         shape = 4 / math.pi**2 * (theirs - ours).square()
         loss = loss + (shape / (1 - iou + shape + eps)).detach() * shape
-    return torch.where(mask, loss, 0.0).sum()
+    return loss * mask

@@ -74,15 +74,16 @@ class MaskRois(NamedTuple):
     """[R] bool."""
 
 
-def mask_rois(rois: RoiSample, max_positive: int) -> MaskRois:
-    """The slots of a stage's sample that can hold positives: R = B * max_positive."""
+def mask_rois(samples: Sequence[RoiSample], max_positive: int) -> list[MaskRois]:
+    """The slots of stages' samples that can hold positives: R = B * max_positive of each."""
     boxes, gt, labels, positive = (
-        t[:, :max_positive] for t in (rois.boxes, rois.gt, rois.labels, rois.positive)
+        torch.stack([getattr(rois, name)[:, :max_positive] for rois in samples])
+        for name in ("boxes", "gt", "labels", "positive")
     )
-    image = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand(gt.shape)
-    labels = torch.where(positive, labels, 0)
-    flat = [t.flatten(0, 1) for t in (boxes, image, gt, labels, positive)]
-    return MaskRois(*flat)
+    image = torch.arange(gt.shape[1], device=boxes.device)[:, None].expand(gt.shape[1:])
+    columns = [t.flatten(1, 2) for t in (boxes, gt, labels * positive, positive)]
+    image = image.flatten()
+    return [MaskRois(each[0], image, *each[1:]) for each in zip(*columns, strict=True)]
 
 
 def pack(rois: MaskRois, capacity: int) -> MaskRois:

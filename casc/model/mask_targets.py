@@ -81,7 +81,7 @@ def crossings_all(
     grid = _Grid.of(boxes[:, None])
     begin, end = grid.lines_above(heights, count).chunk(2, dim=1)
     own = edge_gt[image] == gt[:, None]
-    crossings = torch.where(own, (end - begin).abs(), 0)
+    crossings = (end - begin).abs() * own
     stop = crossings.cumsum(1, dtype=torch.int32)
     slots = max(-(-capacity * count // GRID_LINES), count * min(capacity, FREE_CROSSINGS))
     slot = torch.arange(slots, dtype=torch.int32, device=boxes.device).repeat(rois, 1)
@@ -89,8 +89,8 @@ def crossings_all(
     used = edge < capacity
     edge = edge.clamp(max=capacity - 1)
     first = torch.minimum(begin, end) - stop + crossings
-    line = torch.where(used, first.gather(1, edge) + slot, 0)
-    direction = torch.where(used, (end - begin).sign().gather(1, edge), 0)
+    line = (first.gather(1, edge) + slot) * used
+    direction = (end - begin).sign().gather(1, edge) * used
     at = grid.crossing(edges[image[:, None], edge], line, count)
     crossed = direction.new_zeros((rois, count * (count + 1))).scatter_add(1, at, direction)
     return crossed.reshape(rois, count, count + 1)

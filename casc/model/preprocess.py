@@ -114,7 +114,13 @@ def plain_view(size: Tensor, config: ImageConfig) -> View:
     return View(new, None, torch.zeros_like(new[:, 0], dtype=torch.bool))
 
 
-def random_view(size: Tensor, seed: Tensor, config: ImageConfig, canvas: tuple[int, int]) -> View:
+def random_view(
+    size: Tensor,
+    seed: Tensor,
+    config: ImageConfig,
+    canvas: tuple[int, int],
+    flip: Tensor | None = None,
+) -> View:
     """How images are seen in training, from one seed per image.
 
     Args:
@@ -122,14 +128,17 @@ def random_view(size: Tensor, seed: Tensor, config: ImageConfig, canvas: tuple[i
         seed: [B] int64.
         config: what is random, and how.
         canvas: (H, W) from `training_canvas`.
+        flip: [B, 1], the seed's noise of that purpose; drawn here if None.
     """
-    flip = noises.uniform(seed, noises.FLIP, 1)[:, 0] < config.flip
+    if flip is None:
+        flip = noises.uniform(seed, noises.FLIP, 1)
+    flipped = flip[:, 0] < config.flip
     if config.jitter is not None:
-        return _jittered(size, seed, config, canvas)._replace(flip=flip)
+        return _jittered(size, seed, config, canvas)._replace(flip=flipped)
     short: Tensor | int = config.short
     if config.train_short is not None:
         short = _drawn(noises.uniform(seed, noises.SCALE, 1), *config.train_short)
-    return View(resized(size, short, config.long), None, flip, seed)
+    return View(resized(size, short, config.long), None, flipped, seed)
 
 
 def without_randomness(config: ImageConfig) -> ImageConfig:
@@ -202,8 +211,9 @@ def prepare(
     ratio = view.size.to(torch.float32) / batch.size.clamp(min=1)
     scale = ratio.flip(-1).repeat(1, 2)
     shown = _shown(view, canvas)
-    inside = _inside(view, canvas)
-    image = (_filter if config.antialias else _resample)(batch, view, canvas)
+    source = _source(view, canvas)
+    inside = _inside(view, source)
+    image = (_filter if config.antialias else _resample)(batch, view, source)
     if view.seed is not None and any(config.colour):
         image = jitter_colours(image, inside, colour_factors(view.seed, config.colour))
     if view.corner is not None:
@@ -249,22 +259,21 @@ def _shown(view: View, canvas: tuple[int, int]) -> Tensor:
     return torch.stack([torch.full_like(view.flip, side, dtype=torch.int64) for side in canvas], 1)
 
 
-def _inside(view: View, canvas: tuple[int, int]) -> Tensor:
+def _inside(view: View, source: tuple[Tensor, Tensor]) -> Tensor:
     """Which of the canvas's pixels show the image: [B, H, W] bool."""
-    rows, columns = _source(view, canvas)
+    rows, columns = source
     # Mirrored padding lies left of the image.
     across = (columns >= 0) & (columns < view.size[:, 1:2])
     return (rows < view.size[:, 0:1])[:, :, None] & across[:, None]
 
 
-def _resample(batch: Batch, view: View, canvas: tuple[int, int]) -> Tensor:
+def _resample(batch: Batch, view: View, source: tuple[Tensor, Tensor]) -> Tensor:
     """Bilinear: [B, Hi, Wi, C] uint8 to [B, H, W, C] float32."""
-    new = view.size
-    rows, columns = _source(view, canvas)
-    size = batch.size.to(torch.int64)
-    y0, y1, fy = _bilinear_taps(rows, size[:, 0], new[:, 0])
-    x0, x1, fx = _bilinear_taps(columns, size[:, 1], new[:, 1])
-    image = torch.arange(new.shape[0], device=new.device)[:, None, None]
+    sides = [at.shape[1] for at in source]
+    # Both axes at once: an eager device launches each operator once.
+    taps = _bilinear_taps(torch.cat(source, dim=1), sides, batch.size.to(torch.int64), view.size)
+    (y0, x0), (y1, x1), (fy, fx) = (each.split(sides, dim=1) for each in taps)
+    image = torch.arange(len(fy), device=fy.device)[:, None, None]
 
     def read(y: Tensor, x: Tensor) -> Tensor:
         return batch.image[image, y[:, :, None], x[:, None, :]].to(torch.float32)
@@ -275,9 +284,9 @@ def _resample(batch: Batch, view: View, canvas: tuple[int, int]) -> Tensor:
     return top * (1 - fy) + bottom * fy
 
 
-def _filter(batch: Batch, view: View, canvas: tuple[int, int]) -> Tensor:
+def _filter(batch: Batch, view: View, source: tuple[Tensor, Tensor]) -> Tensor:
     """Pillow's bilinear without its rounding: [B, Hi, Wi, C] uint8 to [B, H, W, C] float32."""
-    rows, columns = _source(view, canvas)
+    rows, columns = source
     stored = batch.image.shape[1:3]
     down = _triangles(rows, batch.size[:, 0], view.size[:, 0], stored[0])
     across = _triangles(columns, batch.size[:, 1], view.size[:, 1], stored[1])
@@ -320,19 +329,28 @@ def _source(view: View, canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return rows + view.corner[:, 0:1], columns + view.corner[:, 1:2]
 
 
-def _bilinear_taps(at: Tensor, size: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Two neighbours and the second one's weight along one axis.
+def _bilinear_taps(
+    at: Tensor, sides: list[int], size: Tensor, new: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two neighbours and the second one's weight along both axes, H + W = N positions.
 
     Args:
         at: [B, N] int64, position in the resized image.
-        size: [B] int64, stored length.
-        new: [B] int64, resized length.
+        sides: H and W.
+        size: [B, 2] int64, stored lengths.
+        new: [B, 2] int64, resized lengths.
 
     Returns:
         [B, N] int64, [B, N] int64 and [B, N] float32.
     """
-    step = (size.to(torch.float32) / new.to(torch.float32))[:, None]
-    last = (size - 1)[:, None].to(torch.float32)
+
+    def along(values: Tensor) -> Tensor:
+        columns = values.to(torch.float32).split(1, dim=1)
+        return torch.cat(
+            [column.expand(-1, side) for column, side in zip(columns, sides, strict=True)], dim=1
+        )
+
+    step, last = along(size.to(torch.float32) / new.to(torch.float32)), along(size - 1)
     source = ((at.to(torch.float32) + 0.5) * step - 0.5).clamp(min=0)
     source = torch.minimum(source, last)
     floor = source.floor()
@@ -399,7 +417,7 @@ def _resize_bitmaps(bitmaps: Tensor, size: Tensor, view: View, canvas: tuple[int
     """Nearest as cv2 rounds it (floor): [B, G, Hi, Wi] to [B, G, H, W] uint8, 0 outside."""
     new, stored = view.size, size.to(torch.int64)
     rows, columns = _source(view, canvas)
-    inside = _inside(view, canvas)
+    inside = _inside(view, (rows, columns))
     y = torch.minimum(rows * stored[:, 0:1] // new[:, 0:1], stored[:, 0:1] - 1)
     x = columns.clamp(min=0) * stored[:, 1:2] // new[:, 1:2]
     x = torch.minimum(x, stored[:, 1:2] - 1)

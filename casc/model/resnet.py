@@ -12,6 +12,7 @@ from torch import Tensor
 
 from casc.model.layers import (
     Affine,
+    Cells,
     Params,
     conv,
     conv_affine,
@@ -74,7 +75,7 @@ def resnet(
     buffers: Params,
     config: ResNetConfig,
     image: Tensor,
-    share: Tensor | None = None,
+    cells: Cells | None = None,
 ) -> list[Tensor]:
     """Feature maps C2 to C5.
 
@@ -83,7 +84,7 @@ def resnet(
         buffers: batch norm statistics by name.
         config: which network.
         image: [B, C, H, W] normalised, H and W divisible by 32.
-        share: as for `group_norm`.
+        cells: as for `group_norm`.
 
     Returns:
         4 tensors [B, C_l, H / 2**l, W / 2**l] for l = 2..5.
@@ -100,7 +101,7 @@ def resnet(
         params, norms = fold_rows(params, buffers, _convs(buffers), image.dtype)
     elif config.norm == "frozen_bn":
         norms = frozen_norms(params, buffers, image.dtype)
-    x = _conv_norm(params, norms, config, share, PREFIX, "conv1", 1, image, stride=2, padding=3)
+    x = _conv_norm(params, norms, config, cells, PREFIX, "conv1", 1, image, stride=2, padding=3)
     x = F.max_pool2d(F.relu(x), kernel_size=3, stride=2, padding=1)
     block = _bottleneck if _is_bottleneck(config) else _basic_block
     maps = []
@@ -109,9 +110,9 @@ def resnet(
             stride = 2 if index == 0 and stage > 0 else 1
             name = f"{PREFIX}.layer{stage + 1}.{index}"
             if config.recompute and torch.is_grad_enabled() and stage >= config.frozen_stages:
-                x = recomputed(block, params, norms, config, share, name, x, stride)
+                x = recomputed(block, params, norms, config, cells, name, x, stride)
             else:
-                x = block(params, norms, config, share, name, x, stride)
+                x = block(params, norms, config, cells, name, x, stride)
         maps.append(x)
     return maps
 
@@ -173,37 +174,37 @@ def _bottleneck(
     params: Params,
     norms: Affine,
     config: ResNetConfig,
-    share: Tensor | None,
+    cells: Cells | None,
     name: str,
     x: Tensor,
     stride: int,
 ) -> Tensor:
     first, second = (stride, 1) if config.stride_in_1x1 else (1, stride)
-    y = F.relu(_conv_norm(params, norms, config, share, name, "conv1", 1, x, first))
-    y = F.relu(_conv_norm(params, norms, config, share, name, "conv2", 2, y, second, padding=1))
-    y = _conv_norm(params, norms, config, share, name, "conv3", 3, y)
-    return F.relu(y + _shortcut(params, norms, config, share, name, x, stride))
+    y = F.relu(_conv_norm(params, norms, config, cells, name, "conv1", 1, x, first))
+    y = F.relu(_conv_norm(params, norms, config, cells, name, "conv2", 2, y, second, padding=1))
+    y = _conv_norm(params, norms, config, cells, name, "conv3", 3, y)
+    return F.relu(y + _shortcut(params, norms, config, cells, name, x, stride))
 
 
 def _basic_block(
     params: Params,
     norms: Affine,
     config: ResNetConfig,
-    share: Tensor | None,
+    cells: Cells | None,
     name: str,
     x: Tensor,
     stride: int,
 ) -> Tensor:
-    y = F.relu(_conv_norm(params, norms, config, share, name, "conv1", 1, x, stride, padding=1))
-    y = _conv_norm(params, norms, config, share, name, "conv2", 2, y, padding=1)
-    return F.relu(y + _shortcut(params, norms, config, share, name, x, stride))
+    y = F.relu(_conv_norm(params, norms, config, cells, name, "conv1", 1, x, stride, padding=1))
+    y = _conv_norm(params, norms, config, cells, name, "conv2", 2, y, padding=1)
+    return F.relu(y + _shortcut(params, norms, config, cells, name, x, stride))
 
 
 def _shortcut(
     params: Params,
     norms: Affine,
     config: ResNetConfig,
-    share: Tensor | None,
+    cells: Cells | None,
     name: str,
     x: Tensor,
     stride: int,
@@ -212,7 +213,7 @@ def _shortcut(
         return x
     if config.norm == "gn":
         y = conv(params, f"{name}.downsample.0", x, stride)
-        return group_norm(params, f"{name}.downsample.1", y, share)
+        return group_norm(params, f"{name}.downsample.1", y, cells)
     affine = norms[f"{name}.downsample.1"]
     return conv_affine(params, f"{name}.downsample.0", affine, x, stride)
 
@@ -221,7 +222,7 @@ def _conv_norm(
     params: Params,
     norms: Affine,
     config: ResNetConfig,
-    share: Tensor | None,
+    cells: Cells | None,
     name: str,
     conv_name: str,
     norm_index: int,
@@ -232,7 +233,7 @@ def _conv_norm(
     norm = f"{name}.{_norm_tag(config)}{norm_index}"
     if config.norm == "gn":
         x = conv(params, f"{name}.{conv_name}", x, stride, padding)
-        return group_norm(params, norm, x, share)
+        return group_norm(params, norm, x, cells)
     return conv_affine(params, f"{name}.{conv_name}", norms[norm], x, stride, padding)
 
 

@@ -18,7 +18,7 @@ from casc.model.layers import JOINED, Params, conv, join_layers, new_weight, nor
 from casc.model.matching import Matches, Sample, covered, match_anchors, sample, take
 from casc.ops.nms import NmsKernel, batched_nms
 from casc.ops.probe import Probe, unwatched
-from casc.ops.pyramid import Pyramid, patches
+from casc.ops.pyramid import Neighbours, Pyramid, patches
 
 PREFIX = "rpn_head"
 STDS = (1.0, 1.0, 1.0, 1.0)
@@ -109,6 +109,7 @@ def rpn_head_at(
     pyramid: Pyramid,
     sizes: list[tuple[int, int]],
     anchor: Tensor,
+    table: Neighbours | None = None,
 ) -> tuple[RPNOutput, Pyramid]:
     """What `rpn_head` says of chosen anchors only.
 
@@ -123,13 +124,14 @@ def rpn_head_at(
         pyramid: features.
         sizes: (H_l, W_l) of every level with anchors, P6 included.
         anchor: [B, S] int64 into A.
+        table: of all cells, `patch_side` a side; see `patches`.
 
     Returns:
         Logits [B, S] and deltas [B, S, 4], and the pyramid for the next reader.
     """
     ratios = params[f"{PREFIX}.rpn_cls.weight"].shape[0]
     # Each convolution takes a cell off every side of the neighbourhood.
-    x, within, pyramid = patches(pyramid, sizes, anchor // ratios, 2 * config.convs + 1)
+    x, within, pyramid = patches(pyramid, sizes, anchor // ratios, patch_side(config), table)
     *first, last = _convs(config)
     for name in first:
         side = within.shape[-1]
@@ -149,6 +151,11 @@ def rpn_head_at(
     # A product with ones and zeros is exact, and unlike an index's its backward has no order.
     own = anchor[..., None] % ratios == torch.arange(ratios, device=anchor.device)
     return RPNOutput((logits * own).sum(-1), (deltas * own[..., None]).sum(-2)), pyramid
+
+
+def patch_side(config: RPNConfig) -> int:
+    """Side of what `rpn_head_at` reads for a cell, in cells."""
+    return 2 * config.convs + 1
 
 
 def rpn_targets(
@@ -230,7 +237,7 @@ def rpn_losses(
     index, positive = index[:, first], positive[:, first]
     goal = encode(anchors[index], take(gt_boxes, take(targets.matches.gt, index)), STDS)
     goal = probe("rpn.goal", goal)
-    loss_bbox = losses.smooth_l1(sampled.deltas[:, first], goal, positive, config.beta)
+    loss_bbox = losses.smooth_l1(sampled.deltas[:, first], goal, positive, config.beta).sum()
     return losses.LossSums(
         {"loss_rpn_cls": loss_cls, "loss_rpn_bbox": loss_bbox},
         {"loss_rpn_cls": count, "loss_rpn_bbox": count},
@@ -253,6 +260,35 @@ class Candidates(NamedTuple):
     """How many boxes each level has."""
 
 
+class CandidateSlots(NamedTuple):
+    """What of the candidates doesn't depend on the images."""
+
+    level: Tensor
+    """[N] int64."""
+    first: Tensor
+    """[N] int64, the level's first anchor."""
+
+
+def candidate_slots(
+    config: RPNConfig, lengths: list[int], device: torch.device, *, train: bool
+) -> CandidateSlots:
+    """Of levels with so many anchors."""
+    firsts = [sum(lengths[:i]) for i in range(len(lengths))]
+    counts = _candidate_counts(config, lengths, train=train)
+    columns = list(range(len(lengths))), firsts
+    return CandidateSlots(
+        *(
+            torch.cat([torch.full((n,), v, device=device) for n, v in zip(counts, c, strict=True)])
+            for c in columns
+        )
+    )
+
+
+def _candidate_counts(config: RPNConfig, lengths: list[int], *, train: bool) -> list[int]:
+    count = config.train_pre_nms if train else config.test_pre_nms
+    return [min(count, length) for length in lengths]
+
+
 def candidates(
     config: RPNConfig,
     output: RPNOutput,
@@ -261,6 +297,7 @@ def candidates(
     size: Tensor,
     *,
     train: bool,
+    slots: CandidateSlots | None = None,
 ) -> Candidates:
     """Decode and clip the best anchors of each level; no gradient.
 
@@ -271,24 +308,22 @@ def candidates(
         lengths: how many of them each level has, A_l.
         size: [B, 2] image height and width in pixels.
         train: whether the training or the inference count holds.
+        slots: from `candidate_slots`; made here if None.
 
     Returns:
         N = sum over levels of min(count, A_l).
     """
-    count = config.train_pre_nms if train else config.test_pre_nms
-    scores, best, levels, first = [], [], [], 0
-    for i, level in enumerate(output.logits.detach().sigmoid().split(lengths, dim=1)):
-        score, index = level.topk(min(count, lengths[i]), dim=1)
-        scores.append(score)
-        best.append(index + first)
-        levels.append(torch.full_like(index[0], i))
-        first += lengths[i]
-    index = torch.cat(best, dim=1)
+    if slots is None:
+        slots = candidate_slots(config, lengths, anchors.device, train=train)
+    counts = _candidate_counts(config, lengths, train=train)
+    levels = output.logits.detach().sigmoid().split(lengths, dim=1)
+    best = [level.topk(count, dim=1) for level, count in zip(levels, counts, strict=True)]
+    scores, index = (torch.cat(column, dim=1) for column in zip(*best, strict=True))
+    index = index + slots.first
     deltas = take(output.deltas.detach(), index)
     boxes = decode(anchors[index], deltas, STDS, size)
     valid = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
-    counts = [len(each) for each in levels]
-    return Candidates(boxes, torch.cat(scores, dim=1), torch.cat(levels), valid, counts)
+    return Candidates(boxes, scores, slots.level, valid, counts)
 
 
 def propose(config: RPNConfig, found: Candidates, *, train: bool) -> Proposals:
@@ -308,8 +343,8 @@ def propose(config: RPNConfig, found: Candidates, *, train: bool) -> Proposals:
         kernel=config.nms_kernel,
     )
     return Proposals(
-        torch.where(kept[..., None], take(found.boxes, index), 0.0),
-        torch.where(kept, take(found.scores, index), 0.0),
+        take(found.boxes, index) * kept[..., None],
+        take(found.scores, index) * kept,
         kept,
     )
 

@@ -18,9 +18,10 @@ from casc.device.compute import Compute
 from casc.device.devices import traits
 from casc.device.versions import compile_apart
 from casc.model import detector, forward_detect, forward_train
-from casc.model.anchors import AnchorConfig, grid_anchors
+from casc.model.anchors import AnchorConfig
 from casc.model.detector import Inputs
 from casc.model.detector_config import DetectorConfig, mask_stages
+from casc.model.fixed import Fixed, make_fixed
 from casc.model.forward_detect import Detections
 from casc.model.forward_train import Noise
 from casc.model.layers import Params
@@ -67,16 +68,16 @@ def make_loss_step(
     config = resolve_auto(config, compute)
 
     def losses(
-        params: Params, buffers: Params, batch: Batch, anchors: Tensor, probe: Probe = unwatched
+        params: Params, buffers: Params, batch: Batch, fixed: Fixed, probe: Probe = unwatched
     ) -> LossSums:
-        inputs, noise = _step_inputs(batch, config, image, canvas, compute, probe)
-        return forward_train.losses(params, buffers, config, inputs, noise, probe, anchors)
+        inputs, noise = _step_inputs(batch, config, image, canvas, compute, fixed, probe)
+        return forward_train.losses(params, buffers, config, inputs, noise, probe, fixed)
 
     if not mask_stages(config) or config.mask_head.capacity == "full":
         step = recorded(
             losses, recorder, lambda f: _maybe_compile(f, compute, config, image, canvas)
         )
-        return _with_anchors(step, config, canvas)
+        return _with_fixed(step, config, image, canvas)
     return _counted_step(config, image, canvas, compute, recorder)
 
 
@@ -90,13 +91,13 @@ def _counted_step(
     """Two graphs: all losses but the masks', then these, on as many RoIs as there are."""
 
     def boxes(
-        params: Params, buffers: Params, batch: Batch, anchors: Tensor, probe: Probe = unwatched
+        params: Params, buffers: Params, batch: Batch, fixed: Fixed, probe: Probe = unwatched
     ) -> tuple[LossSums, Pyramid, list[MaskRois], Targets]:
-        inputs, noise = _step_inputs(batch, config, image, canvas, compute, probe)
+        inputs, noise = _step_inputs(batch, config, image, canvas, compute, fixed, probe)
         params = detector.cast_heads(params, inputs.image, masks=False)
         features = detector.extract(params, buffers, config, inputs.image, probe, noise.drop)
         found, pyramid, rois = forward_train.box_branch(
-            params, config, features, inputs, noise, probe, anchors
+            params, config, features, inputs, noise, probe, fixed
         )
         return found, pyramid, rois, inputs.targets
 
@@ -110,9 +111,10 @@ def _counted_step(
         (loss,) = forward_train.mask_branch(head, config, (0,), pyramid, [rois], targets, probe)
         return loss
 
-    box_step = _with_anchors(
+    box_step = _with_fixed(
         recorded(boxes, recorder, lambda f: _maybe_compile(f, compute, config, image, canvas)),
         config,
+        image,
         canvas,
     )
     mask_step = recorded(masks, recorder, lambda f: _compile_for_any_count(f, compute, config))
@@ -154,16 +156,15 @@ def make_detect_step(
     config = resolve_auto(config, compute)
 
     def run(
-        params: Params, buffers: Params, batch: Batch, anchors: Tensor, probe: Probe = unwatched
+        params: Params, buffers: Params, batch: Batch, fixed: Fixed, probe: Probe = unwatched
     ) -> Detections:
         inputs = prepare(batch, None, image, canvas, compute.dtype, compute.memory_format)
-        return forward_detect.detect(
-            params, buffers, config, probe("inputs", inputs), probe, anchors
-        )
+        return forward_detect.detect(params, buffers, config, probe("inputs", inputs), probe, fixed)
 
-    step = _with_anchors(
+    step = _with_fixed(
         recorded(run, recorder, lambda f: _maybe_compile(f, compute, config, image, canvas)),
         config,
+        None,
         canvas,
     )
 
@@ -175,10 +176,17 @@ def make_detect_step(
 
 
 def training_inputs(
-    batch: Batch, image: ImageConfig, canvas: tuple[int, int], compute: Compute
+    batch: Batch,
+    image: ImageConfig,
+    canvas: tuple[int, int],
+    compute: Compute,
+    flip: Tensor | None = None,
 ) -> Inputs:
-    """What the network sees when training: the batch on its canvas, seen as its noise says."""
-    view = random_view(batch.size, batch.seed, image, canvas)
+    """What the network sees when training: the batch on its canvas, seen as its noise says.
+
+    `flip` is as for `random_view`.
+    """
+    view = random_view(batch.size, batch.seed, image, canvas, flip)
     return prepare(batch, view, image, canvas, compute.dtype, compute.memory_format)
 
 
@@ -188,13 +196,20 @@ def _step_inputs(
     image: ImageConfig,
     canvas: tuple[int, int],
     compute: Compute,
+    fixed: Fixed,
     probe: Probe,
 ) -> tuple[Inputs, Noise]:
     """All that a training step's losses depend on beside the weights."""
-    inputs = probe("inputs", training_inputs(batch, image, canvas, compute))
-    anchors = anchor_count(config.anchors, canvas)
-    noise = forward_train.draw_noise(config, batch.seed, anchors, inputs.targets.valid.shape[1])
-    return inputs, probe("noise", noise)
+    noise = forward_train.draw_noise(
+        config, batch.seed, len(fixed.anchors), _capacity(batch, image), fixed.draws
+    )
+    inputs = training_inputs(batch, image, canvas, compute, noise.flip)
+    return probe("inputs", inputs), probe("noise", noise)
+
+
+def _capacity(batch: Batch, image: ImageConfig) -> int:
+    """G of what the network sees: pasted objects come on top."""
+    return batch.valid.shape[1] * (2 if image.copy_paste else 1)
 
 
 def mask_capacity(count: int, slots: int, dynamic: bool) -> int:
@@ -215,16 +230,20 @@ def _level_sizes(anchors: AnchorConfig, canvas: tuple[int, int]) -> list[tuple[i
     return [(-(-height // stride), -(-width // stride)) for stride in anchors.strides]
 
 
-def _with_anchors(step: Callable, config: DetectorConfig, canvas: tuple[int, int]) -> Callable:
-    """f(params, buffers, batch) of a step that takes the canvas's anchors too: made once."""
-    made: dict[torch.device, Tensor] = {}
+def _with_fixed(
+    step: Callable, config: DetectorConfig, image: ImageConfig | None, canvas: tuple[int, int]
+) -> Callable:
+    """f(params, buffers, batch) of a step that takes what is fixed on a canvas too: made once.
+
+    `image` is what training images are made by; None for detection.
+    """
+    made: dict[tuple[torch.device, int | None], Fixed] = {}
 
     def call(params: Params, buffers: Params, batch: Batch) -> Any:
-        device = batch.size.device
-        if device not in made:
-            sizes = _level_sizes(config.anchors, canvas)
-            made[device] = torch.cat(grid_anchors(config.anchors, sizes, device))
-        return step(params, buffers, batch, made[device])
+        key = batch.size.device, None if image is None else _capacity(batch, image)
+        if key not in made:
+            made[key] = make_fixed(config, _level_sizes(config.anchors, canvas), *key)
+        return step(params, buffers, batch, made[key])
 
     return call
 

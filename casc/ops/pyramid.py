@@ -30,24 +30,27 @@ def flatten_pyramid(levels: list[Tensor], strides: tuple[int, ...]) -> Pyramid:
     return Pyramid(levels, torch.cat(rows, dim=1).reshape(-1, channels), strides)
 
 
-def patches(
-    pyramid: Pyramid, sizes: list[tuple[int, int]], cell: Tensor, side: int
-) -> tuple[Tensor, Tensor, Pyramid]:
-    """The square neighbourhood of chosen cells, as a convolution with zero padding sees it.
+class Neighbours(NamedTuple):
+    """The square neighbourhoods of some cells of a pyramid."""
+
+    rows: Tensor
+    """[..., side * side] int64: the row of each neighbour among its image's pixels; 0 if there is
+    none."""
+    within: Tensor
+    """[..., side * side] bool: whether the neighbour lies on the level."""
+
+
+def neighbours(
+    stored: list[tuple[int, int]], sizes: list[tuple[int, int]], cell: Tensor, side: int
+) -> Neighbours:
+    """Where the neighbourhoods of cells [...] lie.
 
     Args:
-        pyramid: from `flatten_pyramid`.
-        sizes: (H_l, W_l) of each level that a cell may lie on. Levels beyond the pyramid's
-            are every 2nd, 4th, ... cell of its coarsest, as the FPN's P6 is.
-        cell: [B, S] int64, counted (level, y, x).
+        stored: (H_l, W_l) of each level of the pyramid.
+        sizes: of each level that a cell may lie on, as for `patches`.
+        cell: int64, counted (level, y, x).
         side: of the neighbourhood in cells, odd.
-
-    Returns:
-        [B * S, side * side * C] of the features' dtype, in the order (y, x, channel); [B, S, side,
-        side] bool, which cells lie on the level; and the pyramid for the next reader (see
-        `chained_bags`).
     """
-    stored = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
     last = len(stored) - 1
     firsts = [_first(sizes, i) for i in range(len(sizes))]
     level = Level(cell, [cell >= first for first in firsts[1:]])
@@ -61,12 +64,43 @@ def patches(
     skip = by_level(level, [2 ** max(i - last, 0) for i in range(len(sizes))])[..., None]
     row_length = by_level(level, [stored[min(i, last)][1] for i in range(len(sizes))])
     start = by_level(level, [_first(stored, min(i, last)) for i in range(len(sizes))])
-    per_image = _first(stored, len(stored))
-    start = start + torch.arange(cell.shape[0], device=cell.device)[:, None] * per_image
     rows = (y * skip)[..., :, None] * row_length[..., None, None] + (x * skip)[..., None, :]
-    rows = ((rows + start[..., None, None]) * within).reshape(-1, 1)
+    rows = (rows + start[..., None, None]) * within
+    return Neighbours(rows.flatten(-2), within.flatten(-2))
+
+
+def patches(
+    pyramid: Pyramid,
+    sizes: list[tuple[int, int]],
+    cell: Tensor,
+    side: int,
+    table: Neighbours | None = None,
+) -> tuple[Tensor, Tensor, Pyramid]:
+    """The square neighbourhood of chosen cells, as a convolution with zero padding sees it.
+
+    Args:
+        pyramid: from `flatten_pyramid`.
+        sizes: (H_l, W_l) of each level that a cell may lie on. Levels beyond the pyramid's
+            are every 2nd, 4th, ... cell of its coarsest, as the FPN's P6 is.
+        cell: [B, S] int64, counted (level, y, x).
+        side: of the neighbourhood in cells, odd.
+        table: `neighbours` of all cells in turn; of these cells they are computed if None.
+
+    Returns:
+        [B * S, side * side * C] of the features' dtype, in the order (y, x, channel); [B, S, side,
+        side] bool, which cells lie on the level; and the pyramid for the next reader (see
+        `chained_bags`).
+    """
+    stored = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
+    if table is None:
+        rows, within = neighbours(stored, sizes, cell, side)
+    else:
+        rows, within = (column[cell] for column in table)
+    first = torch.arange(cell.shape[0], device=cell.device) * _first(stored, len(stored))
+    rows = (rows + first[:, None, None]).reshape(-1, 1)
     weight = within.reshape(-1, 1).to(pyramid.pixels.dtype)
     read, pixels = chained_bags(pyramid.pixels, rows, weight)
+    within = within.unflatten(-1, (side, side))
     return read.reshape(cell.numel(), -1), within, pyramid._replace(pixels=pixels)
 
 

@@ -99,9 +99,15 @@ def _natively(
     level = roi_levels(boxes, len(pyramid.levels))
     rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
     scales = [1 / stride for stride in pyramid.strides]
+    here = level == torch.arange(len(scales), device=level.device)[:, None]
+    if not traits(rois.device).select_rois:
+        # Each level reads as many: those of other levels are replaced by the first image's first
+        # pixel, which costs little and whose result isn't used.
+        pixel = torch.arange(-2, 3, device=rois.device, dtype=rois.dtype).clamp(0, 1)
+        rois = torch.where(here[..., None], rois, pixel)
     if sampling == "adaptive":
-        return _native(pyramid.levels, rois, level, scales, cells)
-    return _native(pyramid.levels, rois, level, scales, cells, GRID)
+        return _native(pyramid.levels, rois, here, scales, cells)
+    return _native(pyramid.levels, rois, here, scales, cells, GRID)
 
 
 def fixed_taps(pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int) -> tuple[Tensor, Tensor]:
@@ -215,52 +221,37 @@ def _axis_taps(first: Tensor, step: Tensor, size: Tensor, cells: int) -> tuple[T
 def _native(
     levels: list[Tensor],
     rois: Tensor,
-    level: Tensor,
+    here: Tensor,
     scales: list[float],
     cells: int,
     grid: int = 0,
 ) -> Tensor:
+    """RoIs [R, 5], or each level's [L, R, 5] where they aren't selected; `here` [L, R] bool."""
     kernels = roi_kernels(rois.device)
-    result = levels[0].new_empty((rois.shape[0], levels[0].shape[1], cells, cells))
-    chosen = _by_level(rois, level, len(levels))
-    for features, scale, (here, rows, own) in zip(levels, scales, chosen, strict=True):
+    result = levels[0].new_empty((here.shape[1], levels[0].shape[1], cells, cells))
+    for i, (features, scale) in enumerate(zip(levels, scales, strict=True)):
+        rows, own = _of_level(rois, here, i)
         aligned = kernels.forward(features.float().contiguous(), own, scale, cells, grid)
         aligned = aligned.to(result.dtype)
         if rows is None:
             # Each RoI is of one level, so whatever the first gives to others is replaced.
-            first = features is levels[0]
-            result = aligned if first else torch.where(here, aligned, result)
+            result = torch.where(here[i, :, None, None, None], aligned, result) if i else aligned
         else:
             result[rows] = aligned
     return result
 
 
-class _OfLevel(NamedTuple):
-    """Which RoIs read a level."""
-
-    here: Tensor
-    """[R, 1, 1, 1] bool."""
-    rows: Tensor | None
-    """Their numbers; None where how many there are mustn't be read."""
-    rois: Tensor
-    """[rows, 5], or all, those of other levels replaced by the first image's first pixel, which
-    costs little and whose result isn't used."""
-
-
-def _by_level(rois: Tensor, level: Tensor, levels: int) -> list[_OfLevel]:
-    here = level == torch.arange(levels, device=level.device)[:, None]
-    masks = here[..., None, None, None].unbind()
-    if traits(rois.device).select_rois:
-        rows = [own.nonzero()[:, 0] for own in here]
-        return [_OfLevel(mask, own, rois[own]) for mask, own in zip(masks, rows, strict=True)]
-    pixel = torch.arange(-2, 3, device=rois.device, dtype=rois.dtype).clamp(0, 1)
-    own = torch.where(here[..., None], rois, pixel)
-    return [_OfLevel(mask, None, rows) for mask, rows in zip(masks, own, strict=True)]
+def _of_level(rois: Tensor, here: Tensor, level: int) -> tuple[Tensor | None, Tensor]:
+    """The RoIs of a level and which they are; None for all, where no number may be read."""
+    if rois.dim() == 3:
+        return None, rois[level]
+    rows = here[level].nonzero()[:, 0]
+    return rows, rois[rows]
 
 
 @_native.register_fake
-def _(levels, rois, level, scales, cells, grid=0):
-    return levels[0].new_empty((rois.shape[0], levels[0].shape[1], cells, cells))
+def _(levels, rois, here, scales, cells, grid=0):
+    return levels[0].new_empty((here.shape[1], levels[0].shape[1], cells, cells))
 
 
 # It reads how many there are, so no graph of a device's may hold it.
@@ -270,7 +261,7 @@ def _(levels, rois, level, scales, cells, grid=0):
 def _native_backward(
     grad: Tensor,
     rois: Tensor,
-    level: Tensor,
+    here: Tensor,
     scales: list[float],
     shape: list[int],
     cells: int,
@@ -278,10 +269,9 @@ def _native_backward(
 ) -> list[Tensor]:
     kernels = roi_kernels(rois.device)
     grads = []
-    nothing = grad.new_zeros(())
-    for i, (here, rows, own) in enumerate(_by_level(rois, level, len(scales))):
-        scale = scales[i]
-        part = torch.where(here, grad, nothing) if rows is None else grad[rows]
+    for i, scale in enumerate(scales):
+        rows, own = _of_level(rois, here, i)
+        part = grad * here[i, :, None, None, None] if rows is None else grad[rows]
         features = [*shape[:2], *shape[2 + 2 * i : 4 + 2 * i]]
         made = kernels.backward(part.float().contiguous(), own, features, scale, cells, grid)
         grads.append(made.to(grad.dtype))
@@ -289,7 +279,7 @@ def _native_backward(
 
 
 @_native_backward.register_fake
-def _(grad, rois, level, scales, shape, cells, grid=0):
+def _(grad, rois, here, scales, shape, cells, grid=0):
     batch, channels, *sides = shape
     return [
         grad.new_empty((batch, channels, sides[2 * i], sides[2 * i + 1]))
@@ -298,16 +288,16 @@ def _(grad, rois, level, scales, shape, cells, grid=0):
 
 
 def _native_setup(ctx, inputs, output) -> None:
-    levels, rois, level, scales, cells, grid = inputs
-    ctx.save_for_backward(rois, level)
+    levels, rois, here, scales, cells, grid = inputs
+    ctx.save_for_backward(rois, here)
     sides = [int(side) for features in levels for side in features.shape[2:]]
     ctx.shape = [*levels[0].shape[:2], *sides]
     ctx.scales, ctx.cells, ctx.grid = scales, cells, grid
 
 
 def _native_grad(ctx, grad: Tensor):
-    rois, level = ctx.saved_tensors
-    grads = _native_backward(grad, rois, level, ctx.scales, ctx.shape, ctx.cells, ctx.grid)
+    rois, here = ctx.saved_tensors
+    grads = _native_backward(grad, rois, here, ctx.scales, ctx.shape, ctx.cells, ctx.grid)
     return grads, None, None, None, None, None
 
 

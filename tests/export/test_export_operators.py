@@ -106,7 +106,8 @@ def test_bags_and_products_are_sums_of_rows(exported):
 
 
 def adaptive(fine: Tensor, coarse: Tensor, rois: Tensor, level: Tensor) -> Tensor:
-    return _native([fine, coarse], rois, level, [0.25, 0.125], 7)
+    here = level == torch.arange(2)[:, None]
+    return _native([fine, coarse], rois, here, [0.25, 0.125], 7)
 
 
 def adaptive_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -171,7 +171,7 @@ def test_losses_are_the_literal_ones(mode, objects, stage):
     deltas = randn(24, 4, seed=1).requires_grad_()
 
     def run(output, rois, targets):
-        return mean_losses(heads.box_losses(CONFIG, STAGES[stage], output, rois, targets))
+        return mean_losses(heads.box_losses(CONFIG, [STAGES[stage]], [output], [rois], targets)[0])
 
     total, losses = mode(run)(heads.BoxOutput(logits, deltas), rois, targets)
     cls, box, hits, count = torch.zeros(()), torch.zeros(()), 0, 0
@@ -209,7 +209,7 @@ def test_no_sample_at_all_is_a_zero_loss():
     )
     assert not rois.valid.any()
     output = heads.BoxOutput(randn(24, CLASSES + 1), randn(24, 4))
-    total, losses = mean_losses(heads.box_losses(CONFIG, STAGES[0], output, rois, targets))
+    total, losses = mean_losses(heads.box_losses(CONFIG, STAGES[:1], [output], [rois], targets)[0])
     assert total == 0
     assert all(v == 0 for v in losses.values())
 
@@ -290,7 +290,7 @@ def test_a_loss_of_decoded_boxes(mode, objects):
     output = heads.BoxOutput(randn(24, CLASSES + 1), deltas)
 
     def run(output, rois, targets):
-        return mean_losses(heads.box_losses(config, STAGES[1], output, rois, targets))
+        return mean_losses(heads.box_losses(config, [STAGES[1]], [output], [rois], targets)[0])
 
     _, losses = mode(run)(output, rois, targets)
     on = rois.positive
@@ -313,7 +313,9 @@ def test_each_class_may_have_its_own_box():
     every = randn(24, CLASSES, 4, seed=1)
     chosen = every[torch.arange(24), rois.labels.flatten().clamp(max=CLASSES - 1)]
     results = [
-        mean_losses(heads.box_losses(config, STAGES[0], output, rois, targets))[1]["loss_bbox"]
+        mean_losses(heads.box_losses(config, STAGES[:1], [output], [rois], targets)[0])[1][
+            "loss_bbox"
+        ]
         for config, output in (
             (shared, heads.BoxOutput(logits, chosen)),
             (own, heads.BoxOutput(logits, every.flatten(1))),

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import box_iou, clip_boxes_to_image
 
+from casc.model import boxes as boxes_module
 from casc.model.boxes import MAX_LOG_RATIO, area, clip, decode, encode, iou_matrix
 from casc.model.detector_config import STAGES
 from casc.model.rpn import STDS
@@ -67,6 +68,18 @@ def test_iou_of_any_boxes(rows):
     # Empty boxes overlap nothing, themselves included, and are never NaN.
     assert (iou[~full] == 0).all()
     assert (iou.diagonal()[full] == 1).all()
+
+
+@pytest.mark.parametrize("launches_each", [False, True])
+def test_iou_matrix_shares_boxes_over_a_batch_of_any_size(monkeypatch, launches_each):
+    """Two images, too: as many as a box has corners."""
+    monkeypatch.setattr(boxes_module, "_launches_each", lambda _: launches_each)
+    b = random_boxes(5, 1)
+    for batch in (1, 2, 3, 4):
+        a = torch.stack([random_boxes(7, 10 + i) for i in range(batch)])
+        for i in range(batch):
+            torch.testing.assert_close(iou_matrix(a, b)[i], box_iou(a[i], b))
+            torch.testing.assert_close(iou_matrix(b, a)[i], box_iou(b, a[i]))
 
 
 def test_iou_matrix_keeps_batches_apart():

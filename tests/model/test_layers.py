@@ -71,8 +71,7 @@ def test_group_norm_normalises_over_the_image_alone(mode):
     size = torch.tensor([[48.0, 64], [22, 41], [1, 1]])
 
     def run(params, image, size):
-        share = torch.stack([size[:, 0] / 48, size[:, 1] / 64], dim=1)
-        return layers.group_norm(params, "gn", image, share)
+        return layers.group_norm(params, "gn", image, layers.image_cells(size, (48, 64), (4, 8)))
 
     made = mode(run)(params, image, size)
     for i, (height, width) in enumerate(((12, 16), (6, 11), (1, 1))):

@@ -155,7 +155,7 @@ def make_sample(positives: list[int], slots: int = 6) -> RoiSample:
 
 
 def test_mask_rois_are_the_slots_that_can_be_positive():
-    rois = heads.mask_rois(make_sample([2, 0, 3]), max_positive=3)
+    (rois,) = heads.mask_rois([make_sample([2, 0, 3])], max_positive=3)
     assert rois.boxes[:, 0].tolist() == [0, 1, 2, 6, 7, 8, 12, 13, 14]
     assert rois.image.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert rois.gt.tolist() == [0, 1, 2] * 3

@@ -105,9 +105,10 @@ bool shifts_by_number(const c10::OperatorHandle& op) {
          op.schema().overload_name().find("Scalar") != std::string::npos;
 }
 
-// A view, or another change of nothing but a tensor's description, starts no work.
+// A view, or another change of nothing but a tensor's description or memory, starts no work.
 bool computes(const c10::FunctionSchema& schema) {
-  if (schema.name() == "aten::resize_" || schema.name() == "aten::record_stream") return false;
+  for (const char* name : {"aten::resize_", "aten::record_stream", "aten::new_empty_strided"})
+    if (schema.name() == name) return false;
   for (const auto& made : schema.returns())
     if (made.alias_info() && !made.alias_info()->isWrite()) return false;
   return true;
