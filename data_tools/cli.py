@@ -338,7 +338,9 @@ def _verdict(index: Index, splits: Sequence[str], allow_missing: bool) -> int:
 def _next(index: Index, out: Path) -> str:
     """What to type next, where recipes' own names of splits and number of classes don't fit."""
     splits = index.splits
-    train = next((name for name, split in splits.items() if split.train_samples), None)
+    counts = {name: split.report["annotations"] for name, split in splits.items()}
+    kinds = ("trained", "trained_without_masks")
+    train = next((n for n, c in counts.items() if any(c.get(kind) for kind in kinds)), None)
     if train is None or ("train2017" in splits and len(index.categories) == 80):
         return ""
     val = next((name for name in ("val2017", "val", "valid", *splits) if name in splits
@@ -347,6 +349,7 @@ def _next(index: Index, out: Path) -> str:
     return (
         f"to train on them: casc train RECIPE --data {out} --train-split {train}{evaluated}"
         f" --model.classes {len(index.categories)}"
+        + ("" if counts[train]["trained"] else " --model.masks none")
         + ("" if val else "; --val-share 0.1 here would hold images out to measure on")
     )
 

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -36,6 +37,31 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "all well" in capsys.readouterr().out
     assert run("show", out, "--out", tmp_path / "c.png", "--split", "val2017", "--n", 2) == 0
     assert (tmp_path / "c.png").is_file()
+
+
+def test_what_is_typed_next_fits_what_there_is_to_train_on(tmp_path: Path, capsys):
+    """Boxes alone train without masks; nothing can be typed where there is nothing to train on."""
+    data = tmp_path / "data"
+    assert run("synth", data, "--train", 2, "--val", 1, "--size", 96) == 0
+    source = data / "annotations/instances_train2017.json"
+    listed = json.loads(source.read_text())
+    for annotation in listed["annotations"]:
+        annotation["segmentation"] = []
+    source.write_text(json.dumps(listed))
+    capsys.readouterr()
+    run("shard", data, "--out", tmp_path / "boxes", "--splits", "train2017", "--workers", 1)
+    (hint,) = re.findall(r"casc train RECIPE (.*?);", capsys.readouterr().out)
+    recipe, _ = parse(demo(), None, hint.split())
+    assert recipe.model.masks == "none"
+    check(recipe, read_index(tmp_path / "boxes"))
+
+    for annotation in listed["annotations"]:
+        annotation["bbox"] = [0, 0, 0, 0]
+    source.write_text(json.dumps(listed))
+    run("shard", data, "--out", tmp_path / "nothing", "--splits", "train2017", "--workers", 1)
+    text = capsys.readouterr()
+    assert "casc train" not in text.out
+    assert "nothing of it can be trained on" in text.err
 
 
 def test_shards_go_below_the_current_folder(
