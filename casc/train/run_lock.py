@@ -118,17 +118,14 @@ def _acquire(path: Path) -> RunLock:
         unread = 0
         while not _make(draft, path):
             found = _read(path)
-            if found is None:  # its run has just ended, or this is no lock
+            if found is not None:
+                _wait_until_dead(found, path, draft)
+            if found is None or not _remove(path, found, draft):
+                # Its run has just ended, another has just taken over, or this is no lock.
                 unread += 1
                 if unread > 20:
                     raise UserError(f"{path}: isn't what casc writes there; delete it by hand")
                 time.sleep(0.02)
-                continue
-            _wait_until_dead(found, path, draft)
-            _remove(path, found, mine)
-        # Of two that take one over at the same moment, the file tells which it was.
-        if (now := _read(path)) is None or now.token != mine.token:
-            raise UserError(_taken(path, now or mine))
         _sweep(path, draft)
     finally:
         draft.unlink(missing_ok=True)
@@ -202,17 +199,39 @@ def _sweep(path: Path, draft: Path) -> None:
                 left.unlink()
 
 
-def _remove(path: Path, holder: Holder, mine: Holder) -> None:
-    """Remove a dead holder's lock, and not the one that another process may have made since."""
-    aside = _aside(path, mine)
+def _remove(path: Path, dead: Holder, draft: Path) -> bool:
+    """Remove a dead holder's lock, and not the one that another process may have made since.
+
+    Who makes the claim file of a lock first may remove it, and nobody else: so while a lock is
+    there it is the same one. Who claims and is killed has left a claim that the next one claims.
+
+    Returns:
+        Whether it is gone. If not, a claim couldn't be read, or all has changed meanwhile.
+
+    Raises:
+        UserError: another process is taking over.
+    """
+    claims = [_claim(path, dead)]
+    while not _make(draft, claims[-1]):
+        other = _read(claims[-1])
+        if other is None:
+            return False
+        _wait_until_dead(other, claims[-1], draft)
+        claims.append(_claim(path, other))
     try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    found = _read(aside)
-    if found is not None and found.token != holder.token:
-        _make(aside, path)
-    aside.unlink(missing_ok=True)
+        # What was read before the claim may be old: a lock that is gone never comes back.
+        now = _read(path)
+        mine = now is not None and now.token == dead.token
+        if mine:
+            path.unlink()
+        return mine
+    finally:
+        for claim in claims:
+            claim.unlink(missing_ok=True)
+
+
+def _claim(path: Path, holder: Holder) -> Path:
+    return path.with_name(f".{path.name}.over.{holder.token}")
 
 
 def _beat(lock: RunLock, over: threading.Event) -> None:

@@ -1,5 +1,6 @@
 """One run to a folder, whatever became of the run before."""
 
+import contextlib
 import json
 import os
 import signal
@@ -161,6 +162,63 @@ def test_many_take_over_one_at_a_time(other, tmp_path):
     assert most
     assert set(most) == {1}
     assert not list(folder.glob(".run.lock*"))
+
+
+def test_what_was_read_before_another_took_over_is_not_acted_on(other, tmp_path, monkeypatch):
+    """A run that saw a dead one's lock, and stood still, removes none that was made since."""
+    other.kill()
+    other.wait()
+    path, wait, really = tmp_path / "run" / NAME, module._wait_until_dead, Path.unlink
+    with contextlib.ExitStack() as runs:
+
+        def stand_still(holder, lock, draft):
+            wait(holder, lock, draft)
+            if holder.pid == other.pid:
+                monkeypatch.setattr(module, "_wait_until_dead", wait)
+                runs.enter_context(run_lock(tmp_path / "run"))
+                monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("moved away"))
+                monkeypatch.setattr(Path, "unlink", unlink)
+
+        def unlink(self, missing_ok=False):
+            assert self != path, "the lock of a run that is alive"
+            really(self, missing_ok)
+
+        monkeypatch.setattr(module, "_wait_until_dead", stand_still)
+        with pytest.raises(UserError, match=rf"process {os.getpid()} on .* trains in"):
+            hold(tmp_path / "run")
+        assert path.exists()
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("killed", [1, 2])
+def test_who_was_killed_taking_over_holds_nobody_up(other, tmp_path, killed):
+    other.kill()
+    other.wait()
+    folder = tmp_path / "run"
+    last = module._read(folder / NAME)
+    assert last is not None
+    for number in range(killed):
+        claim = module._claim(folder / NAME, last)
+        last = last._replace(token=f"killed {number}")
+        claim.write_text(json.dumps(last._asdict()))
+    hold(folder)
+    assert not list(folder.glob(".run.lock*"))
+
+
+def test_one_that_takes_over_is_left_alone(other, tmp_path):
+    with run_lock(tmp_path / "another") as lock:
+        alive = lock.holder
+    other.kill()
+    other.wait()
+    folder = tmp_path / "run"
+    dead = module._read(folder / NAME)
+    assert dead is not None
+    claim = module._claim(folder / NAME, dead)
+    claim.write_text(json.dumps(alive._asdict()))
+    with pytest.raises(UserError, match=rf"process {os.getpid()} on .* trains in"):
+        hold(folder)
+    assert (folder / NAME).exists()
+    assert claim.exists()
 
 
 def test_ranks_are_one_run(tiny_recipe, tmp_path):
