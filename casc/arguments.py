@@ -121,11 +121,12 @@ def regrouped(text: str, groups: Mapping[str, Sequence[str]]) -> str:
     flags: list[tuple[str, list[str]]] = []
     inside, width = False, 0
     for line in text.splitlines():
-        if line.startswith(("╭", "╰")):
-            inside = line.startswith("╭")
-            width = len(line)
-        elif not inside:
+        if found := re.match(r"╭─ (.*?) ─", line):
+            inside, width = found[1].endswith("options"), len(line)
+        if not inside:
             head.append(line)
+        elif line.startswith("╰"):
+            inside = False
         elif found := re.match(r"│ (?:-h, )?--([\w.-]+)", line):
             flags.append((found[1], [line]))
         elif flags and line.startswith("│      "):

@@ -21,6 +21,9 @@ from casc.printing import plain, say
 from data_tools.parallel import default_workers, interrupt_once
 from data_tools.report import format_findings, format_table
 
+_FEW_CROWDS = 0.1
+"""Of the annotations; in COCO it is 1 in 100."""
+
 
 @dataclass(frozen=True)
 class ShardCommand:
@@ -35,7 +38,8 @@ class ShardCommand:
 
     coco: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[FOLDER]")]] = None
     """The data set: annotations/instances_<split>.json and a folder <split>/ of images each; or as
-    Roboflow, CVAT, Label Studio or FiftyOne lay out COCO's format; or of YOLO or LabelMe."""
+    Roboflow, CVAT, Label Studio or FiftyOne lay out COCO's format; or of YOLO, LabelMe
+    or Pascal VOC."""
     out: Path = Path("shards")
     """Folder for the shards. Splits that it holds already stay."""
     splits: tuple[str, ...] = ()
@@ -48,6 +52,9 @@ class ShardCommand:
     """What to call the split of `annotations`; by default after the file, or train."""
     negatives: Literal["skip", "keep"] = "skip"
     """Images without any annotation: for evaluation only, or trained on as background."""
+    crowds: Literal["keep", "objects"] = "keep"
+    """What is marked as a crowd: for evaluation only, as COCO means it, or objects like others, for
+    CVAT marks all that was drawn with its brush so."""
     channels: int = 3
     """Of the images. 3: RGB. 1: grey or thermal. Others: planes, as bands of PNG or TIFF, as pages
     of a TIFF, or as npy files [height, width, channels] of 8 or 16 bits."""
@@ -103,6 +110,7 @@ class ShardCommand:
             stretch=self.stretch,
             val_share=self.val_share,
             val_seed=self.val_seed,
+            crowds=self.crowds == "keep",
         )
         run = Run(workers=self.workers, progress=self.progress, say=say)
         parts = None
@@ -268,6 +276,20 @@ Command = (
     | Annotated[ShowCommand, tyro.conf.subcommand("show")]
 )
 
+_GROUPS = {
+    "options": ("help", "out", ""),
+    "what the data set is": (
+        "annotations", "images", "channels", "stretch", "negatives", "crowds", "skip-invalid",
+        "allow-missing", "val-share", "val-seed",
+    ),
+    "how shards are made": (
+        "aspects", "max-size", "samples-per-shard", "shard-mib", "trace-tolerance", "workers",
+        "progress",
+    ),
+    "reading shards": ("loading.",),
+}  # fmt: skip
+"""How `--help` of a command lists the flags."""
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 if all is well, 1 if not, 2 on wrong usage."""
@@ -285,6 +307,7 @@ def _main(arguments: Sequence[str] | None) -> NoReturn:
         given,
         prog="data_tools",
         description=__doc__,
+        groups=_GROUPS,
     )
     # Batch systems end jobs with SIGTERM: stop in order then too.
     before = signal.signal(signal.SIGINT, interrupt_once)
@@ -320,6 +343,14 @@ def _verdict(index: Index, splits: Sequence[str], allow_missing: bool) -> int:
             findings.get(kind, {}).get("count", 0) for kind in ("missing_file", "unreadable")
         )
         counts = split.report["annotations"]
+        crowds = findings.get("crowd", {}).get("count", 0)
+        if crowds > _FEW_CROWDS * counts["stored"]:
+            say(
+                f"{name}: {crowds:,} of {counts['stored']:,} annotations are marked as crowds,"
+                " which aren't trained on; CVAT marks so what was drawn with its brush:"
+                " --crowds objects takes them for objects",
+                sys.stderr,
+            )
         if not counts["trained"]:
             without = counts.get("trained_without_masks", 0)
             what = f" with masks, {without:,} boxes with --model.masks none" if without else ""

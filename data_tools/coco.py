@@ -327,7 +327,7 @@ class _Objects:
         copies: list[int] = []
         clashes: list[int] = []
         for at, first in sorted(zip(order[again].tolist(), firsts.tolist(), strict=True)):
-            pair = Kept(source, self._lists.stamp, rows[[at, first], :3], False)
+            pair = Kept(source, self._lists.stamp, rows[[at, first], :3])
             # As text, because NaN isn't equal to itself.
             mine, other = (json.dumps(entry) for entry in load(pair))
             (copies if mine == other else clashes).append(at)

@@ -42,6 +42,8 @@ class Settings(NamedTuple):
     """Of the images of a data set in one part, held out as the split `val`."""
     val_seed: int = 0
     """Chooses them."""
+    crowds: bool = True
+    """Crowds are for evaluation only, as COCO means them; False: they are objects."""
 
 
 class Item(NamedTuple):

@@ -65,7 +65,10 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
             findings=[f for f in annotations.findings if f.kind != "missing_area"] + others,
         )
     else:
-        annotations = mend_corners(read_annotations(file, skip_invalid=settings.skip_invalid))
+        annotations = read_annotations(file, skip_invalid=settings.skip_invalid)
+        if not settings.crowds:
+            annotations = annotations._replace(by_image=annotations.by_image.without_crowds())
+        annotations = mend_corners(annotations)
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
     digest = hashlib.sha256(json.dumps([_CONTENT_VERSION, *settings, content]).encode())

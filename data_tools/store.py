@@ -27,8 +27,10 @@ class Kept(NamedTuple):
     """The file's."""
     places: np.ndarray
     """`[n, 3]` int64: first byte, bytes and the id that counts of each."""
-    corners: bool
+    corners: bool = False
     """Whether the source's boxes are [x, y, x, y]."""
+    objects: bool = False
+    """Whether what the source marks as a crowd is an object."""
 
 
 class Store(Mapping[int, list[dict[str, Any]]]):
@@ -41,6 +43,7 @@ class Store(Mapping[int, list[dict[str, Any]]]):
         rows: np.ndarray,
         images: Sequence[int],
         corners: bool = False,
+        objects: bool = False,
     ) -> None:
         """Hold what is known of some annotations.
 
@@ -50,9 +53,10 @@ class Store(Mapping[int, list[dict[str, Any]]]):
             rows: `[n, 5]` int64, sorted by image: first byte, bytes, id, image and category.
             images: the images' ids, also of those without annotations.
             corners: see `Kept`.
+            objects: see `Kept`.
         """
         self._source, self._stamp, self._rows, self._images = source, stamp, rows, images
-        self._corners = corners
+        self._corners, self._objects = corners, objects
         # Searched in for every image; of the rows' column that would copy it each time.
         self._keys = np.ascontiguousarray(rows[:, 3])
 
@@ -83,19 +87,26 @@ class Store(Mapping[int, list[dict[str, Any]]]):
         """An image's annotations, to be loaded in another process."""
         places = self._of(image_id)[:, :3]
         if isinstance(self._source, Path):
-            return Kept(self._source, self._stamp, places, self._corners)
+            return Kept(self._source, self._stamp, places, self._corners, self._objects)
         texts = [self._source[first : first + size] for first, size, _ in places.tolist()]
         sizes = places[:, 1]
         own = np.stack([np.cumsum(sizes) - sizes, sizes, places[:, 2]], axis=1)
-        return Kept(b"".join(texts), self._stamp, own, self._corners)
+        return Kept(b"".join(texts), self._stamp, own, self._corners, self._objects)
 
     def only(self, images: Sequence[int]) -> "Store":
         """The annotations of these images."""
-        return Store(self._source, self._stamp, self._rows, images, self._corners)
+        about = self._source, self._stamp, self._rows
+        return Store(*about, images, self._corners, self._objects)
 
     def with_corners(self) -> "Store":
         """The same, whose boxes are [x, y, x, y] in the file."""
-        return Store(self._source, self._stamp, self._rows, self._images, True)
+        about = self._source, self._stamp, self._rows
+        return Store(*about, self._images, True, self._objects)
+
+    def without_crowds(self) -> "Store":
+        """The same, in which what the file marks as crowds are objects."""
+        about = self._source, self._stamp, self._rows
+        return Store(*about, self._images, self._corners, True)
 
     def _of(self, image_id: int) -> np.ndarray:
         key = np.int64(image_id)
@@ -123,7 +134,7 @@ def load(kept: Kept) -> Iterator[dict[str, Any]]:
         return
     if isinstance(kept.source, bytes):
         for first, size, number in places:
-            yield _entry(kept.source[first : first + size], number, kept.corners)
+            yield _entry(kept.source[first : first + size], number, kept)
         return
     try:
         with kept.source.open("rb") as stream:
@@ -133,7 +144,7 @@ def load(kept: Kept) -> Iterator[dict[str, Any]]:
                 )
             for first, size, number in places:
                 stream.seek(first)
-                yield _entry(stream.read(size), number, kept.corners)
+                yield _entry(stream.read(size), number, kept)
     except OSError as error:
         raise UserError(f"{kept.source}: can't be read any more ({error.strerror})") from None
 
@@ -144,10 +155,12 @@ def file_stamp(file: int | Path) -> Stamp:
     return about.st_size, about.st_mtime_ns
 
 
-def _entry(text: bytes, number: int, corners: bool) -> dict[str, Any]:
+def _entry(text: bytes, number: int, kept: Kept) -> dict[str, Any]:
     entry = normal(json.loads(text))
     entry["id"] = number
-    if corners:
+    if kept.objects:
+        entry["iscrowd"] = 0
+    if kept.corners:
         x0, y0, x1, y1 = entry["bbox"]
         entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
     return entry

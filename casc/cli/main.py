@@ -6,6 +6,7 @@ which casc this is. Data sets are made by data_tools.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Annotated, NoReturn
 
 import tyro
@@ -24,6 +25,7 @@ from casc.cli.report import ReportCommand
 from casc.cli.verify import VerifyCommand
 from casc.cli.weights import WeightsCommand
 from casc.errors import UserError
+from casc.inference.settings import Settings, Views
 from casc.printing import plain, say
 
 Command = (
@@ -40,6 +42,15 @@ Command = (
     | Annotated[ConvertCommand, tyro.conf.subcommand("convert")]
     | Annotated[ExportCommand, tyro.conf.subcommand("export")]
 )
+
+_GROUPS = {
+    "options": ("help", "out", ""),
+    "from scores to detections": tuple(f.name.replace("_", "-") for f in fields(Settings)),
+    "looking more than once": tuple(f.name for f in fields(Views)),
+    "where and how to compute": ("device", "dtype", "compile", "replay"),
+    "reading shards": ("loading.",),
+}
+"""How `--help` of a command lists the flags."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -64,6 +75,7 @@ def _run(arguments: list[str]) -> int:
         with_default(arguments),
         prog="casc",
         description=__doc__,
+        groups=_GROUPS,
     )
     try:
         return command.run()

@@ -21,6 +21,7 @@ from casc.cli.bench import with_default
 from casc.cli.main import main
 from casc.cli.recipes import descriptions
 from casc.config import to_json
+from casc.inference.settings import Settings, Views
 from casc.train.recipe import parse
 from data_tools import cli as data_tools
 from recipes.coco_1x import coco_1x
@@ -185,6 +186,33 @@ def test_a_recipes_flags_are_in_few_groups_the_most_used_first(capsys, monkeypat
                         "--device", "--dtype", "--resume", "--dry-run"]  # fmt: skip
     assert sorted(flag for group in flags for flag in group) == sorted(set(every_flag(coco_1x())))
     assert out.count("(default:") == sum(map(len, flags)) - 1
+
+
+@pytest.mark.parametrize("line", ["casc eval", "casc predict", "casc export", "data_tools shard"])
+def test_a_commands_flags_are_in_groups(capsys, line: str):
+    program, name = line.split()
+    run, union = {"casc": (main, cli.Command), "data_tools": (data_tools.main, data_tools.Command)}[
+        program
+    ]
+    with pytest.raises(SystemExit) as stop:
+        run([name, "--help"])
+    assert stop.value.code == 0
+    head, *boxes = capsys.readouterr().out.split("╭─ ")
+    titles = [box.partition(" ─")[0] for box in boxes]
+    assert titles[:2] == ["positional arguments", "options"]
+    assert len(set(titles)) == len(titles) > 2
+    assert "Examples:" in head
+    (kind,) = [a for a, about in map(get_args, get_args(union)) if about.name == name]
+    positional = re.findall(r"^│ ([A-Z[][\w.\]]*)", boxes[0], re.MULTILINE)
+    flags = re.findall(r"^│ (?:-h, )?--([\w.-]+)", "".join(boxes[1:]), re.MULTILINE)
+    assert len(flags) == len(set(flags))
+    nested = {"settings": Settings, "views": Views}
+    expected = {"help"}
+    for f in fields(kind)[len(positional) :]:
+        inner = [n.name for n in fields(nested[f.name])] if f.name in nested else [f.name]
+        expected |= {name.replace("_", "-") for name in inner}
+    assert {flag for flag in flags if "." not in flag} == expected - {"loading"}
+    assert any(flag.startswith("loading.") for flag in flags) == ("loading" in expected)
 
 
 def every_flag(config: object, prefix: str = "") -> Iterator[str]:

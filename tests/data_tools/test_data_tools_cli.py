@@ -5,8 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from pycocotools import mask as coco_mask
 
 from casc.data.index import read_index
+from casc.data.reader import read_shard
+from casc.data.record import parse_record
 from casc.train.recipe import parse
 from casc.train.recipe_checks import check
 from data_tools.cli import main
@@ -62,6 +65,28 @@ def test_what_is_typed_next_fits_what_there_is_to_train_on(tmp_path: Path, capsy
     text = capsys.readouterr()
     assert "casc train" not in text.out
     assert "nothing of it can be trained on" in text.err
+
+
+def test_what_cvats_brush_drew_is_trained_on_if_asked(coco, tmp_path: Path, capsys):
+    """CVAT exports it as RLE masks that are marked as crowds."""
+    polygons = coco_mask.frPyObjects([[10, 10, 30, 10, 30, 20, 10, 20]], 50, 60)
+    mask = {"size": [50, 60], "counts": coco_mask.merge(polygons)["counts"].decode()}  # type: ignore
+    for _ in range(4):
+        coco.object(coco.image(), iscrowd=1, segmentation=mask)
+    coco.write()
+    out = tmp_path / "shards"
+    run("shard", coco.root, "--out", out, "--workers", 1)
+    said = capsys.readouterr().err
+    assert "4 of 4 annotations are marked as crowds" in said
+    assert "--crowds objects" in said
+    assert run("shard", coco.root, "--out", out, "--workers", 1, "--crowds", "objects") == 0
+    assert "crowds" not in capsys.readouterr().err
+    split = read_index(out).splits["train"]
+    assert split.train_samples == split.report["annotations"]["trained"] == 4
+    (shard,) = split.shards
+    for _, _, record in read_shard(out, shard):
+        (entry,) = parse_record(record, "")["annotations"]
+        assert (entry["iscrowd"], entry["train"]) == (0, True)
 
 
 def test_shards_go_below_the_current_folder(
