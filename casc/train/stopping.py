@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -24,6 +24,10 @@ LOOK = 0.5
 """Seconds between looks at whether another rank was asked to end."""
 REPEAT = 2.0
 """Seconds within which another signal is taken for the same request."""
+BEAT = 2.0
+"""Seconds between two signs of life in the store."""
+MISSED = 60.0
+"""Seconds of waiting without a rank's sign of life after which it is taken for lost."""
 
 
 class StoppedError(SystemExit):
@@ -55,15 +59,20 @@ class Stopping:
             self.group = dist.group.WORLD if alike else dist.new_group(backend="gloo")
         self.flag = torch.zeros((), dtype=torch.int32)
         self.work: Any = None
+        self.over = threading.Event()
 
     def __enter__(self) -> Self:
         # Python allows it nowhere else; a run in another thread is its program's to end.
         if threading.current_thread() is threading.main_thread():
             for each in ENDS:
                 self.before[each] = signal.signal(each, self._note)
+        if self.group is not None:
+            work = (self.over, _beats(self.ranks.rank))
+            threading.Thread(target=_beat, args=work, name="signs of life", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.over.set()
         for each, handler in self.before.items():
             signal.signal(each, handler)
 
@@ -150,14 +159,43 @@ class SafePoints:
 
         Raises:
             StoppedError: some rank was asked to end before it was here.
+            RuntimeError: a rank has ended without a word, as `casc.distributed.is_lost` knows it.
         """
         self.looked = -math.inf
         self.pass_by()
         if self.stopping.group is None:
             return
-        store, done = meeting_point(), f"{self.key}: done"
-        store.add(done, 1)
-        while store.add(done, 0) < self.stopping.ranks.world:
+        ranks = self.stopping.ranks
+        meeting_point().set(self._arrival(ranks.rank), "")
+        for rank in range(ranks.world):
+            self._wait_for(rank)
+
+    def _arrival(self, rank: int) -> str:
+        return f"{self.key}: rank {rank} is done"
+
+    def _wait_for(self, rank: int) -> None:
+        store, pause = meeting_point(), LOOK / 5
+        # Pauses are counted, not the time: a job that was suspended whole has missed nothing.
+        beats, silent = -1, 0
+        while not store.check([self._arrival(rank)]):
             if store.check([self.key]):
                 raise StoppedError(int(store.get(self.key)))
-            time.sleep(LOOK / 5)
+            before, beats = beats, store.add(_beats(rank), 0)
+            silent = silent + 1 if beats == before else 0
+            if silent * pause > MISSED:
+                raise RuntimeError(
+                    f"timed out waiting for rank {rank}, of which there has been no sign of life"
+                    f" for {MISSED:g} s"
+                )
+            time.sleep(pause)
+
+
+def _beats(rank: int) -> str:
+    return f"casc signs of life of rank {rank}"
+
+
+def _beat(over: threading.Event, key: str) -> None:
+    # Without the rank that keeps the store there is nobody to tell; the run finds that out itself.
+    with suppress(RuntimeError):
+        while not over.wait(BEAT):
+            meeting_point().add(key, 1)

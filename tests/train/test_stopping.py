@@ -3,13 +3,14 @@ import os
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import chaos
 import pytest
 import torch
 
 from casc.checkpoints import format as checkpoint
-from casc.distributed import ALONE
+from casc.distributed import ALONE, Ranks, is_lost
 from casc.errors import UserError
 from casc.train import stopping
 from casc.train.launch import errors_in_one_line
@@ -202,16 +203,73 @@ def test_a_signal_inside_an_evaluation_waits_for_a_safe_point(tiny_recipe, monke
     assert not (folder / "metrics.json").exists()
 
 
-def test_a_signal_to_one_rank_ends_an_evaluation_on_all(tiny_recipe, write_shards, tmp_path):
+class Meeting:
+    """The second of two ranks by what it leaves in the store; the first one is this process."""
+
+    def __init__(self, monkeypatch, alive, arrives):
+        self.store, self.looks = torch.distributed.HashStore(), 0
+        self.alive, self.arrives = alive, arrives
+        monkeypatch.setattr(stopping, "meeting_point", lambda: self)
+        monkeypatch.setattr(stopping.time, "sleep", lambda _: None)
+        first = SimpleNamespace(group=object(), number=0, ranks=Ranks(world=2, rank=0))
+        self.points = SafePoints(first, 1)
+
+    def set(self, key, value):
+        self.store.set(key, value)
+
+    def get(self, key):
+        return self.store.get(key)
+
+    def add(self, key, amount):
+        assert (key, amount) == ("casc signs of life of rank 1", 0)
+        return min(self.looks, self.alive)
+
+    def check(self, keys):
+        if keys != ["casc stop 1: rank 1 is done"]:
+            return self.store.check(keys)
+        self.looks += 1
+        return self.looks > self.arrives
+
+
+def test_a_rank_that_is_long_over_its_evaluation_is_waited_for(monkeypatch):
+    pauses = int(stopping.MISSED / (stopping.LOOK / 5))
+    Meeting(monkeypatch, alive=9 * pauses, arrives=9 * pauses).points.meet()
+    Meeting(monkeypatch, alive=1, arrives=pauses // 2).points.meet()
+
+
+def test_a_rank_that_ends_without_a_word_is_not_waited_for_forever(monkeypatch):
+    with pytest.raises(RuntimeError, match="rank 1, of which there has been no sign of life") as e:
+        Meeting(monkeypatch, alive=30, arrives=10**9).points.meet()
+    assert is_lost(e.value)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_an_evaluation_ends_it_on_the_other(tiny_recipe, write_shards, tmp_path):
+    """Without an agent that ends the rest; what is killed says nothing."""
     write_shards(tiny_recipe.data, {"train": [(0, 6, True)], "val": [(0, 600, True)]})
     recipe = replace(chaos.hurried(tiny_recipe, steps=2), evaluate_every=1, epochs=1, max_steps=2)
     ranks = chaos.start(recipe, tmp_path / "output.txt")
+    in_the_evaluation(recipe)
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    assert chaos.finish(ranks, 150) == [1, -signal.SIGKILL]
+    assert "lost touch with another rank (evaluating" in (tmp_path / "output.txt").read_text()
+
+
+def in_the_evaluation(recipe):
+    """Wait for it."""
     log, until = recipe.folder / "log.jsonl", time.monotonic() + 60
     while time.monotonic() < until:
         if log.exists() and "evaluating on val" in log.read_text():
             break
         time.sleep(0.01)
     time.sleep(0.3)
+
+
+def test_a_signal_to_one_rank_ends_an_evaluation_on_all(tiny_recipe, write_shards, tmp_path):
+    write_shards(tiny_recipe.data, {"train": [(0, 6, True)], "val": [(0, 600, True)]})
+    recipe = replace(chaos.hurried(tiny_recipe, steps=2), evaluate_every=1, epochs=1, max_steps=2)
+    ranks = chaos.start(recipe, tmp_path / "output.txt")
+    in_the_evaluation(recipe)
     os.kill(ranks[1].pid, signal.SIGTERM)
     statuses = chaos.finish(ranks, 300)
     output = (tmp_path / "output.txt").read_text()
