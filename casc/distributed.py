@@ -121,6 +121,8 @@ _LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed 
 def is_lost(error: Exception) -> bool:
     """Whether an error means that another rank is no longer there."""
     text = str(error).lower()
+    if isinstance(error, dist.DistNetworkError):  # of the store: its rank is gone
+        return True
     return isinstance(error, RuntimeError) and any(words in text for words in _LOST)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -152,7 +152,7 @@ class SafePoints:
         if number:
             store.set(self.key, str(number))
         if store.check([self.key]):
-            raise StoppedError(int(store.get(self.key)))
+            self._leave()
 
     def meet(self) -> None:
         """Wait for all ranks to have come this far: from here on nobody leaves.
@@ -165,28 +165,49 @@ class SafePoints:
         self.pass_by()
         if self.stopping.group is None:
             return
-        ranks = self.stopping.ranks
-        meeting_point().set(self._arrival(ranks.rank), "")
+        store, ranks = meeting_point(), self.stopping.ranks
+        store.set(self._mark("is done", ranks.rank), "")
         for rank in range(ranks.world):
-            self._wait_for(rank)
+            for _ in self._pauses_until("is done", rank):
+                if store.check([self.key]):
+                    self._leave()
 
-    def _arrival(self, rank: int) -> str:
-        return f"{self.key}: rank {rank} is done"
+    def _leave(self) -> NoReturn:
+        """The first rank may keep the store, so it leaves when the others have read the word."""
+        store, ranks = meeting_point(), self.stopping.ranks
+        number = int(store.get(self.key))
+        store.set(self._mark("leaves", ranks.rank), "")
+        if ranks.main:
+            patience = MISSED
+            for rank in range(ranks.world):
+                with suppress(RuntimeError):  # one that is gone needs no word
+                    for pause in self._pauses_until("leaves", rank):
+                        patience -= pause
+                        if patience < 0:
+                            raise StoppedError(number)
+        raise StoppedError(number)
 
-    def _wait_for(self, rank: int) -> None:
+    def _mark(self, what: str, rank: int) -> str:
+        return f"{self.key}: rank {rank} {what}"
+
+    def _pauses_until(self, what: str, rank: int) -> Iterator[float]:
+        """Short sleeps, in seconds, until a rank has left its mark.
+
+        Raises:
+            RuntimeError: it gives no sign of life.
+        """
         store, pause = meeting_point(), LOOK / 5
         # Pauses are counted, not the time: a job that was suspended whole has missed nothing.
-        beats, silent = -1, 0
-        while not store.check([self._arrival(rank)]):
-            if store.check([self.key]):
-                raise StoppedError(int(store.get(self.key)))
+        beats, silent = -1, 0.0
+        while not store.check([self._mark(what, rank)]):
             before, beats = beats, store.add(_beats(rank), 0)
-            silent = silent + 1 if beats == before else 0
-            if silent * pause > MISSED:
+            silent = silent + pause if beats == before else 0.0
+            if silent > MISSED:
                 raise RuntimeError(
                     f"timed out waiting for rank {rank}, of which there has been no sign of life"
                     f" for {MISSED:g} s"
                 )
+            yield pause
             time.sleep(pause)
 
 

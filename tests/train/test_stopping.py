@@ -207,23 +207,26 @@ def test_a_signal_inside_an_evaluation_waits_for_a_safe_point(tiny_recipe, monke
 class Meeting:
     """The second of two ranks by what it leaves in the store; the first one is this process."""
 
-    def __init__(self, monkeypatch, alive, arrives):
+    def __init__(self, monkeypatch, alive, arrives, signalled=0):
         self.texts, self.looks = {}, 0
         self.alive, self.arrives = alive, arrives
         monkeypatch.setattr(stopping, "meeting_point", lambda: self)
         monkeypatch.setattr(stopping.time, "sleep", lambda _: None)
-        first: Any = SimpleNamespace(group=object(), number=0, ranks=Ranks(world=2, rank=0))
+        first: Any = SimpleNamespace(group=object(), number=signalled, ranks=Ranks(2, 0))
         self.points = SafePoints(first, 1)
 
     def set(self, key, value):
         self.texts[key] = value
+
+    def get(self, key):
+        return self.texts[key]
 
     def add(self, key, amount):
         assert (key, amount) == ("casc signs of life of rank 1", 0)
         return min(self.looks, self.alive)
 
     def check(self, keys):
-        if keys != ["casc stop 1: rank 1 is done"]:
+        if keys not in (["casc stop 1: rank 1 is done"], ["casc stop 1: rank 1 leaves"]):
             return all(key in self.texts for key in keys)
         self.looks += 1
         return self.looks > self.arrives
@@ -233,6 +236,21 @@ def test_a_rank_that_is_long_over_its_evaluation_is_waited_for(monkeypatch):
     pauses = int(stopping.MISSED / (stopping.LOOK / 5))
     Meeting(monkeypatch, alive=9 * pauses, arrives=9 * pauses).points.meet()
     Meeting(monkeypatch, alive=1, arrives=pauses // 2).points.meet()
+
+
+def test_the_rank_that_keeps_the_store_leaves_when_the_other_knows(monkeypatch):
+    meeting = Meeting(monkeypatch, alive=10**9, arrives=50, signalled=signal.SIGTERM)
+    with pytest.raises(StoppedError):
+        meeting.points.pass_by()
+    assert meeting.looks == 51
+    assert meeting.texts["casc stop 1"] == "15"
+
+
+@pytest.mark.parametrize("alive", [0, 10**9])
+def test_it_does_not_wait_long_for_one_that_never_reads(monkeypatch, alive):
+    """One that is gone, or compiles for minutes."""
+    with pytest.raises(StoppedError):
+        Meeting(monkeypatch, alive, arrives=10**9, signalled=signal.SIGTERM).points.meet()
 
 
 def test_a_rank_that_ends_without_a_word_is_not_waited_for_forever(monkeypatch):
