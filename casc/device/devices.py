@@ -77,8 +77,8 @@ class Traits:
     """Whether a level's RoIs are picked out for such a kernel, which reads their number."""
     reads_wait_for_nothing: bool = False
     """Whether the host may read a tensor inside an operator without waiting for a device."""
-    bag_backward: bool
-    """Whether `_embedding_bag_dense_backward` has a kernel here."""
+    sorts_taps: bool
+    """Whether the gradient of bags is summed from sorted taps; else one tap after the other."""
     replay_missing: Callable[[], str | None] = lambda: None
     """Why steps can't be replayed here as things are, in a few words; None if they can."""
     ready: Callable[[], None] = lambda: None
@@ -167,7 +167,7 @@ TRAITS = {
         roi_align="torchvision",
         select_rois=True,
         reads_wait_for_nothing=True,
-        bag_backward=True,
+        sorts_taps=True,
     ),
     "cuda": Traits(
         memory_format=torch.channels_last,
@@ -183,7 +183,7 @@ TRAITS = {
         dynamic_shapes=True,
         roi_align="torchvision",
         select_rois=True,
-        bag_backward=True,
+        sorts_taps=True,
         ready=_ready_cuda,
         visible="CUDA_VISIBLE_DEVICES",
         environment=(Setting("CUBLAS_WORKSPACE_CONFIG", ":4096:8", "for --deterministic", True),),
@@ -212,7 +212,7 @@ TRAITS = {
         roi_align="torch_npu",
         native_roi_align=True,
         select_rois=False,
-        bag_backward=False,
+        sorts_taps=False,
         replay_missing=_replay_missing_npu,
         ready=_ready_npu,
         toolkits=("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"),

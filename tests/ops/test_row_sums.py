@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from casc.ops.row_sums import chained_bags, weighted_row_sums
+from casc.ops.row_sums import bag_backward, chained_bags, weighted_row_sums
 
 
 def _cases():
@@ -62,3 +62,21 @@ def test_bags_sum_weighted_rows():
         torch.testing.assert_close(
             weighted_row_sums(pixels, index, weight), _plain(pixels, index, weight)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_that_many_bags_read_has_their_gradients_sum(dtype):
+    """Rounded once: in bfloat16 a running sum stops growing after some 256 equal terms."""
+    generator = torch.Generator().manual_seed(4)
+    index = torch.randint(0, 5, (3000, 4), generator=generator)
+    weight = torch.rand((3000, 4), generator=generator).to(dtype)
+    grad = torch.rand((3000, 8), generator=generator).to(dtype)
+    # Rows 5 and 6 are read by none.
+    expected = torch.zeros((7, 8), dtype=torch.float64)
+    for tap in range(4):
+        expected.index_add_(0, index[:, tap], grad.double() * weight[:, tap, None].double())
+    found = bag_backward(grad, index, weight, 7)
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.double(), expected, rtol=max(torch.finfo(dtype).eps / 2, 1e-5) * 1.01, atol=0
+    )
