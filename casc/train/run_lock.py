@@ -126,7 +126,7 @@ def _acquire(path: Path) -> RunLock:
                 if unread > 20:
                     raise UserError(f"{path}: isn't what casc writes there; delete it by hand")
                 time.sleep(0.02)
-        _sweep(path, draft)
+        _sweep(path, draft, mine)
     finally:
         draft.unlink(missing_ok=True)
     return RunLock(path, mine)
@@ -185,13 +185,16 @@ def _aside(path: Path, mine: Holder) -> Path:
     return path.with_name(f".{path.name}.{machine}.{mine.pid}.{mine.born}.{uuid.uuid4().hex}")
 
 
-def _sweep(path: Path, draft: Path) -> None:
-    """Delete what processes left that were killed while they took the lock."""
+def _sweep(path: Path, draft: Path, mine: Holder) -> None:
+    """Delete what processes left that were killed while they took the lock: drafts and claims."""
     machine = draft.name.split(".")[3]
     for left in path.parent.glob(f".{path.name}.*"):
         parts = left.name.split(".")
+        claimant = _read(left) if parts[3] == "over" else None
         with contextlib.suppress(OSError):
-            if len(parts) == 7 and parts[3] == machine and parts[4].isdecimal():
+            if claimant is not None and claimant.machine == mine.machine:
+                dead = _born(claimant.pid) != claimant.born
+            elif len(parts) == 7 and parts[3] == machine and parts[4].isdecimal():
                 dead = _born(int(parts[4])) != parts[5]
             else:  # of another machine
                 dead = draft.stat().st_mtime - left.stat().st_mtime > STALE

@@ -255,6 +255,17 @@ def test_what_a_kill_left_beside_the_lock_is_swept(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([mine, far])
 
 
+def test_a_claim_whose_lock_is_gone_is_swept(tmp_path):
+    """Who was killed between removing a dead run's lock and its own claim."""
+    with run_lock(tmp_path) as lock:
+        claims = {}
+        for name, change in {"alive": {}, "dead": {"born": "1"}, "far": {"machine": "b"}}.items():
+            claims[name] = module._claim(lock.path, lock.holder._replace(token=name))
+            claims[name].write_text(json.dumps(lock.holder._replace(**change)._asdict()))
+    hold(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([claims["alive"], claims["far"]])
+
+
 def test_a_full_disk_leaves_no_draft(tmp_path, monkeypatch):
     def full(path: Path, *_: object, **__: object) -> int:
         path.touch()
