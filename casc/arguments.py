@@ -185,7 +185,13 @@ def _in_one_line(box: str, kind: Any, arguments: Sequence[str]) -> str:
         indents = [len(line) - len(line.lstrip()) for line in inside]
         names = [line.strip() for line, n in zip(inside, indents, strict=True) if n == indents[1]]
         return f"{' and '.join(names)} missing"
-    return re.sub(r"^Error parsing (\S+): ", r"\1: ", text).rstrip(".")
+    text = re.sub(r"^Error parsing (\S+): ", r"\1: ", re.sub(r"\[/?bold\]", "", text)).rstrip(".")
+    # Of several types tyro says at length why each doesn't fit.
+    if found := re.match(
+        r"(\S+): no type matching (\S.*?) could be instantiated from (\[.*?\])", text
+    ):
+        return f"{found[1]}: expected {found[2].removeprefix('{None}|')}, got {found[3]}"
+    return text
 
 
 def _no_command(names: Sequence[str], kind: Any, arguments: Sequence[str]) -> str:

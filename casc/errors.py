@@ -14,6 +14,23 @@ class UserError(ValueError):
         super().__init__(plain(message), *more)
 
 
+def told(error: Exception) -> str:
+    """What to print of an error: of the system's, the file and the reason, without their number."""
+    if is_out_of_memory(error):
+        reason = str(error).partition("\n")[0]
+        return f"not enough memory; smaller images, canvases or batches need less ({reason})"
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of the device or of the machine."""
+    # Of torch's there is a class for accelerators only, and importing it takes seconds.
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 class TransientError(UserError):
     """What may not happen a second time: a server that can't be reached, memory that ran out.
 

@@ -16,7 +16,7 @@ from casc.arguments import overview, parse_arguments, reader_may_leave
 from casc.data.index import ASPECTS, Index
 from casc.data.loader_config import RemoteConfig, check_loading
 from casc.data.status import warn_on_stderr
-from casc.errors import UserError
+from casc.errors import UserError, told
 from casc.printing import plain, say
 from data_tools.parallel import default_workers, interrupt_once
 from data_tools.report import format_findings, format_table
@@ -317,7 +317,7 @@ def _main(arguments: Sequence[str] | None) -> NoReturn:
     except BrokenPipeError:
         raise
     except (UserError, OSError) as error:
-        say(plain(f"data_tools: {error}"), sys.stderr)
+        say(plain(f"data_tools: {told(error)}"), sys.stderr)
         code = 1
     except KeyboardInterrupt:
         say("data_tools: interrupted; the same command takes it up again", sys.stderr)

@@ -53,7 +53,7 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
         raise UserError(
             f"{images}: no such folder; the images of {file.name} belong there, or give --images"
         )
-    if (out / split).resolve() == images.resolve():
+    if os.path.realpath(out / split) == os.path.realpath(images):  # out may be a loop of links
         raise UserError(f"{out}: shards would lie among the images; give another --out")
     if foreign:
         made = convert(next(other for other in foreign if other.split == split), foreign)

@@ -1,18 +1,26 @@
-"""Measure what tiles are worth on large images: `python docs/measure_tiles.py`.
+"""Measure what tiles and larger canvases do to a detector: `python docs/measure_tiles.py`.
 
-A narrow detector learns coloured discs and squares of 10 to 18 pixels on images of 64 pixels,
-then looks for such objects in an image of 6,000 x 400: as a whole, and with tiles. All data is
-generated, in the folder `runs/tiles`.
+A narrow detector with group norms learns coloured discs and squares of 10 to 18 pixels on images of
+64 pixels. Then it looks for such objects in an image of 6,000 x 400, as a whole and with tiles; and
+in 24 more images of 64 pixels, on their own canvas and on larger ones, with group norms over the
+image, as inference has them, and over all of the canvas. All data is generated, in the folder
+`runs/tiles`.
 """
 
 import json
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image
 
 import casc
+from casc.data.batch import Batch
+from casc.evaluate.coco_results import ImageDetections
+from casc.inference.detector import Detector
 from casc.inference.settings import Settings, Views
 from casc.model.anchors import AnchorConfig
 from casc.model.box_head import BoxHeadConfig
@@ -25,7 +33,7 @@ from casc.train.schedule import Schedule
 FOLDER = Path("runs/tiles")
 COLOURS = ((220, 60, 60), (60, 200, 60), (70, 90, 230))
 SMALL, LARGE = (64, 64), (400, 6000)
-TRAIN, OBJECTS = 100, 1500
+TRAIN, EPOCHS, OBJECTS, SMALL_IMAGES = 100, 8, 1500, 24
 
 
 def draw(
@@ -88,10 +96,22 @@ def make(split: str, count: int, size: tuple[int, int], objects: int) -> None:
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
 
 
+@dataclass(frozen=True, eq=False)
+class OnLargerCanvas(Detector):
+    """The same detector, which sees images on a canvas of so many times each side."""
+
+    times: int = 1
+
+    def find(self, batches: Iterable[tuple[Batch, tuple[int, int]]]) -> Iterator[ImageDetections]:
+        """Yield what is found in each image."""
+        return super().find((batch, (h * self.times, w * self.times)) for batch, (h, w) in batches)
+
+
 def main() -> None:
-    """Generate, train, evaluate twice."""
+    """Generate, train, evaluate."""
     make("train2017", TRAIN, SMALL, 3)
     make("val2017", 1, LARGE, OBJECTS)
+    make("more", SMALL_IMAGES, SMALL, 3)
     casc.shard(FOLDER / "images", FOLDER / "shards", say=say)
     base = demo()
     model = replace(
@@ -109,7 +129,7 @@ def main() -> None:
         name="tiles",
         data=FOLDER / "shards",
         out=FOLDER / "run",
-        epochs=8,
+        epochs=EPOCHS,
         evaluate_every=0,
         image=ImageConfig(short=SMALL[0], long=SMALL[1]),
         optim=Optim(lr=0.03, reference_batch=4, clip_norm=10.0),
@@ -127,6 +147,16 @@ def main() -> None:
         figures = casc.evaluate(looking, FOLDER / "shards", batch=1, max_dets=most).figures
         box, mask = (figures[kind][key(most)] for kind in ("bbox", "segm"))
         say(f"{name}: box AP {box:.3f}, mask AP {mask:.3f}")
+    kept = {f.name: getattr(detector, f.name) for f in fields(detector) if f.init}
+    for times in (1, 2, 3):
+        larger = OnLargerCanvas(**kept, times=times)
+        for over, way in (
+            ("the image", nullcontext()),
+            ("all of it", mock.patch("casc.model.detector.image_cells", return_value=None)),
+        ):
+            with way:
+                figures = casc.evaluate(larger, FOLDER / "shards", "more").figures
+            say(f"canvas x {times}, norms over {over}: box AP {figures['bbox']['AP']:.3f}")
 
 
 def key(most: int) -> str:

@@ -69,12 +69,14 @@ class EvalCommand:
 
         if self.batch < 1:
             raise UserError("--batch must be at least 1")
+        for flag, file in (("--results", self.results), ("--out", self.out)):
+            _check_file(flag, file)
         detector = load(self.checkpoint, device=self.device, dtype=self.dtype, compile=self.compile)
         detector = detector.with_settings(self.settings).with_views(self.views)
         reads = reads_back(detector.model, detector.compute, detector.device, training=False)
         replay = choose_replay(self.replay, detector.device, reads).replay
         detector = replace(detector, replay=replay)
-        split = self.split or detector.split
+        split = detector.split if self.split is None else self.split
         dtype = str(detector.compute.dtype).removeprefix("torch.")
         where = location(self.shards)
         say(f"{detector.source} on {split} of {where}, {detector.device}, {dtype}")
@@ -95,3 +97,11 @@ class EvalCommand:
             write_evaluation(evaluation, self.out)
             say(f"all figures are in {self.out}")
         return 0
+
+
+def _check_file(flag: str, file: Path | None) -> None:
+    """Refuse what can't be written to before anything is measured."""
+    if file is not None and file.is_dir():
+        raise UserError(f"{flag} {file}: is a folder; give a file's name")
+    if file is not None and not file.parent.is_dir():
+        raise UserError(f"{flag} {file}: there is no folder {file.parent}")

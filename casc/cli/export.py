@@ -16,9 +16,12 @@ from casc.printing import say
 if TYPE_CHECKING:  # torch takes seconds to import, which --help needn't wait for
     from casc.checkpoints.model import Trained
     from casc.export.check import Agreement
+    from casc.export.pictures import Picture
     from casc.export.program import Shape
 
 _DIVISOR = 32
+_LARGEST = 2**16
+"""Pixels of a side, and images of a batch: more than JPEG has, or any machine's memory."""
 _SOME = 3
 """Images per call that a program of any number is checked with."""
 
@@ -77,14 +80,15 @@ class ExportCommand:
         metadata = describe(trained, shape, self.format)
         with tempfile.TemporaryDirectory(dir=self.out.parent, prefix=".export-") as folder:
             path = Path(folder) / self.out.name
-            begin = time.perf_counter()
             model, image = trained.model, trained.image
+            pictures = self._pictures(shape, trained.image.channels) if self.check else []
+            begin = time.perf_counter()
             program = capture(trained.params, trained.buffers, model, image, shape)
             write(program, path, self.format, metadata, shape, self.opset)
             seconds = time.perf_counter() - begin
             say(f"{self.out}: {path.stat().st_size / 2**20:.1f} MiB, made in {seconds:.0f} s")
             if self.check:
-                found, agrees = self._compare(path, trained, shape)
+                found, agrees = self._compare(path, trained, shape, pictures)
                 if not agrees:
                     say(f"{self.out} is not kept: it differs from casc's own inference")
                     return 1
@@ -106,8 +110,8 @@ class ExportCommand:
         if not self.out.parent.is_dir():
             raise UserError(f"{self.out}: there is no folder {self.out.parent}")
         for flag, value in (("batch", self.batch), ("short", self.short), ("long", self.long)):
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"--{flag} {value}: must be at least 1")
+            if isinstance(value, int) and not 1 <= value <= _LARGEST:
+                raise UserError(f"--{flag} {value}: must be 1 to {_LARGEST}")
         if self.format != "onnx" and self.batch == "dynamic":
             raise UserError(
                 f"--batch dynamic: --format {self.format} has a fixed batch; give a number, or"
@@ -118,6 +122,8 @@ class ExportCommand:
             if sides is not None and (min(sides) < 1 or any(side % step for side in sides)):
                 wanted = f"multiples of {step}" if step > 1 else "at least 1"
                 raise UserError(f"--{flag} {sides[0]} {sides[1]}: both must be {wanted}")
+            if sides is not None and max(sides) > _LARGEST:
+                raise UserError(f"--{flag} {sides[0]} {sides[1]}: must be at most {_LARGEST}")
         if self.images and not self.check:
             raise UserError("--images: nothing is compared with --no-check; drop one of them")
 
@@ -144,8 +150,16 @@ class ExportCommand:
         shape = Shape(batch, self.pixels or canvas, canvas)
         return trained._replace(model=model, image=image), shape
 
+    def _pictures(self, shape: "Shape", channels: int) -> "list[Picture]":
+        """What is compared; read before any work, in case that they can't be."""
+        from casc.export.pictures import generated_pictures, read_pictures
+
+        if self.images:
+            return read_pictures(self.images, shape.pixels, channels)
+        return generated_pictures(shape.pixels, channels=channels)
+
     def _compare(
-        self, path: Path, trained: "Trained", shape: "Shape"
+        self, path: Path, trained: "Trained", shape: "Shape", pictures: "list[Picture]"
     ) -> tuple[dict[str, Any], bool]:
         """What the comparison found, as JSON, and whether it is within the tolerances."""
         import torch
@@ -153,14 +167,9 @@ class ExportCommand:
         from casc.config import to_json
         from casc.export.check import Tolerances, compare
         from casc.export.files import load
-        from casc.export.pictures import batches, generated_pictures, read_pictures
+        from casc.export.pictures import batches
         from casc.export.program import infer
 
-        channels = trained.image.channels
-        if self.images:
-            pictures = read_pictures(self.images, shape.pixels, channels)
-        else:
-            pictures = generated_pictures(shape.pixels, channels=channels)
         spent = {"eager": 0.0, self.format: 0.0}
 
         def timed(name: str, run):

@@ -24,7 +24,7 @@ from casc.cli.recipes import RecipesCommand, TrainCommand, train
 from casc.cli.report import ReportCommand
 from casc.cli.verify import VerifyCommand
 from casc.cli.weights import WeightsCommand
-from casc.errors import UserError
+from casc.errors import UserError, is_out_of_memory, told
 from casc.inference.settings import Settings, Views
 from casc.printing import plain, say
 
@@ -82,7 +82,12 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (UserError, OSError) as error:
-        say(plain(f"casc: {error}"), sys.stderr)
+        say(plain(f"casc: {told(error)}"), sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        say(plain(f"casc: {told(error)}"), sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

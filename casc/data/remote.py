@@ -71,16 +71,21 @@ def location(root: str | os.PathLike[str]) -> str:
 
 
 def check_address(url: str) -> None:
-    """Refuse a URL with a password in it, and one whose signature is left out.
+    """Refuse a URL that has no host or has a password in it, and one whose signature is left out.
 
     What stands in an address is kept wherever it goes: by the shell, by proxies, in messages.
 
     Raises:
         UserError: naming another way.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"{url}: isn't a URL ({error})") from None
     user, at, _ = parts.netloc.rpartition("@")
     web = parts.scheme.lower() in ("http", "https")
+    if web and not parts.hostname:
+        raise UserError(f"{url}: names no host")
     if REDACTED in url:
         raise UserError(f"{url}: its signature isn't stored with a run; give the whole URL again")
     if at and (web or ":" in user):

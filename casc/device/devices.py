@@ -7,6 +7,7 @@ brings it.
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -256,19 +257,23 @@ def choose_device(name: str = "auto") -> torch.device:
     kind, _, index = name.partition(":")
     if name == "auto":
         device = accelerator or torch.device("cpu")
-    elif kind not in TRAITS or (index and not index.isdigit()):
+    elif kind not in TRAITS or not re.fullmatch(r"[a-z]+(:[0-9]+)?", name):
         raise UserError(f"--device {name}: expected auto or one of {', '.join(TRAITS)}")
     elif kind != "cpu" and (accelerator is None or accelerator.type != kind):
         raise UserError(
             f"--device {name}: torch {torch.__version__} finds no {kind} device on this machine;"
             " `casc doctor` says why. Use --device cpu, or install what is missing"
         )
-    elif index and kind != "cpu" and int(index) >= torch.accelerator.device_count():
-        raise UserError(f"--device {name}: there are {torch.accelerator.device_count()} devices")
+    elif index and int(index) >= (there := _device_count(kind)):
+        raise UserError(f"--device {name}: there are {there}, from {kind}:0 on")
     else:
         device = torch.device(name)
     traits(device).ready()
     return device
+
+
+def _device_count(kind: str) -> int:
+    return 1 if kind == "cpu" else torch.accelerator.device_count()
 
 
 def _see_own_device(name: str) -> None:

@@ -112,7 +112,7 @@ def evaluate(
     check_loading(loading)
     root = location(shards)
     index = read_index(root, loading)
-    split = split or detector.split
+    split = detector.split if split is None else split
     check_split(index, split, root)
     channels = index.splits[split].channels
     if channels != detector.image.channels:

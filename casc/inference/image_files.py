@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from casc.data.index import INDEX_NAME, read_index
 from casc.data.loader_config import RemoteConfig
 from casc.data.reader import read_shard
-from casc.data.remote import is_local, location
+from casc.data.remote import check_address, is_local, location
 from casc.errors import UserError
 from casc.evaluate.ground_truth import read_coco
 
@@ -45,8 +45,10 @@ def find_images(
     for given in paths:
         text, path = os.fspath(given), Path(given)
         matches: Sequence[Source]
-        if not is_local(text):
-            matches, reason = [text], ""
+        if not text:
+            matches, reason = [], "an empty name"
+        elif not is_local(text):
+            matches, reason = _address(text)
         elif path.is_dir():
             matches, reason = _images_below(path, suffixes), "the folder has no images"
         elif path.exists() or not glob.has_magic(text):
@@ -58,8 +60,17 @@ def find_images(
             reason = "no file matches"
         files.update(dict.fromkeys(matches))
         if not matches:
-            failed.append((text, reason))
+            failed.append((text or "''", reason))
     return list(files), failed
+
+
+def _address(url: str) -> tuple[list[Source], str]:
+    """A URL that can be asked for, or none and why not."""
+    try:
+        check_address(url)
+    except UserError as error:
+        return [], str(error).removeprefix(f"{url}: ")
+    return [url], ""
 
 
 def _images_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
@@ -132,7 +143,8 @@ def targets_of(files: Sequence[Source], folder: Path) -> list[Path]:
 
     Videos have the same names with another suffix.
     """
-    inputs = {file.resolve() for file in files if isinstance(file, Path)}
+    # `Path.resolve` raises where links go round in a circle.
+    inputs = {os.path.realpath(file) for file in files if isinstance(file, Path)}
     targets: dict[Path, None] = {}
     for file in files:
         stem = PurePosixPath(base_name(file)).stem or "image"
@@ -140,7 +152,7 @@ def targets_of(files: Sequence[Source], folder: Path) -> list[Path]:
         while target in targets:
             number += 1
             target = folder / f"{stem}-{number}.jpg"
-        if not inputs.isdisjoint((target.resolve(), target.with_suffix(".mp4").resolve())):
+        if not inputs.isdisjoint(map(os.path.realpath, (target, target.with_suffix(".mp4")))):
             raise UserError(
                 f"{target}: would overwrite an input image; choose another output folder"
             )

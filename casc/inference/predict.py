@@ -92,6 +92,8 @@ def predict(
     identities = dict(zip(stills, image_ids(stills, ids), strict=True))
     folder = Path(out_dir)
     targets = targets_of(files, folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: isn't a folder; give another")
     folder.mkdir(parents=True, exist_ok=True)
 
     results: list[Result] = []

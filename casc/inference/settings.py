@@ -10,6 +10,9 @@ if TYPE_CHECKING:  # torch and numpy take long to import, which --help needn't w
     from casc.data.index import Category
     from casc.model.detector_config import InferenceConfig
 
+MOST_DETECTIONS = 100_000
+"""More than the proposals and classes of any model make; each has a row of every tensor."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -39,8 +42,8 @@ class Settings:
         for name, value in (("threshold", self.threshold), ("nms_iou", self.nms_iou)):
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"{_flag(name)} {value}: must be in [0, 1]")
-        if self.detections is not None and self.detections < 1:
-            raise UserError(f"--detections {self.detections}: must be at least 1")
+        if self.detections is not None and not 1 <= self.detections <= MOST_DETECTIONS:
+            raise UserError(f"--detections {self.detections}: must be 1 to {MOST_DETECTIONS}")
         given = {
             "score_threshold": self.threshold,
             "nms_iou": self.nms_iou,

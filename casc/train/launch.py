@@ -9,12 +9,12 @@ from casc.arguments import reader_may_leave
 from casc.data.index import read_index
 from casc.device.devices import choose_device
 from casc.distributed import ranks_from_environment
-from casc.errors import TransientError, UserError
+from casc.errors import TransientError, UserError, is_out_of_memory, told
 from casc.printing import plain, say
 from casc.train.derived import describe, facts
 from casc.train.loop import Summary, train
 from casc.train.recipe import Recipe, parse, resolved
-from casc.train.recipe_checks import check
+from casc.train.recipe_checks import check, check_settings
 from casc.train.sinks import Sink
 from casc.train.start import resumption
 
@@ -51,11 +51,12 @@ def launch(
                 recipe = fitted(asked)
         recipe, dry_run = parse(recipe, description, args)
     with errors_in_one_line():
+        world = ranks_from_environment().world
+        check_settings(resolved(recipe), world)  # before data is made for it
         if not dry_run:
             prepare(recipe)
             return train(recipe, sinks=sinks)
         index = read_index(recipe.data, recipe.loading)
-        world = ranks_from_environment().world
         check(recipe, index, world)
         say(describe(recipe, index, choose_device(recipe.device), world))
         recipe = resolved(recipe)
@@ -72,7 +73,11 @@ def errors_in_one_line() -> Iterator[None]:
     except TransientError as error:
         _end(f"{error}; the same command goes on from the newest checkpoint")
     except (UserError, OSError) as error:
-        _end(str(error))
+        _end(told(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _end(told(error))
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the newest checkpoint", sys.stderr)
         sys.exit(130)

@@ -26,6 +26,16 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
     Raises:
         UserError: naming the flag to change.
     """
+    check_settings(recipe, world)
+    _check_data(recipe, index)
+
+
+def check_settings(recipe: Recipe, world: int = 1) -> None:
+    """Refuse a recipe that can't run on any data.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
     _check_counts(recipe)
     _check_going_on(recipe)
     check_loading(recipe.loading)
@@ -41,7 +51,6 @@ def check(recipe: Recipe, index: Index, world: int = 1) -> None:
             f"--model.box-head.box-weight {recipe.model.box_head.box_weight}: must be more than 0"
         )
     _check_device(recipe.device, world)
-    _check_data(recipe, index)
     _check_backbone(recipe)
 
 

@@ -416,6 +416,16 @@ def test_annotations_and_goldens(content, run: Run, tmp_path):
         ("casc", "eval", "CHECKPOINT", "SHARDS", "--split", "nosuch"),
         ("casc", "predict", "CHECKPOINT", "/nowhere/*.jpg", "--device", "gpu"),
         ("casc", "predict", "CHECKPOINT", "IMAGE", "--threshold", "2"),
+        ("casc", "predict", "CHECKPOINT", "IMAGE", "--device", "cpu:7"),
+        ("casc", "predict", "CHECKPOINT", "IMAGE", "--device", "cpu:"),
+        ("casc", "predict", "CHECKPOINT", "IMAGE", "--detections", "99999999999999999999"),
+        ("casc", "predict", "CHECKPOINT", "IMAGE", "--device", "cpu", "--scales", "99999999"),
+        ("casc", "predict", "CHECKPOINT", "IMAGE", "--device", "cpu", "--out", "IMAGE"),
+        ("casc", "eval", "CHECKPOINT", "SHARDS", "--device", "cpu", "--split", ""),
+        ("casc", "eval", "CHECKPOINT", "SHARDS", "--device", "cpu", "--results", "SHARDS"),
+        ("casc", "eval", "CHECKPOINT", "SHARDS", "--device", "cpu", "--out", "nowhere/a.json"),
+        ("casc", "eval", "CHECKPOINT", "http://", "--device", "cpu"),
+        ("casc", "eval", "CHECKPOINT", "http://[", "--device", "cpu"),
         ("casc", "bench", "--canvas", "500", "500"),
         ("casc", "bench", "inference", "--batch", "0"),
         ("data_tools", "synth", "OUT", "--classes", "900"),
@@ -425,7 +435,8 @@ def test_annotations_and_goldens(content, run: Run, tmp_path):
         ("recipe", "--data", "SHARDS", "--profile", "x.txt", "--train-split", "val"),
     ],
 )
-def test_value_that_cannot_be(arguments, run: Run, files: Files, tmp_path):
+def test_value_that_cannot_be(arguments, run: Run, files: Files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     places = {
         "CHECKPOINT": files.checkpoint, "SHARDS": files.shards, "IMAGE": files.image,
         "OUT": tmp_path / "synth",

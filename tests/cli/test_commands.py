@@ -142,6 +142,7 @@ def test_help_shows_two_examples_and_names_what_goes_where(capsys, name: str, ki
         ("casc eval run shards --device", "Missing value for argument '--device'."),
         ("casc eval run shards --batch x", "--batch: invalid literal for int() with base 10: 'x'"),
         ("casc bench train --canvas a b", "--canvas: Could not parse arguments ['a', 'b']"),
+        ("casc export run a.onnx --canvas 64", "--canvas: expected {INT INT}, got ['64']"),
         ("casc bench graph --card nope", "invalid choice 'nope' for argument '--card'."),
         ("casc eval run shards more", "unexpected argument 'more'"),
         ("casc --nothing", "unknown flag --nothing"),

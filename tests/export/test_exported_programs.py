@@ -430,7 +430,7 @@ def test_mistakes_are_one_line_and_leave_nothing(world, tmp_path, capsys, monkey
         ((out, "--format", "pt2"), "--format pt2 is written to a .pt2 file"),
         ((tmp_path / "there.onnx",), "is there already"),
         ((tmp_path / "no" / "d.onnx",), "there is no folder"),
-        ((out, "--batch", 0), "--batch 0: must be at least 1"),
+        ((out, "--batch", 0), "--batch 0: must be 1 to 65536"),
         ((out, "--opset", 17), "--opset 17: must be from 18 to 21"),
         ((tmp_path / "d.pt2", "--format", "pt2", "--opset", 20), "--format pt2 has none"),
         (

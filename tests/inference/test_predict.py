@@ -21,7 +21,7 @@ from casc.evaluate.coco_results import image_results
 from casc.evaluate.run import find_in_stream
 from casc.inference import images
 from casc.inference.detector import Detector
-from casc.inference.image_files import base_name, find_images, listed_ids
+from casc.inference.image_files import base_name, find_images, listed_ids, targets_of
 from casc.inference.images import batch_of, canvas_of, holding_canvas, read_image
 from casc.inference.predict import predict
 from casc.model.detector import init
@@ -171,6 +171,14 @@ def test_folders_patterns_and_repeats(tmp_path: Path):
     files, failed = find_images([str(tmp_path / "**" / "*.png"), tmp_path / "empty"])
     assert sorted(map(base_name, files)) == ["a.png", "c.png"]
     assert failed == [(str(tmp_path / "empty"), "the folder has no images")]
+
+
+def test_what_names_no_file_is_told(tmp_path: Path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    found, failed = find_images(["", "http://", "http://[", "https://a/b.png"])
+    assert found == ["https://a/b.png"]
+    assert [name for name, _ in failed] == ["''", "http://", "http://["]
+    assert targets_of([tmp_path / "loop"], tmp_path / "out") == [tmp_path / "out" / "loop.jpg"]
 
 
 def test_names_with_brackets_are_files_first(tmp_path: Path):
