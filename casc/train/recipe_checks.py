@@ -11,8 +11,12 @@ from casc.model.backbone import map_channels, stage_count
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import ResNetConfig
 from casc.model.vit import ViTConfig
+from casc.train.model_checks import MOST, check_model
 from casc.train.optim import Optim
 from casc.train.recipe import IMAGENET, IMAGENET_V2, RANDOM, Recipe
+
+LARGEST_SIDE = 2**16
+"""Of an image in pixels; JPEG has none longer."""
 
 
 def check(recipe: Recipe, index: Index, world: int = 1) -> None:
@@ -46,15 +50,14 @@ def check_settings(recipe: Recipe, world: int = 1) -> None:
             " batch; use --batch 2 or more"
         )
     _check_optim(recipe)
-    if not 0 < recipe.model.box_head.box_weight < math.inf:
-        raise UserError(
-            f"--model.box-head.box-weight {recipe.model.box_head.box_weight}: must be more than 0"
-        )
+    check_model(recipe.model)
     _check_device(recipe.device, world)
     _check_backbone(recipe)
 
 
 def _check_counts(recipe: Recipe) -> None:
+    if not 0 <= recipe.seed < 2**63:
+        raise UserError(f"--seed {recipe.seed}: must be from 0 to 2^63 - 1")
     for flag, value, least in (
         ("epochs", recipe.epochs, 1),
         ("batch", recipe.batch, 1),
@@ -74,13 +77,12 @@ def _check_counts(recipe: Recipe) -> None:
         ("schedule.warmup-steps", recipe.schedule.warmup_steps, 0),
         ("image.short", recipe.image.short, 1),
         ("image.channels", recipe.image.channels, 1),
-        ("model.rpn.convs", recipe.model.rpn.convs, 1),
-        ("model.box-head.convs", recipe.model.box_head.convs, 0),
-        ("model.box-head.fcs", recipe.model.box_head.fcs, 1),
         ("image.long", recipe.image.long, recipe.image.short),
     ):
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # NaN isn't
             raise UserError(f"--{flag} {value}: must be at least {least}")
+        if value is not None and value > MOST:
+            raise UserError(f"--{flag} {value}: must be at most {MOST}")
 
 
 def _check_going_on(recipe: Recipe) -> None:
@@ -104,6 +106,15 @@ def _check_optim(recipe: Recipe) -> None:
         raise UserError(
             f"--schedule.warmup-limit {recipe.schedule.warmup_limit}: must be from 0 to 1"
         )
+    for flag, share in (
+        ("factor", recipe.schedule.factor),
+        ("warmup-ratio", recipe.schedule.warmup_ratio),
+    ):
+        if not 0 <= share <= 1:
+            raise UserError(f"--schedule.{flag} {share}: must be from 0 to 1")
+    if any(drop < 1 for drop in recipe.schedule.drops):
+        given = " ".join(map(str, recipe.schedule.drops))
+        raise UserError(f"--schedule.drops {given}: each must be at least 1")
     if not 0 < recipe.optim.lr < math.inf:
         raise UserError(f"--optim.lr {recipe.optim.lr}: must be more than 0 and finite")
     _check_moments(recipe.optim)
@@ -257,8 +268,12 @@ def _check_image(image: ImageConfig) -> None:
                 f"--image.{flag}: gives {len(numbers)} numbers; --image.channels {image.channels}"
                 f" needs {image.channels}, one for each channel"
             )
-    if not all(number > 0 for number in image.std):
+    if not all(0 < number < math.inf for number in image.std):
         raise UserError(f"--image.std {image.std}: each must be more than 0")
+    if not all(map(math.isfinite, image.mean)):
+        raise UserError(f"--image.mean {image.mean}: each must be finite")
+    if image.long > LARGEST_SIDE:
+        raise UserError(f"--image.long {image.long}: must be at most {LARGEST_SIDE}")
     if image.channels != 3 and any(image.colour):
         raise UserError(
             f"--image.colour: changes RGB, but --image.channels is {image.channels}; leave it out"
