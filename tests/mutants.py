@@ -1,8 +1,8 @@
 # ruff: noqa: E501 -- a mutant is a line
 """Mistakes of one line in casc/model and casc/ops, and what finds them: `just mutants`.
 
-Each is applied to a copy of the tree. `casc verify` on the goldens has to find it, or else the
-tests that are named for it. Exits with 1 if one survives, or no longer fits the code.
+Each is applied to a copy of the tree. The tests that are named for it have to find it, or where
+none are `casc verify` on the goldens. Exits with 1 if one survives, or no longer fits the code.
 """
 
 import argparse
@@ -259,7 +259,7 @@ def _try(task: tuple[Mutant, bool]) -> Outcome:
         _copy(tree)
         file = tree / "casc" / mutant.file
         file.write_text(file.read_text().replace(mutant.old, mutant.new))
-        by = _verify(tree) or (_test(tree, mutant.tests) if mutant.tests else "")
+        by = (_test(tree, mutant.tests) if mutant.tests else "") or _verify(tree)
         if not by and whole_suite and mutant.old != mutant.new:
             by = _test(tree, [""])
     return Outcome(mutant.name, by, time.monotonic() - start)
