@@ -14,7 +14,7 @@ import tyro
 
 from casc.arguments import overview, parse_arguments, reader_may_leave
 from casc.data.index import ASPECTS, Index
-from casc.data.loader_config import RemoteConfig, check_loading
+from casc.data.loader_config import MOST_WORKERS, RemoteConfig, check_loading
 from casc.data.status import warn_on_stderr
 from casc.errors import UserError, told
 from casc.printing import plain, say
@@ -328,8 +328,8 @@ def _main(arguments: Sequence[str] | None) -> NoReturn:
 
 
 def _check_workers(workers: int) -> None:
-    if workers < 1:
-        raise UserError(f"--workers: expected 1 or more, got {workers}")
+    if not 1 <= workers <= MOST_WORKERS:
+        raise UserError(f"--workers: expected 1 to {MOST_WORKERS}, got {workers}")
 
 
 def _verdict(index: Index, splits: Sequence[str], allow_missing: bool) -> int:
@@ -378,7 +378,8 @@ def _next(index: Index, out: Path) -> str:
                 and name != train), None)  # fmt: skip
     evaluated = f" --val-split {val}" if val else " --evaluate-every 0"
     return (
-        f"to train on them: casc train RECIPE --data {out} --train-split {train}{evaluated}"
+        "to train on them (`casc recipes` lists what there is):"
+        f" casc train RECIPE --data {out} --train-split {train}{evaluated}"
         f" --model.classes {len(index.categories)}"
         + ("" if counts[train]["trained"] else " --model.masks none")
         + ("" if val else "; --val-share 0.1 here would hold images out to measure on")

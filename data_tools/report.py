@@ -31,7 +31,9 @@ KINDS: dict[str, Kind] = {
     "duplicate_category": Kind("category", "left out", "listed twice; the copy is"),
     # In the shards, but not trained on.
     "too_small": Kind("image", "evaluation only", "a side is shorter than 32 pixels"),
-    "no_annotations": Kind("image", "evaluation only", "nothing of a known category on it"),
+    "no_annotations": Kind(
+        "image", "evaluation only", "no object of a listed category on it; --negatives keep"
+    ),
     "only_maskless": Kind("image", "evaluation only", "objects without masks, as below"),
     "crowd": Kind("annotation", "evaluation only", "crowd"),
     "ignore": Kind("annotation", "evaluation only", "marked as ignore"),

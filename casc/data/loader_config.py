@@ -50,6 +50,10 @@ class TrainLoaderConfig(EvalLoaderConfig):
 DEFAULT_LOADING = TrainLoaderConfig()
 
 
+MOST_WORKERS = 1024
+"""Processes that read, or make shards: more than machines have processors."""
+
+
 def check_loading(loading: RemoteConfig) -> None:
     """Refuse settings that can't be honoured.
 
@@ -60,6 +64,9 @@ def check_loading(loading: RemoteConfig) -> None:
         value = getattr(loading, name, least)
         if value < least:
             raise UserError(f"--loading.{name} {value}: must be at least {least}")
+    if getattr(loading, "workers", 0) > MOST_WORKERS:
+        workers = getattr(loading, "workers", 0)
+        raise UserError(f"--loading.workers {workers}: must be at most {MOST_WORKERS}")
     for name, zero in (
         ("timeout", False),
         ("deadline", False),

@@ -426,6 +426,8 @@ def test_annotations_and_goldens(content, run: Run, tmp_path):
         ("casc", "eval", "CHECKPOINT", "SHARDS", "--device", "cpu", "--out", "nowhere/a.json"),
         ("casc", "eval", "CHECKPOINT", "http://", "--device", "cpu"),
         ("casc", "eval", "CHECKPOINT", "http://[", "--device", "cpu"),
+        ("casc", "eval", "CHECKPOINT", "SHARDS", "--loading.workers", "99999"),
+        ("data_tools", "check", "SHARDS", "--workers", "99999"),
         ("casc", "bench", "--canvas", "500", "500"),
         ("casc", "bench", "inference", "--batch", "0"),
         ("data_tools", "synth", "OUT", "--classes", "900"),

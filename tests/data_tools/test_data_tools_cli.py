@@ -31,7 +31,7 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     assert "train2017: 12 images" in text
     assert "val2017: 4 images" in text
-    assert "nothing of a known category" not in text
+    assert "no object of a listed category" not in text
     # What is typed next is what a recipe's parser takes, and fits these shards.
     (hint,) = re.findall(r"casc train RECIPE (.*)", text)
     recipe, _ = parse(demo(), None, hint.split())
