@@ -5,6 +5,7 @@ Legend: B images, Hi x Wi input canvas.
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -42,9 +43,9 @@ def read_pictures(
         if ratio < 1:
             height, width = (max(1, round(side * ratio)) for side in (height, width))
             image = resized_planes(image, (width, height), Image.Resampling.BILINEAR)
-        whole = torch.zeros((*canvas, channels), dtype=torch.uint8)
-        whole[:height, :width] = torch.from_numpy(image)
-        pictures.append((whole, (height, width)))
+        whole = np.zeros((*canvas, channels), np.uint8)
+        whole[:height, :width] = image
+        pictures.append((torch.from_numpy(whole), (height, width)))
     return pictures
 
 

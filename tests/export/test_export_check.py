@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from casc.export.check import Agreement, Tolerances, compare_image
-from casc.export.pictures import batches, generated_pictures
+from casc.export.pictures import batches, generated_pictures, read_pictures
 from casc.model.detector_config import InferenceConfig
 from casc.model.forward_detect import Detections
 
@@ -145,3 +147,14 @@ def test_batches_are_filled_up():
     assert [count for _, _, count in made] == [2, 2, 1]
     assert all(pixels.shape == (2, 32, 32, 3) and size.shape == (2, 2) for pixels, size, _ in made)
     assert torch.equal(made[2][0][0], made[2][0][1])
+
+
+def test_a_picture_that_fits_is_put_in_the_corner(tmp_path):
+    """As it is, without a warning of memory that mustn't be written to."""
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    ((found, size),) = read_pictures([str(tmp_path / "a.png")], (32, 48))
+    assert size == (20, 30)
+    assert np.array_equal(found[:20, :30].numpy(), image)
+    assert not found[20:].any()
+    assert not found[:, 30:].any()
