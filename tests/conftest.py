@@ -2,6 +2,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Callable, Sequence
@@ -36,6 +37,9 @@ TESTS = Path(__file__).resolve().parent
 # Read when torch first compiles. A fixed folder, so that only the first run is cold.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(TESTS.parent / ".cache" / "inductor"))
 os.environ.setdefault("CASC_CACHE", str(TESTS.parent / ".cache"))
+# torch writes down all that it compiles where this log has a handler, and pytest gives one to each
+# log that keeps its records to itself.
+logging.getLogger("torch.__trace").propagate = True
 # Tests' tensors are small: more threads would mostly wait for each other.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -54,6 +58,7 @@ hypothesis.settings.load_profile("casc")
 # In seconds, roughly, on two busy cores; what isn't listed takes less.
 LONGEST = {
     "test_verify_compiled.py": 400,
+    "test_small_recipes.py": 400,
     "test_steps.py": 250,
     "test_exported_programs.py": 170,
     "test_verify.py": 150,
