@@ -3,7 +3,8 @@
 The same small detector, trained on easy shapes (`data_tools synth`) once, goes on for as many
 epochs on hard ones (`--hard`), from several seeds per variant, and its rate falls to 0 over them; a
 Markdown table of means and spreads is printed. Runs that the folder holds already aren't repeated,
-so it can be stopped and started at will.
+so it can be stopped and started at will. With `--coco FOLDER` it goes on with photographs instead,
+for one class of a data set in COCO's format, and what is compared are the augmentations.
 """
 
 import argparse
@@ -93,6 +94,31 @@ def variants(recipe: Recipe) -> dict[str, Recipe]:
     }
 
 
+def augmentations(tried: dict[str, Recipe]) -> list[str]:
+    """The variants that differ from `base` in nothing but what is done to images."""
+    plain = tried["base"]
+    return [name for name, recipe in tried.items() if replace(recipe, image=plain.image) == plain]
+
+
+def make_photographs(folder: Path, coco: Path, category: str) -> Path:
+    """Shard photographs with the objects of one class alone, unless that is done."""
+    shards = folder / "shards"
+    if not (shards / INDEX_NAME).exists():
+        made = folder / "one-class"
+        (made / "annotations").mkdir(parents=True, exist_ok=True)
+        for split in ("train2017", "val2017"):
+            name = f"annotations/instances_{split}.json"
+            truth = json.loads((coco / name).read_text())
+            (kept,) = (each for each in truth["categories"] if each["name"] == category)
+            objects = [each for each in truth["annotations"] if each["category_id"] == kept["id"]]
+            one = truth | {"categories": [kept], "annotations": objects}
+            (made / name).write_text(json.dumps(one))
+            if not (made / split).exists():
+                (made / split).symlink_to((coco / split).absolute())
+        ShardCommand(made, out=shards, aspects=(1.0,), max_size=2 * SIDE, workers=1).run()
+    return shards
+
+
 def make_data(folder: Path, images: int, val: int, classes: int, hard: bool) -> Path:
     """Generate the images and shard them, unless that is done."""
     shards = folder / ("hard-shards" if hard else "easy-shards")
@@ -160,14 +186,22 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("--val", type=int, default=60, help="to evaluate on")
     parser.add_argument("--classes", type=int, default=5, help="5 to 30")
+    parser.add_argument("--coco", type=Path, help="photographs to go on with, in COCO's layout")
+    parser.add_argument("--category", default="person", help="the class to find on these")
     parser.add_argument("--only", nargs="*", help="these variants alone, by name")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
     start = make_start(options.out, options.start_epochs, 2 * options.images, options.val)
-    data = make_data(options.out, options.images, options.val, options.classes, hard=True)
-    tried = variants(replace(base(data, options.classes), init=str(start)))
-    names = [name for name in tried if not options.only or name in options.only]
-    file = options.out / "results.jsonl"
+    if options.coco:
+        out, classes = options.out / "photographs", 1
+        data = make_photographs(out, options.coco, options.category)
+    else:
+        out, classes = options.out, options.classes
+        data = make_data(out, options.images, options.val, classes, hard=True)
+    tried = variants(replace(base(data, classes), init=str(start)))
+    names = augmentations(tried) if options.coco else list(tried)
+    names = [name for name in names if not options.only or name in options.only]
+    file = out / "results.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     results = [json.loads(line) for line in lines]
     # Runs of other lengths are other runs.
@@ -178,7 +212,7 @@ def main(args: list[str] | None = None) -> None:
         for name in names:
             if (name, seed) in done:
                 continue
-            results.append(run(tried[name], options.out, name, seed, options.epochs))
+            results.append(run(tried[name], out, name, seed, options.epochs))
             with file.open("a") as kept:
                 kept.write(json.dumps(results[-1]) + "\n")
     print(table(results, names))

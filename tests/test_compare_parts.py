@@ -3,14 +3,16 @@
 import importlib.util
 import json
 import statistics
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from casc.config import differences, to_json
-from casc.data.index import Bucket, Category, Index, Shard, Split
+from casc.data.index import Bucket, Category, Index, Shard, Split, read_index
 from casc.train.recipe_checks import check
+from data_tools.cli import SynthCommand
 
 SCRIPT = Path(__file__).resolve().parent.parent / "docs" / "compare_parts.py"
 
@@ -52,6 +54,36 @@ def test_the_table_has_means_and_deviations(script):
     assert f"| base | 3 | 12.0 ± {deviation:.1f} |" in lines
     assert "| other | 1 | 30.0 |" in lines
     assert "missing" not in lines
+
+
+def test_photographs_keep_the_objects_of_one_class(script, tmp_path):
+    coco = tmp_path / "coco"
+    SynthCommand(coco, train=6, val=3, size=64, classes=5).run()
+    name = json.loads((coco / "annotations/instances_train2017.json").read_text())["categories"][1]
+    shards = script.make_photographs(tmp_path / "out", coco, name["name"])
+    index = read_index(shards)
+    assert [category.name for category in index.categories] == [name["name"]]
+    for split in ("train2017", "val2017"):
+        truth = json.loads((coco / f"annotations/instances_{split}.json").read_text())
+        expected = sorted(
+            each["id"] for each in truth["annotations"] if each["category_id"] == name["id"]
+        )
+        found = []
+        for shard in (shards / split).glob("*.tar"):
+            with tarfile.open(shard) as archive:
+                for member in archive:
+                    if member.name.endswith(".json"):
+                        record = json.load(archive.extractfile(member))  # type: ignore[arg-type]
+                        found += [each["id"] for each in record["annotations"]]
+        assert sorted(found) == expected
+
+
+def test_augmentations_change_images_alone(script, tmp_path):
+    tried = script.variants(script.base(tmp_path, 1))
+    chosen = script.augmentations(tried)
+    assert set(tried) - set(chosen) == {
+        "GIoU, weight 10", "one mask head", "AdamW 1e-3, decay 0.05", "EMA 0.99", "no norm",
+    }  # fmt: skip
 
 
 def test_what_has_run_is_not_run_again(script, tmp_path, monkeypatch, capsys):
