@@ -55,6 +55,8 @@ def choose_samples(
     """
     if choice.count < 1:
         raise UserError(f"--n: expected 1 or more, got {choice.count}")
+    if choice.seed < 0:
+        raise UserError(f"--seed: expected 0 or more, got {choice.seed}")
     if not index.splits[split].samples:
         raise UserError(f"{folder}: split {split!r} has no samples")
     tests = [test(index, split, choice) for test in (_of_class, _of_id, _with_problem)]

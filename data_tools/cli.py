@@ -316,7 +316,7 @@ def _main(arguments: Sequence[str] | None) -> NoReturn:
         code = command.run()
     except BrokenPipeError:
         raise
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         say(plain(f"data_tools: {told(error)}"), sys.stderr)
         code = 1
     except KeyboardInterrupt:

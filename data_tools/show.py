@@ -15,6 +15,7 @@ from casc.errors import UserError
 from data_tools.choose import Choice, choose_samples, problems_of
 
 PAGE = (".html", ".htm")
+LARGEST_CELL = 8192
 _SEEN_AT = 420
 """Pixels of a picture's longest side on the page."""
 
@@ -42,11 +43,12 @@ def show_shards(
         A caption for each picture.
 
     Raises:
-        UserError: when there is no such split or nothing to show, or a shard can't be read.
+        UserError: when there is no such split or nothing to show, a shard can't be read, or a
+            number is out of range.
     """
     index, folder = read_index(folder, loading), location(folder)
-    if cell < 1:
-        raise UserError(f"--cell: expected 1 or more, got {cell}")
+    if not 1 <= cell <= LARGEST_CELL:
+        raise UserError(f"--cell: expected 1 to {LARGEST_CELL}, got {cell}")
     if split is None:
         split = next(iter(index.splits), "")
     if split not in index.splits:

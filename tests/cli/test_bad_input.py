@@ -432,6 +432,8 @@ def test_annotations_and_goldens(content, run: Run, tmp_path):
         ("casc", "bench", "inference", "--batch", "0"),
         ("data_tools", "synth", "OUT", "--classes", "900"),
         ("data_tools", "show", "SHARDS", "--n", "0"),
+        ("data_tools", "show", "SHARDS", "--seed", "-1"),
+        ("data_tools", "show", "SHARDS", "--cell", "99999999"),
         ("recipe", "--batch", "0"),
         ("recipe", "--train-split", "nosuch"),
         ("recipe", "--data", "SHARDS", "--profile", "x.txt", "--train-split", "val"),
