@@ -74,7 +74,7 @@ def mend_corners(annotations: Annotations) -> Annotations:
         entries = annotations.by_image[image.id]
         fits = [_fit(entry, image) for entry in entries if not entry["iscrowd"]]
         compared += [fit for fit in fits if fit is not None]
-        if len(compared) >= _SAMPLE:
+        if len(compared) >= _SAMPLE or compared.count(False) > (1 - _SHARE) * _SAMPLE:
             break
     if len(compared) < _ENOUGH or sum(compared) < _SHARE * len(compared):
         return annotations

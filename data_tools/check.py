@@ -249,7 +249,7 @@ def _sample_faults(task: _Task, record: SampleRecord, image: bytes) -> list[str]
     if record["train"] != task.shard.train:
         faults.append("its `train` isn't its shard's")
     objects = [entry for entry in record["annotations"] if entry["train"]]
-    count, room, boxes, regions = sample_needs(record)
+    count, room, boxes, regions = sample_needs([record["annotations"]])[0]
     for needed, held, what in (
         (count, bucket.instances, "objects"),
         (boxes, bucket.boxes, "objects without masks"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import stat
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +67,7 @@ class Stored(NamedTuple):
     """EXIF orientation that decoding has to undo."""
 
 
-def probe_image(path: Path, channels: int = 3) -> Probe:
+def probe_image(path: str | Path, channels: int = 3) -> Probe:
     """Read and decode an image file to see whether and how it can be used.
 
     Args:
@@ -81,25 +82,26 @@ def probe_image(path: Path, channels: int = 3) -> Probe:
         return Probe(fault=_one_line(error), sha256=UNREADABLE)
     digest = hashlib.sha256(data).hexdigest()
     try:
-        probe = _probe(data, path.name, channels)
+        probe = _probe(data, str(path), channels)
         return probe._replace(size=len(data), sha256=digest)
     except ImageError as error:
         return Probe(fault=_one_line(error), size=len(data), sha256=digest)
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: str | Path) -> bytes:
     """Read a file's bytes.
 
     Raises:
         ImageError: when it isn't a plain file of sensible size.
         OSError: when it can't be read.
     """
-    about = path.stat()
+    about = os.stat(path)  # noqa: PTH116 - of each image
     if not stat.S_ISREG(about.st_mode):
         raise ImageError("not a plain file")
     if about.st_size > LARGEST_FILE:
         raise ImageError(f"too large ({about.st_size} bytes)")
-    return path.read_bytes()
+    with open(path, "rb", buffering=0) as stream:  # noqa: PTH123
+        return stream.readall()
 
 
 def file_digest(path: Path) -> str:
@@ -232,7 +234,7 @@ def _probe(data: bytes, name: str, channels: int) -> Probe:
     if sixteen:
         traits.append("sixteen_bit")
     extension = known.get(kind, "png" if channels in (1, 3) else "npy")
-    given = Path(name).suffix.lower().lstrip(".")
+    given = os.path.splitext(name)[1].lower().lstrip(".")  # noqa: PTH122 - of each image
     if kind in known and given not in _ALIASES.get(extension, {extension}):
         traits.append("wrong_extension")
     return Probe(

@@ -13,7 +13,6 @@ from casc.data.segmentation import mask_area, pack, part_fault, polygon_areas, r
 from data_tools.boxes import Box, mask_box, mismatch
 from data_tools.report import Finding
 from data_tools.rings import (
-    Outlines,
     fill_rings,
     mask_iou,
     measure_outlines,
@@ -56,28 +55,34 @@ def make_record(
     tolerance: float | None = None,
 ) -> Made:
     """Turn a single annotation into a record, see `make_records`."""
-    return make_records([annotation], frame, labels, tolerance)[0]
+    return make_records([([annotation], frame)], labels, tolerance)[0][0]
 
 
 def make_records(
-    annotations: Sequence[Mapping[str, Any]],
-    frame: Frame,
+    images: Sequence[tuple[Sequence[Mapping[str, Any]], Frame]],
     labels: Mapping[int, int],
     tolerance: float | None = None,
-) -> list[Made]:
-    """Turn an image's annotations into records.
+) -> list[list[Made]]:
+    """Turn the annotations of some images into records, at little cost each where they are many.
 
     Args:
-        annotations: with the fields of `data_tools.store.normal`.
-        frame: sizes of their image.
+        images: of each its annotations, with the fields of `data_tools.store.normal`, and sizes.
         labels: label by category id.
         tolerance: pixels by which polygons traced from an RLE may deviate from it. None: not at
             all, except that those of over `RAGGED_EDGES` are simplified within `LEAST_IOU`.
     """
-    polygons = _polygons([annotation["segmentation"] for annotation in annotations], frame)
+    polygons = iter(
+        _polygons(
+            [
+                (annotation["segmentation"], frame)
+                for annotations, frame in images
+                for annotation in annotations
+            ]
+        )
+    )
     return [
-        _make(annotation, shape, frame, labels, tolerance)
-        for annotation, shape in zip(annotations, polygons, strict=True)
+        [_make(annotation, next(polygons), frame, labels, tolerance) for annotation in annotations]
+        for annotations, frame in images
     ]
 
 
@@ -168,18 +173,21 @@ class _Polygons(NamedTuple):
     """In stored pixels."""
     faults: list[str]
     """Of the parts that can't be used."""
-    outlines: Outlines | None
-    """Of `stored`; None where there is none."""
+    box: Box | None = None
+    """Of `stored`, in stored pixels; None where there is none."""
+    backward: Sequence[bool] = ()
+    """Of each of `stored`, as in `Outlines`."""
+    overlapping: Sequence[bool] = ()
     pixels: int = 0
     """Of `stored`. Pycocotools loses some outlines thinner than a pixel, a pixel's centre in them
     or not."""
 
 
-def _polygons(segmentations: Sequence[Any], frame: Frame) -> list[_Polygons]:
-    """Those of all annotations of an image; none of an RLE."""
-    scale = frame.stored_width / frame.width, frame.stored_height / frame.height
+def _polygons(segmentations: Sequence[tuple[Any, Frame]]) -> list[_Polygons]:
+    """Those of annotations and their images' sizes; none of an RLE."""
     found: list[_Polygons] = []
-    for segmentation in segmentations:
+    for segmentation, frame in segmentations:
+        scale = frame.stored_width / frame.width, frame.stored_height / frame.height
         parts: list[list[float]] = []
         faults: list[str] = []
         for part in [] if isinstance(segmentation, dict) else segmentation or []:
@@ -191,25 +199,36 @@ def _polygons(segmentations: Sequence[Any], frame: Frame) -> list[_Polygons]:
         stored = parts
         if scale != (1, 1):
             stored = [(np.reshape(part, (-1, 2)) * scale).reshape(-1).tolist() for part in parts]
-        found.append(_Polygons(parts, stored, faults, None))
-    every = [part for polygons in found for part in polygons.stored]
-    if not every:
+        found.append(_Polygons(parts, stored, faults))
+    used = [i for i, each in enumerate(found) if each.stored]
+    if not used:
         return found
-    outlines = measure_outlines(every, frame.stored_height, frame.stored_width)
-    bounds = list(itertools.accumulate((len(each.stored) for each in found), initial=0))
-    areas = iter(
-        polygon_areas(
-            [each.stored for each in found if each.stored], frame.stored_width, frame.stored_height
-        )
+    frames = [segmentations[i][1] for i in used]
+    bounds = list(itertools.accumulate((len(found[i].stored) for i in used), initial=0))
+    about = measure_outlines(
+        [part for i in used for part in found[i].stored],
+        [f.stored_height for i, f in zip(used, frames, strict=True) for _ in found[i].stored],
+        [f.stored_width for i, f in zip(used, frames, strict=True) for _ in found[i].stored],
     )
-    return [
-        each._replace(
-            outlines=Outlines(*(column[low:high] for column in outlines)), pixels=next(areas)
+    low = np.minimum.reduceat(about.low, bounds[:-1])
+    size = np.maximum.reduceat(about.high, bounds[:-1]) - low
+    boxes = np.concatenate([low, size], axis=1).tolist()
+    backward, overlapping = about.backward.tolist(), about.overlapping.tolist()
+    areas: list[int] = []
+    for (width, height), same in itertools.groupby(
+        zip(used, frames, strict=True), lambda pair: pair[1][2:]
+    ):
+        areas += polygon_areas([found[i].stored for i, _ in same], width, height)
+    for i, box, pixels, (first, last) in zip(
+        used, boxes, areas, itertools.pairwise(bounds), strict=True
+    ):
+        found[i] = found[i]._replace(
+            box=tuple(box),
+            backward=backward[first:last],
+            overlapping=overlapping[first:last],
+            pixels=pixels,
         )
-        if each.stored
-        else each
-        for each, (low, high) in zip(found, itertools.pairwise(bounds), strict=True)
-    ]
+    return found
 
 
 def _polygon_mask(polygons: _Polygons, frame: Frame, tolerance: float | None, find: Any) -> _Mask:
@@ -219,14 +238,12 @@ def _polygon_mask(polygons: _Polygons, frame: Frame, tolerance: float | None, fi
     """
     for fault in polygons.faults:
         find("bad_polygon_part", fault)
-    parts, about = polygons.stored, polygons.outlines
-    if about is None:
+    parts = polygons.stored
+    if not parts:
         return _empty_mask(frame)
     if len(parts) > 1:
         find("multi_part")
     width, height = frame.stored_width, frame.stored_height
-    low, high = about.low.min(axis=0), about.high.max(axis=0)
-    box: Any = (*low.tolist(), *(high - low).tolist())
     pixels = polygons.pixels
 
     def area() -> int:
@@ -234,14 +251,16 @@ def _polygon_mask(polygons: _Polygons, frame: Frame, tolerance: float | None, fi
             return pixels
         return mask_area(polygons.parts, frame.width, frame.height)
 
-    made = _Mask(parts, empty=not pixels, area=area, box=box)
-    if not about.overlapping.any():
+    made = _Mask(parts, empty=not pixels, area=area, box=polygons.box)
+    if not any(polygons.overlapping):
         return made
     find("self_overlap")
     if not pixels:
         return made
     rings: list[np.ndarray] = []
-    for part, backward, overlaps in zip(parts, about.backward, about.overlapping, strict=True):
+    for part, backward, overlaps in zip(
+        parts, polygons.backward, polygons.overlapping, strict=True
+    ):
         ring = np.reshape(part, (-1, 2)).astype(np.float64)
         if overlaps:
             rings += _trace(_decode([part], width, height), tolerance, find)

@@ -45,12 +45,18 @@ class Journal:
         return known[1] if known is not None and known[0] == plan else None
 
     def add_probe(self, name: str, stamp: list[int], probe: Probe) -> None:
-        """Record that an image was probed."""
+        """Record that an image was probed; kept once `flush` was called."""
         self._add([_PROBE, name, stamp, list(probe)])
 
     def add_shard(self, name: str, plan: str, result: ShardResult) -> None:
         """Record that a shard is finished."""
         self._add([_SHARD, name, plan, list(result)])
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand what is recorded to the system, where it outlives this process."""
+        if self._stream is not None:
+            self._stream.flush()
 
     def close(self) -> None:
         """Close the file; the journal stays."""
@@ -72,7 +78,6 @@ class Journal:
             if self._stream.tell():
                 self._stream.write("\n")  # the last line may be torn
         self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
 
 
 def _lines(path: Path) -> list[list[Any]]:

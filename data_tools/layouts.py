@@ -93,7 +93,7 @@ def find_files(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict
         The file's own name by the listed one, where it has another; and for others that aren't
         there what they may be called.
     """
-    lost = [name for name in dict.fromkeys(names) if not _is_file(folder / name)]
+    lost = [name for name in dict.fromkeys(names) if not _is_file(os.path.join(folder, name))]  # noqa: PTH118 - of each image
     if not lost:
         return {}, {}
     files = [
@@ -184,9 +184,9 @@ def _listed(file: Path) -> Iterator[str]:
         return
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: str | Path) -> bool:
     try:
-        return path.is_file()
+        return os.path.isfile(path)  # noqa: PTH113
     except (OSError, ValueError):
         return False
 

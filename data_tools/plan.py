@@ -3,8 +3,8 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence, Set
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 from casc.data.index import ASPECTS, MOST_CHANNELS, Category
 from casc.data.segmentation import usable_segmentation
@@ -12,7 +12,7 @@ from casc.errors import UserError
 from data_tools.coco import Annotations, ImageEntry
 from data_tools.images import MISSING, Probe, reduced_size
 from data_tools.report import Finding
-from data_tools.store import Kept, load
+from data_tools.store import Kept, load_each
 
 SHORTEST_SIDE = 32
 """Pixels. The reference doesn't train on images with a shorter side."""
@@ -97,8 +97,11 @@ def plan_items(
     known = {category.id for category in annotations.categories}
     items: list[Item] = []
     findings: list[Finding] = []
-    for image, probe in zip(annotations.images, probes, strict=True):
-        numbers, kept = annotations.by_image.ids(image.id), annotations.by_image.kept(image.id)
+    every = [annotations.by_image.kept(image.id) for image in annotations.images]
+    for image, probe, kept, entries in zip(
+        annotations.images, probes, every, load_each(every), strict=True
+    ):
+        numbers = annotations.by_image.ids(image.id)
         if probe.fault:
             kind = "missing_file" if probe.sha256 == MISSING else "unreadable"
             findings.append(Finding(kind, image.id, f"{image.file_name}: {probe.fault}"))
@@ -124,7 +127,7 @@ def plan_items(
         reasons = {
             "too_small": min(width, height) < SHORTEST_SIDE,
             "no_annotations": not named and not negative,
-            "only_maskless": named and _only_maskless(kept, image, known),
+            "only_maskless": named and _only_maskless(entries, image, known),
         }
         if negative:
             findings.append(Finding("negative", image.id))
@@ -241,10 +244,12 @@ def check_categories(found: Mapping[str, Sequence[Category]]) -> None:
                 )
 
 
-def _only_maskless(kept: Kept, image: ImageEntry, known: Set[int]) -> bool:
+def _only_maskless(
+    entries: Iterable[Mapping[str, Any]], image: ImageEntry, known: Set[int]
+) -> bool:
     """Whether an image has objects, but masks of none: it would be trained on as background."""
     found = False
-    for entry in load(kept):  # seldom more than the first
+    for entry in entries:  # seldom more than the first
         if entry["category_id"] not in known or entry["iscrowd"] or entry.get("ignore"):
             continue
         if usable_segmentation(entry["segmentation"], image.width, image.height) is not None:

@@ -107,12 +107,14 @@ class Outlines(NamedTuple):
     """Likewise the largest."""
 
 
-def measure_outlines(parts: Sequence[Sequence[float]], height: int, width: int) -> Outlines:
-    """Look at polygons, all of an image's at once: most have few points.
+def measure_outlines(
+    parts: Sequence[Sequence[float]], height: int | Sequence[int], width: int | Sequence[int]
+) -> Outlines:
+    """Look at polygons, those of many images at once: most have few points.
 
     Args:
         parts: flat lists [x0, y0, x1, y1, ...] of three points or more, in pixels.
-        height: the image's.
+        height: of the image, or of the one of each part.
         width: likewise.
     """
     flat: list[float] = []
@@ -131,7 +133,14 @@ def measure_outlines(parts: Sequence[Sequence[float]], height: int, width: int) 
     backward = np.add.reduceat(twice, start) < 0
     return Outlines(
         backward=backward,
-        overlapping=_overlapping(points, points[after], owner, backward, height, width),
+        overlapping=_overlapping(
+            points,
+            points[after],
+            owner,
+            backward,
+            np.broadcast_to(np.asarray(height, np.int64), len(parts)),
+            np.broadcast_to(np.asarray(width, np.int64), len(parts)),
+        ),
         low=np.minimum.reduceat(points, start),
         high=np.maximum.reduceat(points, start),
     )
@@ -142,23 +151,24 @@ def _overlapping(
     following: np.ndarray,
     owner: np.ndarray,
     backward: np.ndarray,
-    height: int,
-    width: int,
+    height: np.ndarray,
+    width: np.ndarray,
 ) -> np.ndarray:
     """From where the edges of each polygon cross the middle of each row of pixels."""
     down = following[:, 1] > points[:, 1]
     # Both directions of an edge are computed from its upper end, so that they cancel exactly.
     upper = np.where(down[:, None], points, following)
     lower = np.where(down[:, None], following, points)
-    first = np.clip(np.ceil(upper[:, 1] - 0.5), 0, height).astype(np.int64)
-    count = np.clip(np.ceil(lower[:, 1] - 0.5), 0, height).astype(np.int64) - first
+    rows = height[owner]
+    first = np.clip(np.ceil(upper[:, 1] - 0.5), 0, rows).astype(np.int64)
+    count = np.clip(np.ceil(lower[:, 1] - 0.5), 0, rows).astype(np.int64) - first
     edge = np.repeat(np.arange(len(points)), count)
     row = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count - first, count)
     span = (lower - upper)[edge]
     x = upper[edge, 0] + (row + 0.5 - upper[edge, 1]) * span[:, 0] / span[:, 1]
-    column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
     of = owner[edge]
-    key = (of * height + row) * (width + 1) + column
+    column = np.clip(np.ceil(x - 0.5), 0, width[of]).astype(np.int64)
+    key = (of * height.max() + row) * (width.max() + 1) + column
     order = np.argsort(key, kind="stable")
     # Each row of each polygon adds up to nothing, so the sum begins anew with the next.
     steps = np.where(down[edge] ^ backward[of], -1, 1)[order]

@@ -220,7 +220,8 @@ def _make_split(
 
 def _probe_images(source: Source, journal: Journal, channels: int, run: Run) -> list[Probe]:
     names = [image.file_name for image in source.annotations.images]
-    stamps = [_stamp(source.images / name) for name in names]
+    paths = [os.path.join(source.images, name) for name in names]  # noqa: PTH118 - of each image
+    stamps = [_stamp(path) for path in paths]
     probes = [
         journal.probe(name, stamp) if stamp else None
         for name, stamp in zip(names, stamps, strict=True)
@@ -232,7 +233,7 @@ def _probe_images(source: Source, journal: Journal, channels: int, run: Run) -> 
     chunks = [missing[i : i + 16] for i in range(0, len(missing), 16)]
     found = map_tasks(
         partial(_probe_chunk, channels),
-        [[source.images / names[i] for i in chunk] for chunk in chunks],
+        [[paths[i] for i in chunk] for chunk in chunks],
         workers=run.workers,
         title=f"{source.split}: reading images",
         weights=[len(chunk) for chunk in chunks],
@@ -243,10 +244,11 @@ def _probe_images(source: Source, journal: Journal, channels: int, run: Run) -> 
             probes[i] = probe
             if stamps[i]:
                 journal.add_probe(names[i], stamps[i], probe)
+        journal.flush()
     return [probe for probe in probes if probe is not None]
 
 
-def _probe_chunk(channels: int, paths: Sequence[Path]) -> list[Probe]:
+def _probe_chunk(channels: int, paths: Sequence[str]) -> list[Probe]:
     return [probe_image(path, channels) for path in paths]
 
 
@@ -367,9 +369,9 @@ def _digest_chunk(paths: Sequence[Path]) -> list[str]:
     return [file_digest(path) for path in paths]
 
 
-def _stamp(path: Path) -> list[int]:
+def _stamp(path: str) -> list[int]:
     try:
-        about = path.stat()
+        about = os.stat(path)  # noqa: PTH116 - of each image
     except OSError:
         return []
     return [about.st_size, about.st_mtime_ns]

@@ -151,7 +151,8 @@ def count_unlisted(source: Source, every: Sequence[Source]) -> int:
     Of a data.yaml, which may list images of many folders, only images in these folders count.
     """
     listed = {
-        os.path.abspath(other.images / image.file_name)  # noqa: PTH100 - links stay as they are
+        # Links stay as they are.
+        os.path.abspath(os.path.join(other.images, image.file_name))  # noqa: PTH100, PTH118
         for other in every
         for image in other.annotations.images
     }

@@ -4,11 +4,13 @@ Parsed, a large annotation file takes six times its size, and its processes have
 it at once.
 """
 
+import io
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -129,41 +131,58 @@ def load(kept: Kept) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: when their file isn't what it was.
     """
-    places = kept.places.tolist()
-    if not places:
-        return
-    if isinstance(kept.source, bytes):
-        for first, size, number in places:
-            yield _entry(kept.source[first : first + size], number, kept)
-        return
-    try:
-        with kept.source.open("rb") as stream:
-            if file_stamp(stream.fileno()) != kept.stamp:
-                raise UserError(
-                    f"{kept.source}: changed while shards were made; run the command again"
-                )
-            for first, size, number in places:
-                stream.seek(first)
-                yield _entry(stream.read(size), number, kept)
-    except OSError as error:
-        raise UserError(f"{kept.source}: can't be read any more ({error.strerror})") from None
+    for entries in load_each([kept]):
+        yield from entries
+
+
+def load_many(every: Sequence[Kept]) -> list[list[dict[str, Any]]]:
+    """Give what `load` gives of each; a file is opened once.
+
+    Raises:
+        UserError: see `load`.
+    """
+    return [list(entries) for entries in load_each(every)]
+
+
+def load_each(every: Iterable[Kept]) -> Iterator[Iterator[dict[str, Any]]]:
+    """Give what `load` gives of each, to be taken, as far as it is wanted, before the next.
+
+    Raises:
+        UserError: see `load`.
+    """
+    for (source, stamp), some in itertools.groupby(every, lambda kept: (kept.source, kept.stamp)):
+        if isinstance(source, bytes):
+            yield from (_entries(kept, io.BytesIO(source)) for kept in some)
+            continue
+        try:
+            with source.open("rb") as stream:
+                for kept in some:
+                    if len(kept.places) and file_stamp(stream.fileno()) != stamp:
+                        raise UserError(
+                            f"{source}: changed while shards were made; run the command again"
+                        )
+                    yield _entries(kept, stream)
+        except OSError as error:
+            raise UserError(f"{source}: can't be read any more ({error.strerror})") from None
+
+
+def _entries(kept: Kept, stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    for first, size, number in kept.places.tolist():
+        stream.seek(first)
+        entry = normal(json.loads(stream.read(size)))
+        entry["id"] = number
+        if kept.objects:
+            entry["iscrowd"] = 0
+        if kept.corners:
+            x0, y0, x1, y1 = entry["bbox"]
+            entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+        yield entry
 
 
 def file_stamp(file: int | Path) -> Stamp:
     """What tells whether a file was changed; of its path, or while it is open."""
     about = os.stat(file)  # noqa: PTH116 - of a descriptor too
     return about.st_size, about.st_mtime_ns
-
-
-def _entry(text: bytes, number: int, kept: Kept) -> dict[str, Any]:
-    entry = normal(json.loads(text))
-    entry["id"] = number
-    if kept.objects:
-        entry["iscrowd"] = 0
-    if kept.corners:
-        x0, y0, x1, y1 = entry["bbox"]
-        entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-    return entry
 
 
 def normal(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,17 @@
 """Writing one shard: the work of a worker process."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from casc.data.record import SampleRecord
+from casc.data.record import AnnotationRecord, SampleRecord
 from casc.data.sample import annotations_edges, edge_room
 from data_tools.images import store_image
-from data_tools.instances import Frame, make_records
+from data_tools.instances import Frame, Made, make_records
 from data_tools.plan import Item, PlannedShard, Settings
 from data_tools.report import Finding
-from data_tools.store import load
+from data_tools.store import load_many
 from data_tools.tarball import TEMPORARY, write_tar
 
 
@@ -43,15 +43,8 @@ class ShardResult(NamedTuple):
     findings: list[Finding]
 
 
-class SampleMembers(NamedTuple):
-    """A sample, ready to be put into a tar."""
-
-    key: str
-    extension: str
-    """Of the image."""
-    image: bytes
-    record: SampleRecord
-    findings: list[Finding]
+_AT_ONCE = 64
+"""Images whose annotations are worked on together."""
 
 
 def write_shard(task: ShardTask) -> ShardResult:
@@ -67,15 +60,20 @@ def write_shard(task: ShardTask) -> ShardResult:
 
     def members() -> Iterator[tuple[str, str, bytes]]:
         nonlocal listed
-        for item in task.shard.items:
-            sample = make_sample(item, task)
-            findings.extend(sample.findings)
-            listed += len(sample.record["annotations"])
-            needs.append(sample_needs(sample.record))
-            yield sample.key, sample.extension, sample.image
-            # Compact, and the same on every run; keys stay in the order of the code.
-            text = json.dumps(sample.record, separators=(",", ":"), allow_nan=False)
-            yield sample.key, "json", text.encode("ascii")
+        for first in range(0, len(task.shard.items), _AT_ONCE):
+            items = task.shard.items[first : first + _AT_ONCE]
+            made = _annotations(items, task)
+            entries = [[each.entry for each in of_image] for of_image in made]
+            needs.extend(sample_needs(entries))
+            listed += sum(map(len, entries))
+            findings.extend(f for of_image in made for each in of_image for f in each.findings)
+            for item, annotations in zip(items, entries, strict=True):
+                image, record = _sample(item, annotations, task)
+                key = f"{item.image.id:012d}"
+                yield key, item.probe.extension, image
+                # Compact, and the same on every run; keys stay in the order of the code.
+                text = json.dumps(record, separators=(",", ":"), allow_nan=False)
+                yield key, "json", text.encode("ascii")
 
     task.path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -96,41 +94,47 @@ def write_shard(task: ShardTask) -> ShardResult:
     )
 
 
-def sample_needs(record: SampleRecord) -> list[int]:
-    """What a sample needs room for in a batch: see `ShardResult.needs`."""
-    every = record["annotations"]
-    objects = [entry for entry in every if entry["train"]]
-    boxes = len(objects) + sum(entry.get("box_only", False) for entry in every)
-    regions = sum(entry.get("region", False) for entry in every)
-    return [len(objects), edge_room(annotations_edges(objects)), boxes, regions]
+def sample_needs(samples: Sequence[Sequence[AnnotationRecord]]) -> list[list[int]]:
+    """What samples need room for in a batch, by their annotations: see `ShardResult.needs`."""
+    objects = [[entry for entry in entries if entry["train"]] for entries in samples]
+    edges = iter(annotations_edges([entry for entries in objects for entry in entries]))
+    return [
+        [
+            len(own),
+            edge_room([next(edges) for _ in own]),
+            len(own) + sum(entry.get("box_only", False) for entry in entries),
+            sum(entry.get("region", False) for entry in entries),
+        ]
+        for own, entries in zip(objects, samples, strict=True)
+    ]
 
 
-def make_sample(item: Item, task: ShardTask) -> SampleMembers:
-    """Make an image's two members of the shard."""
-    image, settings = item.image, task.settings
+def _annotations(items: Sequence[Item], task: ShardTask) -> list[list[Made]]:
+    frames = [Frame(i.image.width, i.image.height, i.width, i.height) for i in items]
+    entries = load_many([item.annotations for item in items])
+    images = list(zip(entries, frames, strict=True))
+    return make_records(images, task.labels, task.settings.trace_tolerance)
+
+
+def _sample(
+    item: Item, annotations: list[AnnotationRecord], task: ShardTask
+) -> tuple[bytes, SampleRecord]:
+    """An image's two members of the shard."""
+    settings = task.settings
     stored = store_image(
-        task.images / image.file_name,
+        task.images / item.image.file_name,
         item.probe,
         item.orientation,
         settings.max_size,
         settings.stretch,
         settings.channels,
     )
-    frame = Frame(image.width, image.height, stored.width, stored.height)
-    entries = list(load(item.annotations))
-    records = make_records(entries, frame, task.labels, settings.trace_tolerance)
-    return SampleMembers(
-        key=f"{image.id:012d}",
-        extension=item.probe.extension,
-        image=stored.data,
-        record={
-            "image_id": image.id,
-            "file_name": image.file_name,
-            "width": stored.width,
-            "height": stored.height,
-            "orientation": stored.orientation,
-            "train": item.train,
-            "annotations": [record.entry for record in records],
-        },
-        findings=[finding for record in records for finding in record.findings],
-    )
+    return stored.data, {
+        "image_id": item.image.id,
+        "file_name": item.image.file_name,
+        "width": stored.width,
+        "height": stored.height,
+        "orientation": stored.orientation,
+        "train": item.train,
+        "annotations": annotations,
+    }
