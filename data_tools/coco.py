@@ -19,7 +19,7 @@ from casc.data.index import Category
 from casc.errors import UserError
 from data_tools.json_stream import JsonLists
 from data_tools.report import Finding
-from data_tools.store import Kept, Store, load
+from data_tools.store import Kept, Store, is_area, load
 
 LARGEST_ID = 2**63 - 1
 """Largest image id: batches hold it in 64 bits."""
@@ -87,7 +87,18 @@ def read_annotations(path: Path, *, skip_invalid: bool = False) -> Annotations:
     except TypeError:
         raise _no_object(str(path)) from None
     except ValueError as error:  # bad JSON, bad UTF-8, numbers of thousands of digits
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(_encoding_fault(path) or f"{path}: not valid JSON ({error})") from None
+
+
+def _encoding_fault(path: Path) -> str:
+    """What a file that isn't JSON in UTF-8 is, with what to do; empty if that can't be told."""
+    with path.open("rb") as stream:
+        head = stream.read(4)
+    if head.startswith((b"\x1f\x8b", b"PK", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")):
+        return f"{path}: is compressed; unpack it, and give the JSON file"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (len(head) > 1 and 0 in head[:2]):
+        return f"{path}: is UTF-16; save it as UTF-8, as by iconv -f UTF-16 -t UTF-8"
+    return ""
 
 
 class _Parsed:
@@ -228,7 +239,9 @@ class _Images:
         expected = f"an integer from 0 to {LARGEST_ID}"
         image = ImageEntry(
             id=int(_field(entry, "id", file, place, _is_image_id, expected)),
-            file_name=_field(_named(entry), "file_name", file, place, _is_text, "a file's name"),
+            file_name=below(
+                _field(_named(entry), "file_name", file, place, _is_name, "a file's name")
+            ),
             width=int(_field(entry, "width", file, place, _is_size, "a whole number of pixels")),
             height=int(_field(entry, "height", file, place, _is_size, "a whole number of pixels")),
         )
@@ -240,10 +253,7 @@ class _Images:
         fault = _path_fault(image.file_name)
         if fault:
             shown = _shown(image.file_name)
-            raise UserError(
-                f"{file}: {place}.file_name: {shown} {fault}; "
-                "give paths relative to the split's folder"
-            )
+            raise UserError(f"{file}: {place}.file_name: {shown} {fault}; mend it")
         known = self.by_id.setdefault(image.id, image)
         if known is not image:
             if known != image:
@@ -282,9 +292,11 @@ class _Objects:
             text = json.dumps(entry).encode()
             where = len(self._texts), len(text)
             self._texts += text
-        for kind, rows in self._lacks:
-            if entry.get(kind.removeprefix("missing_")) is None:
-                rows.append(len(self._rows) // _ROW)
+        row = len(self._rows) // _ROW
+        lacking = not is_area(entry.get("area")), entry.get("iscrowd") is None
+        for (_, rows), lacks in zip(self._lacks, lacking, strict=True):
+            if lacks:
+                rows.append(row)
         about = int(entry["id"]), int(entry["image_id"]), int(entry["category_id"])
         self._rows.extend((*where, *about))
         self.categories.add(about[2])
@@ -347,8 +359,6 @@ def _check_annotation(entry: dict[str, Any], file: str, place: str) -> None:
     _field(entry, "bbox", file, place, _is_box, f"4 finite numbers up to {FARTHEST}")
     for key in ("id", "image_id", "category_id"):
         _field(entry, key, file, place, _is_id, "an integer")
-    if entry.get("area") is not None:
-        _field(entry, "area", file, place, _is_area, "a finite number")
     for key in ("iscrowd", "ignore"):
         if entry.get(key) is not None:
             _field(entry, key, file, place, _is_flag, "0 or 1")
@@ -382,12 +392,20 @@ def _segmentation_fault(segmentation: object) -> tuple[str, str, object] | None:
     return None
 
 
+def below(name: str) -> str:
+    """Give an absolute path, or one that leads out of a folder, as one that lies below it.
+
+    Exports keep those of the machine that made them: the file is then looked for by its last parts.
+    """
+    parts = re.split(r"[/\\]", name)
+    if ".." not in parts and not re.match(r"[/\\]|[A-Za-z]:", name):
+        return name
+    parts[0] = re.sub(r"^[A-Za-z]:", "", parts[0])
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
 def _path_fault(name: str) -> str:
-    """What makes a file's name unfit to be looked up below a folder; empty if nothing does."""
-    if re.match(r"[/\\]|[A-Za-z]:", name):
-        return "is an absolute path"
-    if ".." in re.split(r"[/\\]", name):
-        return "leads out of the folder"
+    """What makes a file's name unfit to be looked up; empty if nothing does."""
     if "\0" in name:
         return "holds a NUL character"
     try:
@@ -439,14 +457,20 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_id(value: object) -> bool:
-    """Whole numbers, also those that went through a table of floats: 1.0."""
+    """Whole numbers, also those that went through a table of floats, 1.0, or of texts, "1"."""
+    if isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d{0,18}", value, re.ASCII):
+        value = int(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
     return _is_integer(value)
 
 
 def _is_image_id(value: object) -> bool:
-    return _is_id(value) and 0 <= cast("float", value) <= LARGEST_ID
+    return _is_id(value) and 0 <= int(cast("float", value)) <= LARGEST_ID
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(below(value).strip())
 
 
 def _is_text(value: object) -> bool:
@@ -464,10 +488,6 @@ def _is_coordinate(value: object) -> bool:
 
 def _is_box(value: object) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(_is_coordinate, value))
-
-
-def _is_area(value: object) -> bool:
-    return type(value) in (int, float) and abs(cast("float", value)) <= FARTHEST**2
 
 
 def _is_flag(value: object) -> bool:

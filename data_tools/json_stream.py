@@ -69,7 +69,9 @@ class JsonLists:
                     first = self._count_to(self._start)
                     yield key, value, (first, self._count_to(self._at) - first)
             if self._peek():
-                raise self._error("extra data")
+                raise self._error(
+                    "more data behind the object; one object a line isn't COCO's format,"
+                )
 
     def _items(self, end: str) -> Iterator[None]:
         """Stand before each item of an object or list, past which the caller reads."""

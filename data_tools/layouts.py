@@ -21,12 +21,15 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from casc.errors import UserError
+from data_tools.coco import below
 from data_tools.foreign import Foreign, find_foreign
 
 _GENERIC = {"", "annotations", "coco", "data", "default", "export", "instances", "labels", "result"}
 """Names of files and folders that say nothing of a split."""
 _SAMPLE = 20
 """Listed files that a folder is tried with."""
+_MOST_FOLDERS = 10_000
+"""Folders that are tried where none of the usual names holds the images."""
 _REMEDY = "give --annotations FILE --images FOLDER --split NAME"
 
 
@@ -86,8 +89,9 @@ def named_part(file: Path, images: Path | None, split: str | None) -> Part:
 def find_files(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Find files that are listed under another spelling.
 
-    Backslashes, case, Unicode's forms, %20, a leading ./ and leading folders may differ. A file
-    is taken if it is the only one that fits, and is listed by no other name.
+    Backslashes, case, Unicode's forms, %20, spaces at the ends, a leading ./ and leading folders
+    may differ; what is listed without a folder may be in any. A file is taken if it is the only one
+    that fits, and is listed by no other name.
 
     Returns:
         The file's own name by the listed one, where it has another; and for others that aren't
@@ -103,14 +107,18 @@ def find_files(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict
     ]
     listed = {os.path.normpath(name) for name in names}
     by_key: dict[str, set[str]] = {}
+    by_name: dict[str, set[str]] = {}
     for file in files:
         if file not in listed:
             for key in {_key(file), _key(unquote(file))}:
                 by_key.setdefault(key, set()).add(file)
+                by_name.setdefault(key.rsplit("/", 1)[-1], set()).add(file)
     found: dict[str, str] = {}
     hints: dict[str, str] = {}
     for name in lost:
-        fitting: set[str] = next((by_key[k] for k in _keys(name) if k in by_key), set())
+        fitting = next(
+            (by_key[k] for k in _keys(name) if k in by_key), by_name.get(_key(name), set())
+        )
         if len(fitting) == 1:
             found[name] = next(iter(fitting))
         elif fitting:
@@ -144,18 +152,40 @@ def _part(file: Path, root: Path) -> Part:
     names = list(itertools.islice(_listed(file), _SAMPLE))
     folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
+    def own(folder: Path) -> bool:
+        return all(_use(part) in ("", _use(split)) for part in folder.parts)
+
     def fitting(folder: Path) -> int:
         exact = sum(_is_file(folder / name) for name in names)
-        return _SAMPLE * exact if exact else len(find_files(folder, names)[0])
+        if exact:
+            return _SAMPLE * exact
+        return sum(own(Path(file).parent) for file in find_files(folder, names)[0].values())
 
     # The first of the best: names that lead below two of the folders are found from both.
     best = max(folders, key=fitting)
+    if fitting(best) < _SAMPLE:  # none of the usual names has the files as they are listed
+        walked = (Path(above) for above, _, _ in os.walk(root))
+        others = [
+            folder
+            for folder in itertools.islice(walked, _MOST_FOLDERS)
+            if own(folder.relative_to(root))
+        ]
+        exact = {f: sum(_is_file(f / name) for name in names) for f in others}
+        named = max(others, key=lambda folder: exact[folder])
+        best = named if exact[named] else best
     return Part(split, file, best if fitting(best) else root / split)
 
 
+def _use(name: str) -> str:
+    """What a folder or split is for; images numbered from 1 are called alike in all of them."""
+    return next((use for use in ("train", "val", "test") if name.lower().startswith(use)), "")
+
+
 def _candidates(root: Path) -> list[Path]:
-    patterns = ("*.json", "annotations/*.json", "*/*.json")
-    files = dict.fromkeys(file for pattern in patterns for file in sorted(root.glob(pattern)))
+    folders = ("", "annotations/", "*/", "*/*/")
+    files = dict.fromkeys(
+        file for folder in folders for file in sorted(root.glob(f"{folder}*.[jJ][sS][oO][nN]"))
+    )
     return [file for file in files if _is_coco(file)]
 
 
@@ -178,8 +208,8 @@ def _listed(file: Path) -> Iterator[str]:
                 name = json.loads(match[1])
                 if key == rb"coco_url":
                     name = "/".join(name.split("/")[-2:])
-                if name and not re.match(r"[/\\]|[A-Za-z]:", name) and "\0" not in name:
-                    yield name
+                if below(name) and "\0" not in name:
+                    yield below(name)
     except (OSError, ValueError):
         return
 
@@ -192,7 +222,7 @@ def _is_file(path: str | Path) -> bool:
 
 
 def _key(name: str) -> str:
-    path = os.path.normpath(name.replace("\\", "/")).replace(os.sep, "/")
+    path = os.path.normpath(name.strip("\ufeff \t\r\n").replace("\\", "/")).replace(os.sep, "/")
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -185,19 +185,28 @@ def file_stamp(file: int | Path) -> Stamp:
     return about.st_size, about.st_mtime_ns
 
 
+LARGEST_AREA = 1e12
+"""Pixels; no image has as many."""
+
+
+def is_area(value: object) -> bool:
+    """Whether it is a number that can be an area; NaN, infinity and texts aren't."""
+    return type(value) in (int, float) and abs(cast("float", value)) <= LARGEST_AREA
+
+
 def normal(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What counts of an annotation that is checked.
 
     Returns:
-        id, image_id, category_id, bbox, area (None where not given), iscrowd, ignore where set,
-        segmentation (None where not given).
+        id, image_id, category_id, bbox, area (None where no number is given), iscrowd, ignore where
+        set, segmentation (None where not given).
     """
     annotation: dict[str, Any] = {
         "id": int(entry["id"]),
         "image_id": int(entry["image_id"]),
         "category_id": int(entry["category_id"]),
         "bbox": entry["bbox"],
-        "area": entry.get("area"),
+        "area": entry.get("area") if is_area(entry.get("area")) else None,
         "iscrowd": int(entry.get("iscrowd") or 0),
         "segmentation": entry.get("segmentation"),
     }

@@ -158,6 +158,8 @@ def open_image(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
+        if data.startswith(b"version https://git-lfs"):
+            raise ImageError("a pointer of Git LFS, not the file; git lfs pull brings it") from None
         raise ImageError(f"not an image in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise ImageError(_too_large("more than Pillow opens")) from None

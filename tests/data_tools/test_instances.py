@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 from casc.data.sample import annotation_edges
 from casc.data.segmentation import part_fault, polygon_areas
-from data_tools.instances import Frame, Made, make_record
+from data_tools.instances import Frame, Made, make_record, make_records
 from data_tools.rings import fill_rings
 
 FRAME = Frame(60, 50, 60, 50)
@@ -244,3 +244,38 @@ def test_areas_of_more_objects_than_a_byte_counts():
     objects = [rng.uniform(0, 60, (1 + i % 3, 8)).tolist() for i in range(600)]
     alone = [coco_mask.merge(coco_mask.frPyObjects(parts, 60, 60)) for parts in objects]
     assert polygon_areas(objects, 60, 60) == [int(coco_mask.decode(rle).sum()) for rle in alone]
+
+
+def test_images_together_are_what_each_is_alone():
+    rng = np.random.default_rng(3)
+    images = []
+    for _ in range(30):
+        width, height = rng.integers(32, 90, 2).tolist()
+        frame = Frame(width, height, *((width, height) if rng.random() < 0.7 else (50, 40)))
+        annotations = []
+        for number in range(int(rng.integers(0, 5))):
+            parts = [
+                (rng.uniform(-0.2, 1.2, (int(rng.integers(2, 9)), 2)) * (width, height)).round(2)
+                for _ in range(int(rng.integers(0, 4)))
+            ]
+            annotations.append(
+                {
+                    "id": number, "category_id": 1, "bbox": [1, 2, 30, 20], "area": None,
+                    "iscrowd": 0, "segmentation": [part.reshape(-1).tolist() for part in parts],
+                }
+            )  # fmt: skip
+        images.append((annotations, frame))
+    together = make_records(images, {1: 0})
+    alone = [
+        [make_records([([one], frame)], {1: 0})[0][0] for one in annotations]
+        for annotations, frame in images
+    ]
+    assert together == alone
+    for (annotations, frame), made in zip(images, together, strict=True):
+        for annotation, each in zip(annotations, made, strict=True):
+            usable = [part for part in annotation["segmentation"] if len(part) >= 6]
+            if usable:
+                rle: Any = coco_mask.frPyObjects(usable, frame.height, frame.width)
+                scale = frame.stored_width / frame.width * frame.stored_height / frame.height
+                true = int(coco_mask.area(coco_mask.merge(rle)))
+                assert each.entry["area"] == pytest.approx(true * scale)

@@ -91,6 +91,11 @@ def test_layouts_of_two_splits(layout: str, tmp_path, make_picture, settings, qu
         ("labels.json", "data", ""),
         ("annotations.json", "images", ""),
         ("_annotations.coco.json", ".", "./"),
+        ("coco.JSON", "JPEGImages", ""),
+        ("annotations.json", "photos/2024", ""),
+        ("export/annotations/instances_train.json", "export/train", ""),
+        ("annotations/instances_train.json", "Train", ""),
+        ("train/train.json", "train/img", "../img/"),
     ],
 )
 def test_layouts_of_one_part(
@@ -100,6 +105,16 @@ def test_layouts_of_one_part(
     true = export(root / file, root / folder, make_picture, prefix=prefix.replace("\\\\", "\\"))
     shard_dataset(root, tmp_path / "out", None, settings, quiet_run())
     assert stored(tmp_path / "out", "train") == true
+
+
+def test_images_of_another_part_are_not_taken_for_a_parts_own(
+    tmp_path, make_picture, settings, quiet_run
+):
+    """Numbered from 1 in each part, they have the same names."""
+    root = tmp_path / "data"
+    export(root / "annotations/instances_val.json", root / "images/train", make_picture)
+    with pytest.raises(UserError, match="--annotations FILE --images FOLDER"):
+        shard_dataset(root, tmp_path / "out", None, settings, quiet_run())
 
 
 def run(*arguments: object) -> int:
@@ -139,6 +154,12 @@ def test_files_that_are_one_split_are_refused(tmp_path: Path, make_picture, sett
         (unicodedata.normalize("NFC", "café.jpg"), unicodedata.normalize("NFD", "café.jpg")),
         (unicodedata.normalize("NFD", "Café.jpg"), unicodedata.normalize("NFC", "café.JPG")),
         ("train/1.jpg", "1.jpg"),
+        ("1.jpg", "seq/7/1.jpg"),
+        ("1.jpg\n", "1.jpg"),
+        ("\ufeff 1.jpg", "1.jpg"),
+        ("/home/someone/coco/train/1.jpg", "1.jpg"),
+        ("D:\\data\\1.jpg", "1.jpg"),
+        ("../train/1.jpg", "1.jpg"),
         ("data\\images\\Caf%C3%A9.jpg", "café.jpg"),
     ],
 )

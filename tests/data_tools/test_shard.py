@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from data_tools.check import check_shards, fault_lines
 from data_tools.plan import Settings, order_key
 from data_tools.report import parse_ids
 from data_tools.shard import Run, shard_dataset
+from data_tools.tarball import write_tar
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -580,7 +582,10 @@ def test_wrong_folders_are_refused(coco, tmp_path: Path, settings, quiet_run):
         return lambda: shard_dataset(root, out, splits, settings, quiet_run())
 
     assert "no such folder" in refusal(run(tmp_path / "absent"))
-    assert "is it the root" in refusal(run(tmp_path)).replace(str(tmp_path), "it")
+    (tmp_path / "empty").mkdir()
+    assert "is it the root" in refusal(run(tmp_path / "empty")).replace(
+        str(tmp_path / "empty"), "it"
+    )
     assert "--splits" in refusal(run(coco.root, splits=["../x"]))
     assert "--splits" in refusal(run(coco.root, splits=[]))
     assert "instances_val.json: not found" in refusal(run(coco.root, splits=["val"]))
@@ -662,3 +667,21 @@ def test_shards_are_on_the_disk_before_the_index_names_them(varied, monkeypatch)
         folder = calls.index(("sync", os.path.dirname(path)), name)  # noqa: PTH120
         assert content < name < folder < position
     assert ("sync", os.path.realpath(out)) in calls[position:]
+
+
+def test_archives_are_those_of_webdatasets_writer(tmp_path: Path):
+    from webdataset.writer import TarWriter
+
+    rng = np.random.default_rng(0)
+    members = [(f"{i:012d}", "jpg", rng.bytes(n)) for i, n in enumerate((0, 1, 511, 512, 20_000))]
+    members += [("123456789012345678", "json", b"{}")]
+    with (
+        (tmp_path / "theirs.tar").open("wb") as stream,
+        TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) as archive,
+    ):
+        for key, extension, data in members:
+            archive.write({"__key__": key, extension: data})
+    written = write_tar(tmp_path / "ours.tar", members)
+    data = (tmp_path / "ours.tar").read_bytes()
+    assert data == (tmp_path / "theirs.tar").read_bytes()
+    assert written == (len(data), hashlib.sha256(data).hexdigest())
