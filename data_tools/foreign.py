@@ -1,14 +1,21 @@
 """Annotations of LabelMe, YOLO and Pascal VOC as COCO has them, for the same checks."""
 
+import base64
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from casc.data.decode import decode_image
+from casc.data.record import MOST_PIXELS
 from casc.errors import UserError
 from data_tools.voc import IMAGES, VocSplit, find_voc, image_size, read_voc
 
@@ -40,8 +47,9 @@ class Converted(NamedTuple):
 
 def find_foreign(root: Path) -> list[Foreign]:
     """Find the splits of a data set of LabelMe's, YOLO's or VOC's; none if it is none of them."""
-    for file in (root / "data.yaml", root / "dataset.yaml"):
-        if file.is_file():
+    usual = [root / "data.yaml", root / "dataset.yaml"]
+    for file in (*usual, *sorted(root.glob("*.yaml")), *sorted(root.glob("*.yml"))):
+        if file.is_file() and (file in usual or _is_yolo(file)):
             about = _yaml(file)
             return [
                 _yolo_split(file, about, key)
@@ -84,6 +92,11 @@ def convert(part: Foreign, every: Sequence[Foreign]) -> Converted:
     return _convert_yolo(part)
 
 
+def _is_yolo(file: Path) -> bool:
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return all(re.search(rf"^{key}:", text, re.MULTILINE) for key in ("names", "train"))
+
+
 def _labelme_files(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.rglob("*.json")) if _is_labelme(file)]
 
@@ -122,6 +135,11 @@ def _convert_labelme(part: Foreign, names: Sequence[str]) -> Converted:
         images.append({"id": image_id, "file_name": path.replace(os.sep, "/"), **size})
         groups: dict[object, list[list[float]]] = {}
         for i, shape in enumerate(about["shapes"]):
+            if shape.get("shape_type") == "mask":
+                label = names.index(str(shape.get("label"))) + 1
+                rle = _mask(shape, f"{file}: shapes[{i}]", size["width"], size["height"])
+                annotations.append(_annotation(next(numbers), image_id, label, rle))
+                continue
             ring = _ring(shape, f"{file}: shapes[{i}]")
             if ring is None:
                 others.append((next(numbers), str(shape.get("shape_type"))))
@@ -135,6 +153,23 @@ def _convert_labelme(part: Foreign, names: Sequence[str]) -> Converted:
             )
     categories = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
     return Converted(_coco(images, annotations, categories), digest.hexdigest(), others)
+
+
+def _mask(shape: dict[str, Any], place: str, width: Any, height: Any) -> dict[str, Any]:
+    """The RLE of a mask: a picture in base64, which lies at the first of two points."""
+    try:
+        (x, y), _ = ((round(a), round(b)) for a, b in shape["points"])
+        data = base64.b64decode(shape["mask"], validate=True)
+        part = decode_image(data, channels=1)[..., 0] > 0
+        rows, columns = min(part.shape[0], height - y), min(part.shape[1], width - x)
+        if width * height > MOST_PIXELS:
+            raise ValueError(f"of an image of {width} x {height} pixels")
+        whole = np.zeros((height, width), np.uint8, order="F")
+        whole[y : y + rows, x : x + columns] = part[:rows, :columns]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{place}.mask: not a picture between two points ({error})") from None
+    rle: Any = coco_mask.encode(whole)
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
 def _ring(shape: dict[str, Any], place: str) -> list[float] | None:
@@ -249,6 +284,8 @@ def _yolo_labels(image: Path) -> Path:
 def _convert_yolo(part: Foreign) -> Converted:
     names = _yaml(part.source)["names"]
     by_number = dict(names) if isinstance(names, dict) else dict(enumerate(names))
+    # Keys in quotes are texts.
+    by_number = {int(k) if str(k).isdecimal() else k: name for k, name in by_number.items()}
     digest = hashlib.sha256(json.dumps(sorted(by_number.items())).encode())
     images, annotations, numbers = [], [], itertools.count(1)
     ids: dict[Path, int] = {}
@@ -264,7 +301,7 @@ def _convert_yolo(part: Foreign) -> Converted:
             digest.update(f"{below}\0again".encode())
             continue
         text = _yolo_labels(file)
-        lines = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
+        lines = text.read_text(encoding="utf-8-sig").splitlines() if text.is_file() else []
         digest.update(f"{below}\0{lines}\0{width} {height}".encode())
         for number, line in enumerate(lines, 1):
             if line.split():
@@ -281,7 +318,7 @@ def _yolo_line(
 ) -> tuple[int, list[float], list[float] | None]:
     try:
         first, *rest = line.split()
-        number, values = int(first), [float(value) for value in rest]
+        number, values = int(first.removesuffix(".0")), [float(value) for value in rest]
     except ValueError:
         raise UserError(f"{place}: expected a class and numbers, got {line[:40]!a}") from None
     if number not in names:
@@ -298,10 +335,13 @@ def _annotation(
     number: int,
     image_id: int,
     category: int,
-    rings: list[list[float]],
+    rings: list[list[float]] | dict[str, Any],
     box: list[float] | None = None,
 ) -> dict[str, Any]:
-    if box is None:
+    if isinstance(rings, dict):
+        rle: Any = rings
+        box = coco_mask.toBbox(rle).tolist()
+    elif box is None:
         xs = [x for ring in rings for x in ring[0::2]]
         ys = [y for ring in rings for y in ring[1::2]]
         box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)] if xs else [0, 0, 0, 0]

@@ -1,10 +1,14 @@
 """LabelMe and YOLO segmentation: areas and boxes as pycocotools has them of the same outlines."""
 
+import base64
+import io
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from casc.data.index import read_index
@@ -105,6 +109,30 @@ def yolo(root, make_picture, lines, yaml=None):
     )
 
 
+def test_labelmes_masks(tmp_path, make_picture, quiet_run):
+    """Of a part of the image, as its AI tools save them; the last reaches over the edge."""
+    rng, shapes, true = np.random.default_rng(5), [], []
+    for x, y in ((7, 9), (48, 41)):
+        part = rng.random((12, 15)) < 0.6
+        picture = io.BytesIO()
+        Image.fromarray(part).save(picture, "PNG")
+        corners = [x, y, x + 14, y + 11]
+        data = base64.b64encode(picture.getvalue()).decode()
+        shapes.append({**shape("dog", corners, "mask"), "mask": data})
+        whole = np.zeros((HEIGHT + 20, WIDTH + 20), bool)
+        whole[y : y + 12, x : x + 15] = part
+        true.append(whole[:HEIGHT, :WIDTH])
+    labelme(tmp_path / "set", "a", shapes, make_picture)
+    _, found = shard(tmp_path / "set", tmp_path / "out", quiet_run)
+    for entry, mask in zip(found["train", "a.jpg"][1], true, strict=True):
+        np.testing.assert_array_equal(coco_mask.decode(entry["segmentation"]), mask)
+        assert entry["area"] == mask.sum()
+        assert entry["train"]
+    labelme(tmp_path / "bad", "a", [{**shapes[0], "mask": "?"}], make_picture)
+    with pytest.raises(UserError, match=r"a\.json: shapes\[0\]\.mask: not a picture"):
+        shard(tmp_path / "bad", tmp_path / "no", quiet_run)
+
+
 def spelt(ring) -> str:
     return " ".join(str(v / (HEIGHT if i % 2 else WIDTH)) for i, v in enumerate(ring))
 
@@ -122,6 +150,18 @@ def test_yolo_segmentation(tmp_path, make_picture, quiet_run):
         assert box["bbox"] == pytest.approx([15, 20, 30, 10])
         assert not box["train"]
     assert found["train", "empty.jpg"][1] == []
+
+
+def test_yolo_of_other_spellings(tmp_path, make_picture, quiet_run):
+    root = tmp_path / "set"
+    yolo(root, make_picture, [f"\ufeff1.0 {spelt(RING)}"])
+    (root / "data.yaml").rename(root / "coco8-seg.yml")
+    text = (root / "coco8-seg.yml").read_text()
+    head = text[: text.index("names:")]
+    (root / "coco8-seg.yml").write_text(head + "names: {'0': cat, '1': dog}\n")
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert [(c.id, c.name) for c in index.categories] == [(0, "cat"), (1, "dog")]
+    assert found["train", "a.jpg"][1][0]["label"] == 1
 
 
 @pytest.mark.parametrize(
