@@ -42,6 +42,12 @@ def test_the_version_is_told(capsys):
     assert said(capsys, "--version") == (f"casc {casc.__version__}\n", "", 0)
 
 
+def test_help_waits_for_nothing_that_takes_long():
+    code = "import sys, casc.cli.main; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+
+
 @pytest.mark.parametrize("command", ["recipes", "train"])
 def test_recipes_are_listed_with_cost_and_figures(capsys, command: str):
     out, _, code = said(capsys, command)
