@@ -2,16 +2,22 @@
 
 from casc.printing import plain
 
+LONGEST = 2400
+"""Characters of a message; of a longer one its begin and its end are kept."""
+
 
 class UserError(ValueError):
     """Something in the input, the settings or the machine that the user can put right.
 
-    The message names the file or flag, what is wrong with it, and what to do. It is kept `plain`:
-    names and answers in it come from anywhere.
+    The message names the file or flag, what is wrong with it, and what to do. It is kept `plain`
+    and short: names and answers in it come from anywhere, and a library may quote a whole file.
     """
 
     def __init__(self, message: object = "", *more: object) -> None:
-        super().__init__(plain(message), *more)
+        text = plain(message)
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST * 3 // 4]} [...] {text[-LONGEST // 4 :]}"
+        super().__init__(text, *more)
 
 
 def told(error: Exception) -> str:

@@ -136,6 +136,15 @@ PHASES = [[], [5], [{}], [{"stop": 1, "world": 1, "batch": 2, "workers": 10**9, 
           [{"stop": 1, "world": 10**9, "batch": 2, "workers": 1, "window": 4}]]  # fmt: skip
 
 
+def test_a_header_that_its_reader_quotes_whole(tmp_path):
+    header = json.dumps({"__metadata__": "tiny, " * 1000}).encode()
+    (tmp_path / "weights.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    refused(
+        lambda: read_weights(str(tmp_path / "weights.safetensors")),
+        tmp_path / "weights.safetensors", "not readable as safetensors", "[...]", "expected a map",
+    )  # fmt: skip
+
+
 def test_checkpoints_that_claim_otherwise(tiny_recipe):
     recipe = replace(tiny_recipe, max_steps=2, evaluate_every=1)
     train(recipe)
