@@ -35,10 +35,25 @@ def plain(program: ExportedProgram) -> ExportedProgram:
         operators.linear.default: F.linear,
     }
     program = program.run_decompositions(table)
+    _copy_where_needed(program)
     left = own_operators(program)
     if left:
         raise UserError(f"{', '.join(left)}: casc's own, and no plain form of it is known")
     return program
+
+
+def _copy_where_needed(program: ExportedProgram) -> None:
+    """Let a program reshape where it views.
+
+    Whether a view needs a copy was found with the strides that were predicted; a convolution's
+    result may come with others.
+    """
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                if node.target is torch.ops.aten.view.default:
+                    node.target = torch.ops.aten.reshape.default
+            module.recompile()
 
 
 def own_operators(program: ExportedProgram) -> list[str]:
