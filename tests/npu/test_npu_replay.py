@@ -91,6 +91,11 @@ def test_replayed_steps_are_launched_steps(
 FAMILIES = {
     "resnet": ResNetConfig(depth=18, width=16, frozen_stages=1),
     "convnext": TimmConfig("test_convnext", drop_path=0.3),
+    "convnextv2": TimmConfig("convnextv2_atto", drop_path=0.3),
+    "swin": TimmConfig("swin_tiny_patch4_window7_224", drop_path=0.3),
+    "timm's resnet": TimmConfig("test_resnet"),
+    "efficientnet": TimmConfig("test_efficientnet", drop_path=0.3),
+    "mobilenet": TimmConfig("mobilenetv3_small_050", drop_path=0.3),
     "plain": TimmConfig("test_vit", drop_path=0.3),
     "vitdet": ViTConfig(
         channels=32, depth=2, heads=2, grid=3, window=3, global_blocks=(1,), relative_grid=4,
@@ -99,6 +104,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_kind_of_backbone_is_replayed(
     tiny_recipe, write_shards, tmp_path, emulator, run_ranks
 ):
