@@ -126,6 +126,8 @@ def attempt(recipe: Recipe, output: Path, at: Aim) -> None:
     from casc.train.launch import errors_in_one_line
     from casc.train.loop import train
 
+    # A rank that is forked has its agent's handlers, one that is started hasn't.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     main = os.environ["RANK"] == "0"
