@@ -96,8 +96,9 @@ def _encoding_fault(path: Path) -> str:
         head = stream.read(4)
     if head.startswith((b"\x1f\x8b", b"PK", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")):
         return f"{path}: is compressed; unpack it, and give the JSON file"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (len(head) > 1 and 0 in head[:2]):
-        return f"{path}: is UTF-16; save it as UTF-8, as by iconv -f UTF-16 -t UTF-8"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (any(head) and 0 in head):
+        found = "UTF-32" if b"\0\0" in head else "UTF-16"
+        return f"{path}: is {found}; save it as UTF-8, as by iconv -f {found} -t UTF-8"
     return ""
 
 
