@@ -2,8 +2,7 @@
 
 import hashlib
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,33 +26,22 @@ def write_tar(path: Path, members: Iterable[tuple[str, str, bytes]]) -> Written:
         path: of the archive.
         members: key, extension and content of each; names are ASCII, below 100 characters.
     """
-    digest, size = hashlib.sha256(), 0
+    # Imported late: it brings torch, which most of data_tools does without.
+    from webdataset.writer import TarWriter
+
     temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as stream:
-        for block in _blocks(members):
-            stream.write(block)
-            digest.update(block)
-            size += len(block)
-        stream.flush()
+    with temporary.open("w+b") as stream:
+        with TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) as archive:
+            for key, extension, data in members:
+                # One by one: TarWriter would sort a sample's members by extension.
+                archive.write({"__key__": key, extension: data})
+        stream.seek(0)
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        size = stream.tell()
         os.fsync(stream.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
-    return Written(size, digest.hexdigest())
-
-
-def _blocks(members: Iterable[tuple[str, str, bytes]]) -> Iterator[bytes]:
-    size = 0
-    for key, extension, data in members:
-        # As webdataset's TarWriter has it: owned by nobody, of no time.
-        member = tarfile.TarInfo(f"{key}.{extension}")
-        member.size = len(data)
-        filling = -len(data) % tarfile.BLOCKSIZE
-        yield member.tobuf(tarfile.USTAR_FORMAT)
-        yield data
-        yield bytes(filling)
-        size += tarfile.BLOCKSIZE + len(data) + filling
-    end = 2 * tarfile.BLOCKSIZE
-    yield bytes(end + -(size + end) % tarfile.RECORDSIZE)
+    return Written(size, digest)
 
 
 def file_written(path: Path) -> Written | None:
