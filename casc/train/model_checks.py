@@ -8,6 +8,8 @@ from casc.model.detector_config import DetectorConfig
 
 MOST = 2**31 - 1
 """Of any count."""
+MOST_LAYERS = 1000
+"""Of a part. Each is built one by one, so a mistyped number would take hours."""
 
 
 def check_model(model: DetectorConfig) -> None:
@@ -33,7 +35,7 @@ def _check_counts(model: DetectorConfig) -> None:
         ("backbone.width", getattr(model.backbone, "width", 1), 1, MOST),
         ("fpn.channels", model.fpn.channels, 1, MOST),
         ("rpn.channels", rpn.channels, 1, MOST),
-        ("rpn.convs", rpn.convs, 1, MOST),
+        ("rpn.convs", rpn.convs, 1, MOST_LAYERS),
         ("rpn.samples", rpn.samples, 1, MOST),
         ("rpn.train-pre-nms", rpn.train_pre_nms, 1, MOST),
         ("rpn.train-proposals", rpn.train_proposals, 1, MOST),
@@ -42,11 +44,11 @@ def _check_counts(model: DetectorConfig) -> None:
         ("box-head.samples", box.samples, 1, MOST),
         ("box-head.cells", box.cells, 1, MOST),
         ("box-head.channels", box.channels, 1, MOST),
-        ("box-head.convs", box.convs, 0, MOST),
+        ("box-head.convs", box.convs, 0, MOST_LAYERS),
         ("box-head.conv-channels", box.conv_channels, 1, MOST),
-        ("box-head.fcs", box.fcs, 1, MOST),
+        ("box-head.fcs", box.fcs, 1, MOST_LAYERS),
         ("mask-head.cells", mask.cells, 1, MOST),
-        ("mask-head.convs", mask.convs, 1, MOST),
+        ("mask-head.convs", mask.convs, 1, MOST_LAYERS),
         ("mask-head.channels", mask.channels, 1, MOST),
         ("inference.detections", model.inference.detections, 1, MOST_DETECTIONS),
     ):

@@ -313,6 +313,7 @@ def test_eight_cards_follow_the_references_schedule():
         ({"schedule.factor": float("nan")}, "--schedule.factor nan: must be from 0 to 1"),
         ({"schedule.drops": (0,)}, "--schedule.drops 0: each"),
         ({"model.backbone.width": 0}, "--model.backbone.width 0: must be 1 to"),
+        ({"model.box_head.convs": 10**6}, "--model.box-head.convs 1000000: must be 0 to 1000"),
         ({"model.rpn.samples": -1}, "--model.rpn.samples -1: must be 1 to"),
         ({"model.rpn.nms_iou": 2.0}, "--model.rpn.nms-iou 2.0: must be from 0 to 1"),
         ({"model.anchors.scale": float("nan")}, "--model.anchors.scale nan: must be more than 0"),
