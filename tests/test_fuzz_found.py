@@ -167,6 +167,14 @@ def test_checkpoints_that_claim_otherwise(tiny_recipe):
         )  # fmt: skip
         refused(lambda: load_trained(str(folder)))
         restored()
+    endless = [("rpn", "convs"), ("box_head", "convs"), ("box_head", "fcs"), ("mask_head", "convs")]
+    for part, count in endless:
+        changed(
+            folder, checkpoint.WEIGHTS, "recipe",
+            lambda v, p=part, c=count: v["model"][p].update({c: 10**9}),
+        )  # fmt: skip
+        refused(lambda: load_trained(str(folder)), "layers at least, the file has")
+        restored()
     for classes in ([5], [{"id": "1", "name": "a"}], [{"id": 1, "name": 5}]):
         changed(folder, checkpoint.WEIGHTS, "classes", lambda v, c=classes: v.__setitem__(
             slice(None), c))  # fmt: skip

@@ -12,7 +12,7 @@ from casc.config import from_json
 from casc.data.index import Category
 from casc.errors import UserError
 from casc.model import detector
-from casc.model.detector_config import DetectorConfig
+from casc.model.detector_config import DetectorConfig, mask_stages
 from casc.model.layers import Params
 from casc.model.preprocess import ImageConfig
 
@@ -54,6 +54,12 @@ def load_trained(source: str) -> Trained:
         image = from_json(ImageConfig, weights.recipe.get("image"), f"{where}.image")
     if not model.stages:
         raise UserError(f"{weights.source}: recipe.model.stages: there is none")
+    layers, tensors = _layers(model), len(weights.tensors)
+    if layers > tensors:  # as each would be built, which for a claim of any size never ends
+        raise UserError(
+            f"{weights.source}: recipe.model: has {layers} layers at least, the file has {tensors}"
+            " tensors"
+        )
     try:
         shapes = expected(model, image.channels)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -76,6 +82,19 @@ def load_trained(source: str) -> Trained:
             f"{weights.source}: names {len(known)} classes, but its heads know {model.classes}"
         )
     return Trained(weights, model, image, params, buffers)
+
+
+def _layers(model: DetectorConfig) -> int:
+    """A number of layers that a detector doesn't fall below; each has a tensor or more."""
+    box, mask = model.box_head, model.mask_head
+    counts = (
+        (1, getattr(model.backbone, "depth", 0)),
+        (1, model.rpn.convs),
+        (len(model.stages), box.convs),
+        (len(model.stages), box.fcs),
+        (mask_stages(model), mask.convs),
+    )
+    return sum(heads * max(0, layers) for heads, layers in counts)
 
 
 def class_names(trained: Trained) -> tuple[Category, ...]:
