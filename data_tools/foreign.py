@@ -17,10 +17,13 @@ from pycocotools import mask as coco_mask
 from casc.data.decode import decode_image
 from casc.data.record import MOST_PIXELS
 from casc.errors import UserError
+from data_tools.coco import below
 from data_tools.voc import IMAGES, VocSplit, find_voc, image_size, read_voc
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _CIRCLE_POINTS = 64
+_NOTHING = (None, "", "~", "null", [])
+"""What stands in YAML where nothing is given."""
 
 
 class Foreign(NamedTuple):
@@ -33,6 +36,8 @@ class Foreign(NamedTuple):
     voc: VocSplit | None = None
     files: tuple[Path, ...] = ()
     """YOLO: the images, all below `images`."""
+    fault: str = ""
+    """Why it can't be read, where others of the data set may be."""
 
 
 class Converted(NamedTuple):
@@ -54,7 +59,7 @@ def find_foreign(root: Path) -> list[Foreign]:
             return [
                 _yolo_split(file, about, key)
                 for key in ("train", "val", "valid", "test")
-                if about.get(key)
+                if about.get(key) not in _NOTHING
             ]
     voc = find_voc(root)
     if voc:
@@ -127,12 +132,19 @@ def _convert_labelme(part: Foreign, names: Sequence[str]) -> Converted:
     for image_id, file in enumerate(_labelme_files(part.source), 1):
         about, data = _labelme(file)
         digest.update(f"{file.relative_to(part.source)}\0".encode() + data)
-        listed = str(about.get("imagePath", "")).replace("\\", "/")
-        path = os.path.relpath(os.path.normpath(file.parent / listed), part.images)
-        if path.startswith(".."):
-            path = os.path.relpath(file.parent / Path(listed).name, part.images)
+        image = _labelmes_image(file, about)
+        path = os.path.relpath(image, part.images).replace(os.sep, "/")
+        if path.startswith("..") or not _exists(image):
+            path = image.name  # looked for in all folders
         size = {key: about.get(f"image{key.title()}") for key in ("width", "height")}
-        images.append({"id": image_id, "file_name": path.replace(os.sep, "/"), **size})
+        if None in size.values():
+            if not _exists(image):
+                raise UserError(
+                    f"{file}: imageWidth and imageHeight: missing, and {image} isn't there to tell"
+                    " them; mend it, or put the image there"
+                )
+            size = dict(zip(size, image_size(image), strict=True))
+        images.append({"id": image_id, "file_name": path, **size})
         groups: dict[object, list[list[float]]] = {}
         for i, shape in enumerate(about["shapes"]):
             if shape.get("shape_type") == "mask":
@@ -155,6 +167,13 @@ def _convert_labelme(part: Foreign, names: Sequence[str]) -> Converted:
     return Converted(_coco(images, annotations, categories), digest.hexdigest(), others)
 
 
+def _labelmes_image(file: Path, about: dict[str, Any]) -> Path:
+    """Where it is, or else what it is called: what is listed may be a path of another machine."""
+    listed = str(about.get("imagePath") or file.with_suffix(".jpg").name).replace("\\", "/")
+    named = Path(os.path.normpath(file.parent / listed))
+    return named if _exists(named) else file.parent / named.name
+
+
 def _mask(shape: dict[str, Any], place: str, width: Any, height: Any) -> dict[str, Any]:
     """The RLE of a mask: a picture in base64, which lies at the first of two points."""
     try:
@@ -175,8 +194,10 @@ def _mask(shape: dict[str, Any], place: str, width: Any, height: Any) -> dict[st
 def _ring(shape: dict[str, Any], place: str) -> list[float] | None:
     """The outline of a shape; None for points and lines."""
     kind, points = shape.get("shape_type") or "polygon", shape.get("points")
-    if kind not in ("polygon", "rectangle", "circle"):
+    if kind not in ("polygon", "rectangle", "circle", "rotation"):
         return None
+    if kind == "rotation" or (kind == "rectangle" and _count(points) == 4):
+        kind = "polygon"  # of X-AnyLabeling, which gives four corners
     try:
         corners = [(float(x), float(y)) for x, y in cast("list[Any]", points)]
         if kind != "polygon":
@@ -192,24 +213,38 @@ def _ring(shape: dict[str, Any], place: str) -> list[float] | None:
     return [value for corner in corners for value in corner]
 
 
+def _count(values: object) -> int:
+    return len(cast("list[Any]", values)) if isinstance(values, list) else 0
+
+
 def _yaml(file: Path) -> dict[str, Any]:
+    """Read a data.yaml; all that is in it as it is written, so that a class may be called no."""
     try:
         import yaml
     except ImportError:
         raise UserError(f"{file}: reading YOLO's needs PyYAML: pip install pyyaml") from None
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = yaml.load(file.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("names"), (list, dict)):
+    names = found.get("names") if isinstance(found, dict) else None
+    if not isinstance(names, (list, dict)):
         raise UserError(f"{file}: names: expected the classes; is it a data.yaml of YOLO's?")
-    return found
+    by_number = names if isinstance(names, dict) else {str(i): name for i, name in enumerate(names)}
+    for number, name in by_number.items():
+        if not re.fullmatch(r"\d{1,9}", str(number), re.ASCII) or not isinstance(name, str):
+            raise UserError(
+                f"{file}: names: expected a name of each class, or names by number,"
+                f" got {number!a}: {name!a:.40}; mend it"
+            )
+    return {**found, "names": {int(number): name for number, name in by_number.items()}}
 
 
 def _yolo_split(file: Path, about: dict[str, Any], key: str) -> Foreign:
     """What a key of data.yaml names: a folder of images, a text file of their paths, or several."""
     entries: list[object] = about[key] if isinstance(about[key], list) else [about[key]]
     bases = [file.parent / str(about.get("path") or ""), file.parent]
+    split = "val" if key == "valid" else key
     found: list[Path] = []
     places: list[Path] = []
     for entry in entries:
@@ -218,20 +253,17 @@ def _yolo_split(file: Path, about: dict[str, Any], key: str) -> Foreign:
                 f"{file}: {key}: expected a folder of images, a .txt list of them, or several of"
                 f" these, got {entry!a}"
             )
-        # Roboflow writes ../train/images for a folder beside data.yaml.
-        tries = [*(base / entry for base in bases), file.parent / entry.lstrip("./")]
-        place = next((place for place in tries if place.exists()), None)
+        tries = [*(base / entry for base in bases), *_beside(file, entry)]
+        place = next((place for place in tries if _exists(place)), None)
         if place is None:
-            raise UserError(
-                f"{file}: {key}: {entry!a}: no such folder or list of images; mend it, or path:"
-            )
+            fault = f"{file}: {key}: {entry!a}: no such folder or list of images; mend it, or path:"
+            return Foreign(split, file, file.parent, fault=fault)
         place = place.resolve()
         places.append(place)
         if place.is_dir():
             found += (f for f in sorted(place.rglob("*")) if f.suffix.lower() in IMAGES)
         else:
             found += _yolo_list(place, bases)
-    split = "val" if key == "valid" else key
     if len(places) == 1 and places[0].is_dir():
         return Foreign(split, file, places[0], files=tuple(found))
     if not found:
@@ -269,11 +301,30 @@ def _yolo_list(file: Path, bases: Sequence[Path]) -> list[Path]:
             )
         folders = [file.parent] if name.startswith("./") else [file.parent, *bases]
         tries = [Path(os.path.normpath(folder / name)) for folder in folders]
-        found.append(next((path for path in tries if path.is_file()), tries[0]))
+        tries += _beside(file, name)
+        found.append(next((path for path in tries if _exists(path)), tries[0]))
     return found
 
 
-def _yolo_labels(image: Path) -> Path:
+def _beside(file: Path, path: str) -> list[Path]:
+    """Where a path of another machine may be here: below a file's folder, by its last parts.
+
+    Roboflow writes ../train/images for a folder beside data.yaml. Parts are dropped from the front,
+    but not one that tells a split from another.
+    """
+    parts = below(path.replace("\\", "/")).split("/")
+    told = (i for i, part in enumerate(parts) if part.lower().startswith(_SPLITS))
+    return [file.parent.joinpath(*parts[i:]) for i in range(next(told, len(parts) - 1) + 1)]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return False
+
+
+def yolo_labels(image: Path) -> Path:
     """Where an image's objects are: labels/ in place of the last images/ of its path, .txt."""
     *above, name = image.with_suffix(".txt").parts
     if "images" in above:
@@ -282,10 +333,7 @@ def _yolo_labels(image: Path) -> Path:
 
 
 def _convert_yolo(part: Foreign) -> Converted:
-    names = _yaml(part.source)["names"]
-    by_number = dict(names) if isinstance(names, dict) else dict(enumerate(names))
-    # Keys in quotes are texts.
-    by_number = {int(k) if str(k).isdecimal() else k: name for k, name in by_number.items()}
+    by_number: dict[int, str] = _yaml(part.source)["names"]
     digest = hashlib.sha256(json.dumps(sorted(by_number.items())).encode())
     images, annotations, numbers = [], [], itertools.count(1)
     ids: dict[Path, int] = {}
@@ -300,7 +348,7 @@ def _convert_yolo(part: Foreign) -> Converted:
         if again:  # an entry like the first, which is reported
             digest.update(f"{below}\0again".encode())
             continue
-        text = _yolo_labels(file)
+        text = yolo_labels(file)
         lines = text.read_text(encoding="utf-8-sig").splitlines() if text.is_file() else []
         digest.update(f"{below}\0{lines}\0{width} {height}".encode())
         for number, line in enumerate(lines, 1):
@@ -309,7 +357,7 @@ def _convert_yolo(part: Foreign) -> Converted:
                 category, ring, box = _yolo_line(line, place, by_number, width, height)
                 made = _annotation(next(numbers), image_id, category, [ring] if ring else [], box)
                 annotations.append(made)
-    categories = [{"id": i, "name": str(name)} for i, name in by_number.items()]
+    categories = [{"id": i, "name": name} for i, name in by_number.items()]
     return Converted(_coco(images, annotations, categories), digest.hexdigest(), [])
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -43,39 +43,64 @@ class Part(NamedTuple):
     """All parts of a data set that isn't in COCO's format."""
 
 
-def choose_parts(root: Path, splits: Sequence[str] | None) -> list[Part]:
+def choose_parts(
+    root: Path, splits: Sequence[str] | None, say: Callable[[str], None] = print
+) -> list[Part]:
     """Find the splits of a data set; those that are asked for, else all.
+
+    Args:
+        root: the data set's folder.
+        splits: which.
+        say: is given a line for each split whose images aren't found.
 
     Raises:
         UserError: when there is none, or one can't be told from another.
     """
     files = sorted((root / "annotations").glob("instances_*.json"))
     coco = [Part(file.name[10:-5], file, root / file.name[10:-5]) for file in files]
-    found = [part for part in coco if part.split and part.images.is_dir()]
+    coco = [part for part in coco if part.split]
+    if any(part.images.is_dir() for part in coco):
+        listed = [part if part.images.is_dir() else _part(part.file, root) for part in coco]
+    else:
+        listed = [_part(file, root) for file in _candidates(root)]
+    found = [part for part in listed if part.images.is_dir()]
+    without = [part for part in listed if not part.images.is_dir()]
+    faults = {
+        part.split: f"{part.file}: the folder of its images wasn't found; {_REMEDY}"
+        for part in without
+    }
     if not found:
-        parts = [_part(file, root) for file in _candidates(root)]
-        found = [part for part in parts if part.images.is_dir()]
-    if not found:
-        foreign = tuple(find_foreign(root))
-        found = [Part(part.split, part.source, part.images, foreign) for part in foreign]
+        foreign = find_foreign(root)
+        whole = tuple(part for part in foreign if not part.fault)
+        faults |= {part.split: part.fault for part in foreign if part.fault}
+        found = [Part(part.split, part.source, part.images, whole) for part in whole]
+        if foreign and not found:
+            raise UserError(foreign[0].fault)
     by_name: dict[str, Part] = {}
     for part in found:
         first = by_name.setdefault(part.split, part)
         if first is not part:
             raise UserError(f"{root}: {first.file} and {part.file} are one split; {_REMEDY}")
     if splits is not None:
-        return [
-            by_name.get(split)
-            or Part(split, root / "annotations" / f"instances_{split}.json", root / split)
-            for split in dict.fromkeys(splits)
-        ]
+        usual = {
+            split: Part(split, root / "annotations" / f"instances_{split}.json", root / split)
+            for split in splits
+        }
+        for split, part in usual.items():
+            if split in faults and split not in by_name and not part.file.is_file():
+                raise UserError(faults[split])
+        return [by_name.get(split, part) for split, part in usual.items()]
     if not found:
         lacking = ", ".join(f"{part.images}/" for part in coco)
         raise UserError(
-            f"{root}: no COCO annotation file with its images, nor LabelMe, YOLO or Pascal VOC;"
+            f"{root}: no COCO annotation file with its images, nor LabelMe, YOLO (a data.yaml) or"
+            " Pascal VOC;"
             f" is {root} the root of a data set?"
             f" For any other layout {_REMEDY}" + (f"; there is no {lacking}" if lacking else "")
         )
+    for split, fault in faults.items():
+        if split not in by_name:
+            say(f"{split} is left out: {fault}")
     return found
 
 
@@ -137,8 +162,9 @@ def find_files(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict
 def _part(file: Path, root: Path) -> Part:
     words = re.sub(r"(^_?(annotations?|instances|coco)[._-]+)|([._-]+(annotations?|coco))+$", "",
                    file.stem.lstrip("_"))  # fmt: skip
+    above = file.relative_to(root).parent.parts[::-1] if file.is_relative_to(root) else ()
     split = next(
-        (word for word in (words, file.parent.name if file.parent != root else "")
+        (word for word in (words, *above[:1], *filter(_use, above[1:]))
          if word.lower() not in _GENERIC and word.lower() != "images"),
         "train",
     )  # fmt: skip
@@ -228,7 +254,9 @@ def _key(name: str) -> str:
 
 def _keys(name: str) -> Iterator[str]:
     """What a file may be known by, the likeliest first: leading folders go last."""
-    whole = list(dict.fromkeys([_key(name), _key(unquote(name))]))
+    # Of an address there may be what a server is asked for, which is no part of the file's name.
+    bare = re.sub(r"[?#].*", "", name, flags=re.DOTALL)
+    whole = list(dict.fromkeys(_key(n) for n in (name, unquote(name), bare, unquote(bare))))
     for depth in range(max(key.count("/") for key in whole) + 1):
         for key in whole:
             if key.count("/") >= depth:

@@ -118,7 +118,7 @@ def shard_dataset(
         raise UserError(f"{coco}: no such folder")
     if splits is not None and not splits:
         raise UserError("--splits: names no split")
-    parts = choose_parts(coco, splits) if parts is None else parts
+    parts = choose_parts(coco, splits, run.say) if parts is None else parts
     sources = [read_source(part, out, settings) for part in parts]
     if settings.val_share:
         if len(sources) != 1:

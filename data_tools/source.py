@@ -5,19 +5,20 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from casc.errors import UserError
 from data_tools.boxes import mend_corners
 from data_tools.coco import Annotations, check_annotations, read_annotations
-from data_tools.foreign import convert
+from data_tools.foreign import convert, yolo_labels
 from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
 from data_tools.report import Finding
-from data_tools.voc import IMAGES
 
+_BESIDE_IMAGES = (".txt", ".cache", ".npy", ".yaml", ".yml", ".json", ".xml")
+"""What Ultralytics and labelling tools put among images."""
 _CONTENT_VERSION = 4
 """Raised when the same input gives other shards than before, so that old ones aren't reused."""
 
@@ -148,7 +149,8 @@ def hold_out(source: Source, share: float, seed: int) -> list[Source]:
 def count_unlisted(source: Source, every: Sequence[Source]) -> int:
     """Count the files in the split's folder that no annotation file of it lists.
 
-    Of a data.yaml, which may list images of many folders, only images in these folders count.
+    Of a data.yaml, which may list images of many folders, what counts is in these folders, and
+    labels without an image.
     """
     listed = {
         # Links stay as they are.
@@ -158,12 +160,16 @@ def count_unlisted(source: Source, every: Sequence[Source]) -> int:
     }
     # An export may keep its annotation file among the images.
     listed |= {os.path.abspath(other.file) for other in every}  # noqa: PTH100
-    if source.file.suffix == ".yaml":
-        names = (image.file_name for image in source.annotations.images)
-        folders = {(source.images / name).parent for name in names}
-        files = [f for above in folders if above.is_dir() for f in above.iterdir()]
-        paths = {os.path.abspath(f) for f in files if f.suffix.lower() in IMAGES}  # noqa: PTH100
-        return len(paths - listed)
+    if source.file.suffix in (".yaml", ".yml"):
+        images = [source.images / image.file_name for image in source.annotations.images]
+        found = _files_in({image.parent for image in images})
+        pictures = [f for f in found if f.suffix.lower() not in _BESIDE_IMAGES]
+        # Objects of an image that isn't there, or not as a kind of file that is looked for.
+        wanted = {yolo_labels(image) for image in [*images, *pictures]}
+        texts = _files_in({text.parent for text in wanted})
+        lost = [f for f in texts if f.suffix == ".txt" and f not in wanted and _has_objects(f)]
+        paths = {os.path.abspath(f) for f in pictures}  # noqa: PTH100
+        return len(paths - listed) + len(lost)
     labels = (".json", ".xml") if source.file.is_dir() else ()
     walked = (
         os.path.abspath(os.path.join(folder, name))  # noqa: PTH100, PTH118
@@ -171,6 +177,16 @@ def count_unlisted(source: Source, every: Sequence[Source]) -> int:
         for name in names
     )
     return sum(path not in listed and Path(path).suffix not in labels for path in walked)
+
+
+def _files_in(folders: Iterable[Path]) -> list[Path]:
+    return [f for above in folders if above.is_dir() for f in above.iterdir() if f.is_file()]
+
+
+def _has_objects(labels: Path) -> bool:
+    """Whether a text is labels of YOLO's; names of classes and lists of images lie among them."""
+    with labels.open(encoding="utf-8-sig", errors="replace") as stream:
+        return bool(re.match(r"\s*\d+(\s+[-+.\deE]+){4}", stream.read(4096)))
 
 
 def source_digest(source: Source, images: Sequence[str]) -> str:

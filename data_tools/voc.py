@@ -7,7 +7,8 @@ XML files alone, beside the images or in a folder of their own.
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder
@@ -47,9 +48,17 @@ class VocObject(NamedTuple):
 
 def find_voc(root: Path) -> list[VocSplit]:
     """Find the splits of a data set; none if it isn't one of VOC's."""
-    for base in [root, *sorted(root.glob("VOC*")), *sorted(root.glob("VOCdevkit/VOC*"))]:
-        folder = _xml_folder(base)
-        if folder is not None:
+    several = sorted(root.glob("VOC*")), sorted(root.glob("VOCdevkit/VOC*"))
+    for places in ([root], *several):
+        bases = [(base, _xml_folder(base)) for base in places]
+        found = [(base, folder) for base, folder in bases if folder is not None]
+        if len(found) > 1:
+            names = ", ".join(base.name for base, _ in found)
+            raise UserError(
+                f"{root}: holds several data sets of VOC's ({names}); give one of these folders, or"
+                " copy their files into one folder of this form"
+            )
+        for base, folder in found:
             return _listed(base, folder)
     folders = {name: _xml_folder(root / name) for name in _SETS}
     return [
@@ -74,6 +83,7 @@ def _listed(base: Path, folder: Path) -> list[VocSplit]:
     places = ("JPEGImages", "images", "Images", "imgs", "image", folder.relative_to(base), "")
     folders = [base / place for place in places if (base / place).is_dir()]
     images = next((f for f in folders if any(_images(f, name) for name in present[:20])), folder)
+    known = set(present)
     masks = base / "SegmentationObject"
     masks = masks if any(masks.glob("*.png")) else None
     for lists in ("Segmentation", "Main") if masks else ("Main", "Layout", ""):
@@ -81,13 +91,27 @@ def _listed(base: Path, folder: Path) -> list[VocSplit]:
         for name in (*_SETS, "trainval"):
             file = base / "ImageSets" / lists / f"{name}.txt"
             if file.is_file() and not (name == "trainval" and {"train", "val"} & set(found)):
-                lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-                names = [line.split()[0] for line in lines if line.split()]
+                lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+                names = [_named(line, known) for line in lines if line.split()]
                 found["train" if name == "trainval" else _split(name)] = tuple(names)
-        found = {split: names for split, names in found.items() if set(names) & set(present)}
+        found = {split: names for split, names in found.items() if set(names) & known}
         if found:
             return [VocSplit(split, folder, images, masks, n) for split, n in found.items()]
     return [VocSplit("train", folder, images, masks, present)]
+
+
+def _named(line: str, known: Set[str]) -> str:
+    """Which XML file a line of a list names, without .xml: by its name or its image's path.
+
+    A mark may follow, as in lists of a class; a name with spaces may stand in quotes.
+    """
+    line = line.strip()
+    words = [re.sub(r"\s+-?[01]$", "", line), line, line.split()[0]]
+    stems = []
+    for word in words:
+        name = word.strip("\"'").replace("\\", "/").rsplit("/", 1)[-1]
+        stems += [name, name[: -len(Path(name).suffix)] if name.lower().endswith(IMAGES) else name]
+    return next((stem for stem in stems if stem in known), stems[-1])
 
 
 def _images(folder: Path, stem: str) -> list[str]:

@@ -97,6 +97,32 @@ def test_labelme_in_parts_shares_its_classes(tmp_path, make_picture, quiet_run):
     }  # fmt: skip
 
 
+def test_labelmes_relatives(tmp_path, make_picture, quiet_run):
+    """X-AnyLabeling: rectangles of four corners, turned ones too; others: JSON apart from images,
+    without a size or a path."""
+    root = tmp_path / "set"
+    turned = [30.0, 10.0, 45.0, 25.0, 30.0, 40.0, 15.0, 25.0]
+    shapes = [
+        shape("cat", [5, 5, 25, 5, 25, 20, 5, 20], "rectangle"),
+        shape("dog", turned, "rotation"),
+    ]
+    for name, gone in (("a", ["imageWidth", "imageHeight"]), ("bb", ["imagePath"])):
+        labelme(root / "json", name, shapes, make_picture)
+        file = root / "json" / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict.fromkeys(gone)))
+    (root / "pictures").mkdir()
+    (root / "json/bb.jpg").rename(root / "pictures/bb.jpg")
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert set(found) == {("train", "json/a.jpg"), ("train", "pictures/bb.jpg")}
+    for _, entries in found.values():
+        assert [e["bbox"] for e in entries] == [[5, 5, 20, 15], [15, 10, 30, 30]]
+        assert [e["area"] for e in entries] == [300, area(turned)]
+    assert "rescaled" not in index.splits["train"].report["findings"]
+    (root / "json/a.jpg").rename(root / "pictures/a.jpg")
+    with pytest.raises(UserError, match=r"a\.json: imageWidth .*missing.* or put the image there"):
+        shard(root, tmp_path / "out", quiet_run)
+
+
 def yolo(root, make_picture, lines, yaml=None):
     for part in ("train", "val"):
         (root / "images" / part).mkdir(parents=True)
@@ -246,7 +272,7 @@ def test_yolo_several_folders(tmp_path, make_picture, quiet_run):
     ("train", "listed", "named"),
     [
         ("none.txt", "", r"data\.yaml: train: 'none\.txt': no such folder or list"),
-        ("[list.txt, 3]", "", r"data\.yaml: train: expected a folder .* got 3"),
+        ("[list.txt, [3]]", "", r"data\.yaml: train: expected a folder .* got \['3'\]"),
         ("list.txt", "\n", r"data\.yaml: train: there is no image in .*list\.txt"),
         ("list.txt", "a.jpg\nclip.mp4", r"list\.txt: line 2: expected an image's path"),
         ("list.txt", "\udcff", r"list\.txt: can't be read as a list of images"),
@@ -258,6 +284,71 @@ def test_a_yolo_list_that_cant_be_followed(tmp_path, quiet_run, train, listed, n
     (tmp_path / "set/data.yaml").write_text(f"train: {train}\nnames: [cat]\n")
     with pytest.raises(UserError, match=named):
         shard(tmp_path / "set", tmp_path / "out", quiet_run)
+
+
+@pytest.mark.parametrize("where", ["folder", "list"])
+def test_yolo_paths_of_another_machine(tmp_path, make_picture, quiet_run, where):
+    """By their last parts, of which those that tell train from val stay."""
+    root = tmp_path / "set"
+    # Whoever looked for a.jpg alone, or for images/, would find these.
+    for name, x in (("train/images/a.jpg", 3), ("valid/images/a.jpg", 7), ("images/a.jpg", 20)):
+        boxed(root, name, x, make_picture)
+    train, val = "/content/my set/train/images", "D:\\set\\valid\\images"
+    if where == "list":
+        (root / "train.txt").write_text(f"{train}/a.jpg\n")
+        (root / "val.txt").write_text(f"{val}\\a.jpg\n")
+        train, val = "/kaggle/train.txt", "..\\val.txt"
+    (root / "data.yaml").write_text(
+        f"\ufeffpath: /content/my set\ntrain: {train}\nval: {val}\nnames: [cat, dog]\n"
+    )
+    _, found = shard(root, tmp_path / "out", quiet_run)
+    assert (lefts(found, "train"), lefts(found, "val")) == ({"a.jpg": 3}, {"a.jpg": 7})
+
+
+def test_a_yolo_split_that_isnt_there(tmp_path, make_picture, quiet_run):
+    """Roboflow names a test split, whether it has one or not."""
+    root, said = tmp_path / "set", []
+    yolo(root, make_picture, [f"1 {spelt(RING)}"])
+    with (root / "data.yaml").open("a") as stream:
+        stream.write("test: ../test/images\n")
+
+    def run(splits=None):
+        working = quiet_run()._replace(say=said.append)
+        return shard_dataset(root, tmp_path / "out", splits, Settings(), working)
+
+    assert set(run().splits) == {"train", "val"}
+    assert [line for line in said if "test is left out: " in line and "'../test/images'" in line]
+    with pytest.raises(UserError, match=r"test: '\.\./test/images': no such folder"):
+        run(["train", "test"])
+
+
+def test_yolo_classes_are_called_as_is_written(tmp_path, make_picture, quiet_run):
+    """YAML's no is a truth value, its null nothing, its 2024-01-02 a date, its 1.10 a number."""
+    root = tmp_path / "set"
+    yolo(root, make_picture, [f"1 {spelt(RING)}"])
+    text = (root / "data.yaml").read_text()
+    names = ["yes", "no", "null", "2024-01-02", "1.10", "007"]
+    (root / "data.yaml").write_text(text[: text.index("names")] + f"names: [{', '.join(names)}]\n")
+    index, _ = shard(root, tmp_path / "out", quiet_run)
+    assert [c.name for c in index.categories] == names
+    for wrong in ("{0: a, b: c}", "{a: 0}", "[a, [b]]", "{-1: a}", "[" * 5000 + "]" * 5000):
+        (root / "data.yaml").write_text(text[: text.index("names")] + f"names: {wrong}\n")
+        with pytest.raises(UserError, match=r"data\.yaml: (names: expected|not valid YAML)"):
+            shard(root, tmp_path / "out", quiet_run)
+
+
+def test_what_yolo_doesnt_use_is_counted(tmp_path, make_picture, quiet_run):
+    root = tmp_path / "set"
+    boxed(root, "images/a.jpg", 3, make_picture)
+    label = (root / "labels/a.txt").read_text()
+    for name in ("images/heic.heic", "images/train.cache"):
+        (root / name).write_text("x")
+    for name in ("labels/lost.txt", "labels/heic.txt"):
+        (root / name).write_text(label)
+    (root / "labels/classes.txt").write_text("cat\n3 dogs of 4 in 2 or 1\n")
+    (root / "data.yaml").write_text("train: images\nnames: [cat, dog]\n")
+    index, _ = shard(root, tmp_path / "out", quiet_run)
+    assert index.splits["train"].report["images"]["unlisted_files"] == 2  # heic.heic, lost.txt
 
 
 def test_a_yolo_list_of_images_that_are_gone(tmp_path, make_picture, quiet_run):

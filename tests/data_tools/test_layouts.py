@@ -56,6 +56,8 @@ LAYOUTS = {
     "two files with images": ("annotations/{}.json", "images", ""),
     "underscores": ("annotations_{}.json", "images/{}", ""),
     "named folders": ("{}_coco.json", "{}", "{}/"),
+    "supervisely": ("{}/annotations/instances.json", "{}/images", ""),
+    "one by name, one not": ("annotations/instances_{}.json", "{}_images", ""),
 }
 
 
@@ -117,6 +119,21 @@ def test_images_of_another_part_are_not_taken_for_a_parts_own(
         shard_dataset(root, tmp_path / "out", None, settings, quiet_run())
 
 
+def test_a_part_without_its_images_is_told(tmp_path, make_picture, settings, quiet_run):
+    root, said = tmp_path / "data", []
+    true = export(root / "annotations/instances_train.json", root / "train", make_picture)
+    export(root / "annotations/instances_val.json", tmp_path / "elsewhere", make_picture)
+    # This one's are found, though not by the split's name.
+    other = export(root / "annotations/instances_test.json", root / "images/test", make_picture)
+    working = quiet_run()._replace(say=said.append)
+    shard_dataset(root, tmp_path / "out", None, settings, working)
+    assert stored(tmp_path / "out", "train") == true
+    assert stored(tmp_path / "out", "test") == other
+    told = [line for line in said if line.startswith("val is left out: ")]
+    assert len(told) == 1
+    assert "instances_val.json: the folder of its images wasn't found; give --annot" in told[0]
+
+
 def run(*arguments: object) -> int:
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
@@ -161,6 +178,10 @@ def test_files_that_are_one_split_are_refused(tmp_path: Path, make_picture, sett
         ("D:\\data\\1.jpg", "1.jpg"),
         ("../train/1.jpg", "1.jpg"),
         ("data\\images\\Caf%C3%A9.jpg", "café.jpg"),
+        ("1.jpg?token=a%2Fb&e=1", "1.jpg"),
+        ("https://store.example/a/my%20im.jpg?d=x#top", "my im.jpg"),
+        ("/data/local-files/?d=sub/1.jpg", "1.jpg"),
+        ("what?.JPG", "what?.jpg"),
     ],
 )
 def test_files_of_another_spelling_are_found(coco, make_picture, listed: str, there: str):

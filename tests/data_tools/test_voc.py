@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -126,6 +127,41 @@ def test_main_lists_without_masks(tmp_path, make_picture, quiet_run):
     # The whole image, by VOC's counting.
     assert all(e["bbox"] == [0, 0, WIDTH, HEIGHT] for _, [e] in found.values())
     assert not any(e["train"] for _, [e] in found.values())  # boxes only
+
+
+@pytest.mark.parametrize(
+    "spelt",
+    ["{}.jpg", "JPEGImages/{}.JPG", "..\\JPEGImages\\{}.jpg", "{} -1", "{}.jpg  1", '"{}"'],
+)
+def test_lists_of_other_spellings(spelt, tmp_path, make_picture, quiet_run):
+    root, lists = tmp_path / "set", {"train": ["a", "my b"], "val": ["c.d", "e 1"]}
+    (root / "ImageSets/Main").mkdir(parents=True)
+    for split, names in lists.items():
+        for name in names:
+            text = xml(f"{name}.jpg", [("cat", [1, 1, 9, 9], 0)])
+            add(root / "Annotations", root / "JPEGImages", name, text, make_picture)
+        lines = "".join(spelt.format(name) + "\n" for name in names)
+        (root / "ImageSets/Main" / f"{split}.txt").write_text(lines)
+    _, found = shard(root, tmp_path / "out", quiet_run)
+    assert set(found) == {(split, f"{n}.jpg") for split, names in lists.items() for n in names}
+
+
+@pytest.mark.parametrize("above", ["VOCdevkit", "."])
+def test_several_years_are_not_passed_over(above, tmp_path, make_picture, quiet_run):
+    root, names = tmp_path / "set", {"VOC2007": "000001", "VOC2012": "2008_1"}
+    for year, name in names.items():
+        base = root / above / year
+        text = xml(f"{name}.jpg", [("cat", [1, 1, 9, 9], 0)])
+        add(base / "Annotations", base / "JPEGImages", name, text, make_picture)
+    with pytest.raises(UserError, match=r"VOC2007, VOC2012\); give one of these folders, or copy"):
+        shard(root, tmp_path / "out", quiet_run)
+    # Both ways that it names work.
+    _, one = shard(root / above / "VOC2012", tmp_path / "one", quiet_run)
+    assert set(one) == {("train", "2008_1.jpg")}
+    for year in names:
+        shutil.copytree(root / above / year, tmp_path / "both", dirs_exist_ok=True)
+    _, both = shard(tmp_path / "both", tmp_path / "out", quiet_run)
+    assert set(both) == {("train", f"{name}.jpg") for name in names.values()}
 
 
 @pytest.mark.parametrize(
