@@ -21,6 +21,12 @@ from casc.printing import plain, say
 from data_tools.parallel import default_workers, interrupt_once
 from data_tools.report import format_findings, format_table
 
+_LOST = {
+    "missing_file": ("missing", "mend the paths"),
+    "unreadable": ("unreadable", "mend the files"),
+    "size_mismatch": ("of another shape than annotated", "mend their width and height"),
+}
+"""Findings of images that are left out: what they are, and what to do."""
 _FEW_CROWDS = 0.1
 """Of the annotations; in COCO it is 1 in 100."""
 
@@ -68,7 +74,8 @@ class ShardCommand:
     skip_invalid: bool = False
     """Leave out annotations that can't be understood, and report them, instead of refusing."""
     allow_missing: bool = False
-    """End with 0 even though more than 1 % of the images are missing or unreadable."""
+    """End with 0 even though more than 1 % of the images are missing, unreadable or of another
+    shape than annotated."""
     aspects: tuple[float, ...] = field(default=ASPECTS)
     """Edges between buckets, width over height, ascending. No numbers: a single bucket.
     Images of a bucket share a canvas, for which the training step is compiled once."""
@@ -339,9 +346,7 @@ def _verdict(index: Index, splits: Sequence[str], allow_missing: bool) -> int:
         if splits and name not in splits:
             continue
         findings, images = split.report["findings"], split.report["images"]["listed"]
-        lost = sum(
-            findings.get(kind, {}).get("count", 0) for kind in ("missing_file", "unreadable")
-        )
+        lost = sum(findings[kind]["count"] for kind in _LOST if kind in findings)
         counts = split.report["annotations"]
         crowds = findings.get("crowd", {}).get("count", 0)
         if crowds > _FEW_CROWDS * counts["stored"]:
@@ -357,9 +362,12 @@ def _verdict(index: Index, splits: Sequence[str], allow_missing: bool) -> int:
             say(f"{name}: nothing of it can be trained on{what}; see its findings", sys.stderr)
         if lost:
             failed = lost > 0.01 * images and not allow_missing
-            remedy = "; mend the paths, or say --allow-missing" if failed else ""
+            kinds = [words for kind, words in _LOST.items() if kind in findings]
+            why = " or ".join(what for what, _ in kinds)
+            mends = ", ".join(mend for _, mend in kinds)
+            remedy = f"; {mends}, or say --allow-missing" if failed else ""
             say(
-                f"{name}: {lost:,} of {images:,} images are lost, missing or unreadable{remedy}",
+                f"{name}: {lost:,} of {images:,} images are lost, {why}{remedy}",
                 sys.stderr,
             )
             code = max(code, int(failed))

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from casc.data.index import Category
+from casc.data.segmentation import is_flat
 from casc.errors import UserError
 from data_tools.json_stream import JsonLists
 from data_tools.report import Finding
 from data_tools.store import Kept, Store, is_area, load
 
+_NAME = "a text of whole characters that isn't empty"
 LARGEST_ID = 2**63 - 1
 """Largest image id: batches hold it in 64 bits."""
 
@@ -208,7 +210,7 @@ def _categories(
         place = f"categories[{i}]"
         category = Category(
             id=int(_field(entry, "id", file, place, _is_id, "an integer")),
-            name=_field(entry, "name", file, place, _is_text, "a text that isn't empty"),
+            name=_field(entry, "name", file, place, _is_text, _NAME),
         )
         known = by_id.setdefault(category.id, category)
         if known.name != category.name:
@@ -283,7 +285,7 @@ class _Objects:
         """Of annotations that are parsed already."""
         self._rows = array("q")
         self._lacks: list[tuple[str, MutableSequence[int]]] = []
-        for kind in ("missing_area", "missing_iscrowd"):
+        for kind in ("missing_area", "missing_iscrowd", "flat_outline"):
             self._lacks.append((kind, array("q")))
         self.categories: set[int] = set()
 
@@ -294,7 +296,11 @@ class _Objects:
             where = len(self._texts), len(text)
             self._texts += text
         row = len(self._rows) // _ROW
-        lacking = not is_area(entry.get("area")), entry.get("iscrowd") is None
+        lacking = (
+            not is_area(entry.get("area")),
+            entry.get("iscrowd") is None,
+            is_flat(entry.get("segmentation")),
+        )
         for (_, rows), lacks in zip(self._lacks, lacking, strict=True):
             if lacks:
                 rows.append(row)
@@ -384,6 +390,8 @@ def _segmentation_fault(segmentation: object) -> tuple[str, str, object] | None:
         return None
     if not isinstance(segmentation, list):
         return "", "a list of polygons or an RLE", segmentation
+    if is_flat(segmentation):
+        return None
     for i, part in enumerate(cast("list[Any]", segmentation)):
         if not isinstance(part, list):
             return f"[{i}]", "a list of coordinates", part
@@ -475,7 +483,10 @@ def _is_name(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    # Half of a surrogate pair, as cutting a text leaves it, can't be written again.
+    return (
+        isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
+    )
 
 
 def _is_size(value: object) -> bool:

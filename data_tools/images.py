@@ -174,8 +174,12 @@ def store_image(
 
 def _stretched(data: bytes, orientation: int) -> np.ndarray:
     """A 16-bit greyscale image `[h, w]` with its range of values spread over 0 to 255."""
-    with open_image(data) as image:
-        whole = values(image).astype(np.float64)
+    if data.startswith(NPY):
+        whole = _array(data).astype(np.float64)
+        whole = whole.reshape(whole.shape[:2])
+    else:
+        with open_image(data) as image:
+            whole = values(image).astype(np.float64)
     low, high = whole.min(), whole.max()
     spread = (whole - low) * (255 / max(high - low, 1))
     return np.ascontiguousarray(orient(np.rint(spread).astype(np.uint8), orientation))
@@ -192,11 +196,18 @@ def reduced_size(width: int, height: int, max_size: int | None) -> tuple[int, in
 
 def _probe_array(data: bytes, channels: int) -> Probe:
     height, width, _ = array_size(data)
-    decode_image(data, channels=channels)
+    decoded = decode_image(data, channels=channels)
     # An array isn't a picture that other programs would show: grey and RGB go in as PNG.
     traits = ("other_format",) if channels in (1, 3) else ()
     extension = "png" if traits else "npy"
-    return Probe(extension=extension, width=width, height=height, traits=traits)
+    levels = 0
+    if _array(data).dtype == np.uint16:
+        traits, levels = (*traits, "sixteen_bit"), len(np.unique(decoded))
+    return Probe(extension=extension, width=width, height=height, levels=levels, traits=traits)
+
+
+def _array(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def _probe(data: bytes, name: str, channels: int) -> Probe:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from casc.errors import UserError
 from casc.json_files import open_plain
 
 _CHUNK = 2**22
@@ -37,6 +38,7 @@ class JsonLists:
 
         Raises:
             ValueError: when it isn't JSON, or not in UTF-8.
+            UserError: when one of the keys is there twice, of which JSON readers take the last.
             TypeError: when it isn't an object.
             OSError: when it can't be read.
         """
@@ -60,6 +62,10 @@ class JsonLists:
                 if key not in self._keys:
                     self._value()
                     continue
+                if key in self.found:
+                    raise UserError(
+                        f"{self._path}: {key}: is there twice; keep the one that is meant"
+                    )
                 self.found.add(key)
                 if self._peek() != "[":
                     self.others[key] = self._value()

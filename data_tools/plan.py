@@ -85,6 +85,9 @@ def plan_items(
     probes: Sequence[Probe],
     max_size: int | None,
     negatives: bool = False,
+    *,
+    stretch: bool = False,
+    channels: int = 3,
 ) -> tuple[list[Item], list[Finding]]:
     """Decide for every image whether it is stored, how it is turned and whether it is trained on.
 
@@ -93,6 +96,8 @@ def plan_items(
         probes: of `annotations.images`, in their order.
         max_size: see `Settings`.
         negatives: see `Settings`.
+        stretch: see `Settings`.
+        channels: see `Settings`.
     """
     known = {category.id for category in annotations.categories}
     items: list[Item] = []
@@ -107,7 +112,10 @@ def plan_items(
             findings.append(Finding(kind, image.id, f"{image.file_name}: {probe.fault}"))
             findings += [Finding("image_left_out", number) for number in numbers]
             continue
-        left = f"{probe.levels} levels are left; --stretch spreads an image's own range"
+        left = f"{probe.levels} levels are left"
+        if "grayscale" in probe.traits or (channels == 1 and "colour" not in probe.traits):
+            hint = f"{left}; --stretch spreads an image's own range"
+            left = "its own range is spread over 8 bits" if stretch else hint
         findings += [
             Finding(trait, image.id, left if trait == "sixteen_bit" else "")
             for trait in probe.traits
@@ -116,6 +124,8 @@ def plan_items(
         turned = (probe.height, probe.width) if orientation >= 5 else (probe.width, probe.height)
         if kind:
             detail = f"{turned[0]} x {turned[1]}, annotated {image.width} x {image.height}"
+            if kind == "size_mismatch" and turned == (image.height, image.width):
+                detail += ": width and height are exchanged"
             sized = kind in ("size_mismatch", "rescaled")
             findings.append(Finding(kind, image.id, detail if sized else ""))
         if kind == "size_mismatch":

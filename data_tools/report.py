@@ -62,6 +62,7 @@ KINDS: dict[str, Kind] = {
     "renumbered": Kind("annotation", "new id", "id taken by another annotation"),
     "bad_polygon_part": Kind("annotation", "part left out", "under 3 points, odd, NaN or far off"),
     "missing_area": Kind("annotation", "computed", "no area given that is a number"),
+    "flat_outline": Kind("annotation", "one outline", "coordinates without the list of outlines"),
     "missing_iscrowd": Kind("annotation", "taken as 0", "no iscrowd given"),
     "simplified": Kind("annotation", "fewer edges", "ragged outline; within IoU 0.99 of its mask"),
     "rle_mask": Kind("annotation", "traced", "RLE mask"),

@@ -169,7 +169,12 @@ def _make_split(
     try:
         probes = _probe_images(source, journal, settings.channels, run)
         items, findings = plan_items(
-            source.annotations, probes, settings.max_size, settings.negatives
+            source.annotations,
+            probes,
+            settings.max_size,
+            settings.negatives,
+            stretch=settings.stretch,
+            channels=settings.channels,
         )
         names = {image.id: image.file_name for image in source.annotations.images}
         findings = [
@@ -182,7 +187,7 @@ def _make_split(
             reason = printable(findings[0].detail)
             raise UserError(
                 f"{source.images}: none of the {len(probes)} images that {source.file.name} "
-                f"lists can be read (the first: {reason})"
+                f"lists can be used (the first: {reason})"
             )
         buckets, planned = plan_shards(source.split, items, settings)
         results = _write_shards(source, planned, journal, out, settings, run)

@@ -19,7 +19,7 @@ from data_tools.report import Finding
 
 _BESIDE_IMAGES = (".txt", ".cache", ".npy", ".yaml", ".yml", ".json", ".xml")
 """What Ultralytics and labelling tools put among images."""
-_CONTENT_VERSION = 4
+_CONTENT_VERSION = 5
 """Raised when the same input gives other shards than before, so that old ones aren't reused."""
 
 

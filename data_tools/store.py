@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
+from casc.data.segmentation import is_flat
 from casc.errors import UserError
 
 Stamp = tuple[int, int]
@@ -210,6 +211,8 @@ def normal(entry: Mapping[str, Any]) -> dict[str, Any]:
         "iscrowd": int(entry.get("iscrowd") or 0),
         "segmentation": entry.get("segmentation"),
     }
+    if is_flat(annotation["segmentation"]):
+        annotation["segmentation"] = [annotation["segmentation"]]
     if entry.get("ignore"):
         annotation["ignore"] = 1
     return annotation

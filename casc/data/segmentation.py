@@ -12,6 +12,15 @@ from typing import Any
 from pycocotools import mask as coco_mask
 
 
+def is_flat(segmentation: object) -> bool:
+    """Whether it is the coordinates of a single outline, without the list of outlines around."""
+    return (
+        isinstance(segmentation, list)
+        and bool(segmentation)
+        and set(map(type, segmentation)) <= {int, float}
+    )
+
+
 def part_fault(part: object, width: int, height: int) -> str:
     """Why a polygon's part can't be used; empty if it can.
 
@@ -66,7 +75,8 @@ def usable_segmentation(
     A polygon too thin to hold a pixel counts as a mask, as it does for pycocotools.
     """
     if isinstance(segmentation, list):
-        parts = [part for part in segmentation if not part_fault(part, width, height)]
+        every = [segmentation] if is_flat(segmentation) else segmentation
+        parts = [part for part in every if not part_fault(part, width, height)]
         return parts or None
     if not isinstance(segmentation, Mapping):
         return None

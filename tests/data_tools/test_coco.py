@@ -133,7 +133,7 @@ NAN, INF = float("nan"), float("inf")
         ("annotations.1.iscrowd", "no", "f: annotations[1].iscrowd"),
         ("annotations.1.ignore", 0.5, "f: annotations[1].ignore"),
         ("annotations.1.segmentation", "abc", "f: annotations[1].segmentation: expected a list"),
-        ("annotations.1.segmentation", [1, 2, 3, 4, 5, 6], "annotations[1].segmentation[0]"),
+        ("annotations.1.segmentation", [1, 2, "3", 4, 5, 6], "annotations[1].segmentation[0]"),
         ("annotations.1.segmentation", [[1, 2], [3, None]], "annotations[1].segmentation[1]"),
         ("annotations.1.segmentation", {"counts": "a"}, "segmentation.size"),
         ("annotations.1.segmentation", {"size": [5, 5.5], "counts": []}, "segmentation.size"),
@@ -337,6 +337,32 @@ def test_no_name_leads_out_of_the_folder(listed: str, sought: str):
     data = make_data()
     data["images"][1]["file_name"] = listed
     assert check_annotations(data, "f").images[1].file_name == sought
+
+
+def test_a_list_that_is_there_twice_is_refused(tmp_path: Path):
+    """Python's reader takes the last, others the first; both together nobody means."""
+    data = make_data()
+    for key in ("images", "annotations", "categories"):
+        file = tmp_path / f"{key}.json"
+        text = json.dumps(data)[:-1]
+        for again in (data[key], None):
+            file.write_text(
+                f'{text}, "other": [1], "other": 2, {json.dumps(key)}: {json.dumps(again)}}}'
+            )
+            with pytest.raises(UserError, match=rf"\.json: {key}: is there twice; keep the one"):
+                read_annotations(file)
+
+
+def test_half_a_surrogate_pair_is_no_name(tmp_path: Path):
+    """What can't be written as UTF-8 can't be read from the index again."""
+    data = make_data()
+    data["categories"][0]["name"] = "cat \ud83d"
+    with pytest.raises(
+        UserError, match=r"categories\[0\]\.name: expected a text of whole characters"
+    ):
+        check_annotations(data, "f")
+    data["categories"][0]["name"] = "cat \N{CAT}"
+    assert "cat \N{CAT}" in [c.name for c in check_annotations(data, "f").categories]
 
 
 def test_lvis_names_images_by_an_address():

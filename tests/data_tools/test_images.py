@@ -1,6 +1,8 @@
 import hashlib
 import io
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from casc.data.decode import decode_image
+from casc.data.sample import iter_tar
 from casc.errors import UserError
 from data_tools import images
 from data_tools.images import (
@@ -155,6 +158,48 @@ def test_a_file_that_changes_meanwhile_is_noticed(put: Callable[[str, bytes], Pa
     path.unlink()
     with pytest.raises(UserError, match=r"a\.jpg: changed while"):
         store_image(path, probe, 1, None)
+
+
+def test_stretch_is_only_named_where_it_helps(coco):
+    """Not with it, nor of colours, nor of planes, where it would be refused."""
+    grey = io.BytesIO()
+    Image.fromarray(np.arange(3000, dtype=np.uint16).reshape(50, 60)).save(grey, "PNG")
+    first = coco.image(data=grey.getvalue(), name="a.png")
+
+    def told(**settings) -> str:
+        found = coco.shard(**settings)[0].splits["train"].report["findings"]
+        return " ".join(found["sixteen_bit"]["examples"])
+
+    assert "12 levels are left; --stretch spreads" in told()
+    assert "12 levels are left; --stretch spreads" in told(channels=1)
+    assert told(stretch=True) == f"{first}: its own range is spread over 8 bits"
+    coco.images.clear()
+    header, rows = struct.pack(">IIBBBBB", 60, 50, 16, 2, 0, 0, 0), zlib.compress(bytes(361 * 50))
+    chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
+    coco.image(data=b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    ), name="b.png")  # fmt: skip
+    assert "1 levels are left" in told()
+    assert "--stretch" not in told(stretch=True)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_arrays_of_sixteen_bits_are_told_and_spread(coco, channels: int):
+    deep = np.arange(3000 * channels, dtype=np.uint16).reshape(50, 60, channels) % 4096
+    data = io.BytesIO()
+    np.save(data, deep)
+    number = coco.image(data=data.getvalue(), name="a.npy")
+    index, out = coco.shard(channels=channels)
+    found = index.splits["train"].report["findings"]["sixteen_bit"]["examples"]
+    levels = len(np.unique(deep >> 8))
+    assert found[0].startswith(f"{number}: {levels} levels are left")
+    assert ("--stretch" in found[0]) == (channels == 1)
+    if channels == 1:
+        index, out = coco.shard(channels=channels, stretch=True)
+        ((_, image, _),) = iter_tar(out / index.splits["train"].shards[0].name)
+        spread = decode_image(image, 1, 1)[..., 0]
+        assert (spread == np.rint(deep[..., 0] * (255 / 2999))).all()
 
 
 def test_sixteen_bits_are_spread_by_flag(tmp_path: Path):

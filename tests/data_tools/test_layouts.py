@@ -215,6 +215,27 @@ def test_files_that_could_be_another_are_not_guessed(coco, tmp_path: Path, capsy
     assert "2 of 3 images are lost" in capsys.readouterr().err
 
 
+def test_images_of_another_shape_are_lost_too(coco, tmp_path: Path, capsys):
+    for _ in range(3):
+        coco.object(coco.image())
+    whole = dict(coco.images[1])
+    coco.images[1] |= {"width": 50, "height": 60}
+    coco.write()
+    flags = ["shard", coco.root, "--out", tmp_path / "out", "--workers", 1]
+    assert run(*flags) == 1
+    printed = capsys.readouterr()
+    assert "60 x 50, annotated 50 x 60: width and height are exchanged" in printed.out
+    said = (
+        "1 of 3 images are lost, of another shape than annotated; mend their width and height, or"
+    )
+    assert said in printed.err
+    assert run(*flags, "--allow-missing") == 0
+    coco.images[1] = whole  # the mend that is named
+    coco.write()
+    assert run(*flags) == 0
+    assert "lost" not in capsys.readouterr().err.splitlines()[-1:]
+
+
 def test_a_listed_file_is_not_taken_for_another(coco):
     for name in ("1.jpg", "2.jpg"):
         coco.object(coco.image(name=name))

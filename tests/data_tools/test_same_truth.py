@@ -224,6 +224,34 @@ def test_holes_and_bridges_without_width_stay_as_they_are():
     assert "rings" not in record.entry
 
 
+def test_coordinates_without_the_list_of_outlines_are_one_outline(coco):
+    """As VIA exports them; of the wrong form they are no mask, and told."""
+    number, ring = coco.image(), [10, 10, 30, 10, 30, 25, 10, 20]
+    coco.object(number, segmentation=ring, area=None)
+    coco.object(number, segmentation=[ring], area=None)
+    coco.object(number, segmentation=ring[:-1], area=None)
+    index, out = coco.shard()
+    found = index.splits["train"].report["findings"]
+    assert found["flat_outline"]["ids"] == "100 102"
+    assert (found["no_mask"]["ids"], found["bad_polygon_part"]["ids"]) == ("102", "102")
+    flat, nested, _ = ground_truth_from_shards(out, index, "train")["annotations"]
+    rle: Any = coco_mask.merge(coco_mask.frPyObjects([ring], 50, 60))
+    pixels = int(coco_mask.area(rle))
+    mask = {"size": [50, 60], "counts": rle["counts"].decode()}
+    assert flat["segmentation"] == nested["segmentation"] == [ring]
+    assert flat["area"] == nested["area"] == pixels
+    results = [
+        {**{key: e[key] for key in ("image_id", "category_id", "bbox")}, "score": 0.9 - i / 9,
+         "segmentation": mask}
+        for i, e in enumerate(coco.annotations)
+    ]  # fmt: skip
+    data = json.loads(coco.file.read_text())
+    figures = [evaluate(truth, results).figures for truth in
+               (data, ground_truth_from_shards(out, index, "train"))]  # fmt: skip
+    assert figures[0] == figures[1]
+    assert figures[0]["segm"]["AP"] == 1
+
+
 @pytest.mark.parametrize("masks", ["none", "some"])
 def test_objects_without_a_mask_are_ignored_by_mask_ap_from_shards_too(coco, masks: str):
     number = coco.image()
