@@ -18,7 +18,7 @@ from casc.data.decode import decode_image
 from casc.data.record import MOST_PIXELS
 from casc.errors import UserError
 from data_tools.coco import below
-from data_tools.voc import IMAGES, VocSplit, find_voc, image_size, read_voc
+from data_tools.voc import IMAGES, VocSplit, find_voc, image_size, read_voc, visible
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _CIRCLE_POINTS = 64
@@ -54,7 +54,7 @@ def find_foreign(root: Path) -> list[Foreign]:
     """Find the splits of a data set of LabelMe's, YOLO's or VOC's; none if it is none of them."""
     usual = [root / "data.yaml", root / "dataset.yaml"]
     for file in (*usual, *sorted(root.glob("*.yaml")), *sorted(root.glob("*.yml"))):
-        if file.is_file() and (file in usual or _is_yolo(file)):
+        if visible(file, root) and file.is_file() and (file in usual or _is_yolo(file)):
             about = _yaml(file)
             return [
                 _yolo_split(file, about, key)
@@ -103,7 +103,8 @@ def _is_yolo(file: Path) -> bool:
 
 
 def _labelme_files(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.rglob("*.json")) if _is_labelme(file)]
+    files = sorted(folder.rglob("*.json"))
+    return [file for file in files if visible(file, folder) and _is_labelme(file)]
 
 
 def _is_labelme(file: Path) -> bool:
@@ -261,7 +262,8 @@ def _yolo_split(file: Path, about: dict[str, Any], key: str) -> Foreign:
         place = place.resolve()
         places.append(place)
         if place.is_dir():
-            found += (f for f in sorted(place.rglob("*")) if f.suffix.lower() in IMAGES)
+            files = (f for f in sorted(place.rglob("*")) if visible(f, place))
+            found += (f for f in files if f.suffix.lower() in IMAGES)
         else:
             found += _yolo_list(place, bases)
     if len(places) == 1 and places[0].is_dir():

@@ -23,6 +23,7 @@ from urllib.parse import unquote
 from casc.errors import UserError
 from data_tools.coco import below
 from data_tools.foreign import Foreign, find_foreign
+from data_tools.voc import visible
 
 _GENERIC = {"", "annotations", "coco", "data", "default", "export", "instances", "labels", "result"}
 """Names of files and folders that say nothing of a split."""
@@ -59,9 +60,9 @@ def choose_parts(
     files = sorted((root / "annotations").glob("instances_*.json"))
     coco = [Part(file.name[10:-5], file, root / file.name[10:-5]) for file in files]
     coco = [part for part in coco if part.split]
-    if any(part.images.is_dir() for part in coco):
-        listed = [part if part.images.is_dir() else _part(part.file, root) for part in coco]
-    else:
+    # Others than these are subsets of their images more often than parts of the data set.
+    listed = coco
+    if not any(part.images.is_dir() for part in coco):
         listed = [_part(file, root) for file in _candidates(root)]
     found = [part for part in listed if part.images.is_dir()]
     without = [part for part in listed if not part.images.is_dir()]
@@ -160,15 +161,17 @@ def find_files(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict
 
 
 def _part(file: Path, root: Path) -> Part:
+    words = re.sub(r"\s*\(\d+\)$", "", file.stem)  # of a browser that saved it again
     words = re.sub(r"(^_?(annotations?|instances|coco)[._-]+)|([._-]+(annotations?|coco))+$", "",
-                   file.stem.lstrip("_"))  # fmt: skip
+                   words.lstrip("_"))  # fmt: skip
     above = file.relative_to(root).parent.parts[::-1] if file.is_relative_to(root) else ()
     split = next(
         (word for word in (words, *above[:1], *filter(_use, above[1:]))
          if word.lower() not in _GENERIC and word.lower() != "images"),
         "train",
     )  # fmt: skip
-    split = re.sub(r"[^\w.-]", "_", split, flags=re.ASCII).lstrip(".-") or "train"
+    split = re.sub(r"[^\w.-]", "_", split, flags=re.ASCII).lstrip(".-")
+    split = split if re.search(r"[^\W_]", split) else "train"
     folders = [
         above / name
         for above in dict.fromkeys((file.parent, root))
@@ -212,7 +215,7 @@ def _candidates(root: Path) -> list[Path]:
     files = dict.fromkeys(
         file for folder in folders for file in sorted(root.glob(f"{folder}*.[jJ][sS][oO][nN]"))
     )
-    return [file for file in files if _is_coco(file)]
+    return [file for file in files if visible(file, root) and _is_coco(file)]
 
 
 def _is_coco(file: Path) -> bool:

@@ -16,6 +16,7 @@ from data_tools.foreign import convert, yolo_labels
 from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
 from data_tools.report import Finding
+from data_tools.voc import visible
 
 _BESIDE_IMAGES = (".txt", ".cache", ".npy", ".yaml", ".yml", ".json", ".xml")
 """What Ultralytics and labelling tools put among images."""
@@ -45,6 +46,10 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
     split, file, images, foreign = part
     if not re.fullmatch(r"\w[\w.-]*", split, re.ASCII):
         raise UserError(f"--splits: {split!a} can't be a split's name (letters, digits, . _ -)")
+    if not foreign and file.is_dir():
+        raise UserError(
+            f"{file}: is a folder; give an annotation file in it, or the data set's folder"
+        )
     if not foreign and not file.is_file():
         raise UserError(
             f"{file}: not found; check --splits and the folder, or give --annotations FILE"
@@ -174,13 +179,16 @@ def count_unlisted(source: Source, every: Sequence[Source]) -> int:
     walked = (
         os.path.abspath(os.path.join(folder, name))  # noqa: PTH100, PTH118
         for folder, _, names in os.walk(source.images)
+        if visible(Path(folder), source.images)
         for name in names
+        if not name.startswith(".")
     )
     return sum(path not in listed and Path(path).suffix not in labels for path in walked)
 
 
 def _files_in(folders: Iterable[Path]) -> list[Path]:
-    return [f for above in folders if above.is_dir() for f in above.iterdir() if f.is_file()]
+    files = [f for above in folders if above.is_dir() for f in above.iterdir() if f.is_file()]
+    return [f for f in files if not f.name.startswith(".")]
 
 
 def _has_objects(labels: Path) -> bool:

@@ -119,9 +119,14 @@ def _images(folder: Path, stem: str) -> list[str]:
     return [name for name in names if (folder / name).is_file()]
 
 
+def visible(file: Path, root: Path) -> bool:
+    """Whether a file is none that macOS (._name), Jupyter (.ipynb_checkpoints) or others hide."""
+    return not any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
 def _xml(folder: Path) -> tuple[str, ...]:
     """Names of the files of VOC's in a folder."""
-    files = sorted(folder.glob("*.xml"))
+    files = [file for file in sorted(folder.glob("*.xml")) if visible(file, folder)]
     # Others' XML lies about too: the first few tell.
     if not any(b"<annotation" in _bytes(file)[:4096] for file in files[:5]):
         return ()

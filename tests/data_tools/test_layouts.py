@@ -57,7 +57,6 @@ LAYOUTS = {
     "underscores": ("annotations_{}.json", "images/{}", ""),
     "named folders": ("{}_coco.json", "{}", "{}/"),
     "supervisely": ("{}/annotations/instances.json", "{}/images", ""),
-    "one by name, one not": ("annotations/instances_{}.json", "{}_images", ""),
 }
 
 
@@ -123,15 +122,64 @@ def test_a_part_without_its_images_is_told(tmp_path, make_picture, settings, qui
     root, said = tmp_path / "data", []
     true = export(root / "annotations/instances_train.json", root / "train", make_picture)
     export(root / "annotations/instances_val.json", tmp_path / "elsewhere", make_picture)
-    # This one's are found, though not by the split's name.
-    other = export(root / "annotations/instances_test.json", root / "images/test", make_picture)
+    # A subset of train's images.
+    text = (root / "annotations/instances_train.json").read_text()
+    (root / "annotations/instances_train_first.json").write_text(text)
     working = quiet_run()._replace(say=said.append)
     shard_dataset(root, tmp_path / "out", None, settings, working)
     assert stored(tmp_path / "out", "train") == true
-    assert stored(tmp_path / "out", "test") == other
-    told = [line for line in said if line.startswith("val is left out: ")]
-    assert len(told) == 1
-    assert "instances_val.json: the folder of its images wasn't found; give --annot" in told[0]
+    assert set(read_index(tmp_path / "out").splits) == {"train"}
+    told = [line for line in said if " is left out: " in line]
+    assert len(told) == 2
+    assert "instances_val.json: the folder of its images wasn't found; give --annot" in told[1]
+
+
+HIDDEN = ("._{}", ".ipynb_checkpoints/{}")
+
+
+@pytest.mark.parametrize("kind", ["coco", "yolo", "voc", "labelme"])
+def test_what_systems_hide_is_no_part_of_the_data(
+    kind: str, tmp_path, make_picture, settings, quiet_run
+):
+    """macOS puts ._name beside each file of an archive, Jupyter a copy into a folder."""
+    root = tmp_path / "data"
+    files = {"images/1.jpg": make_picture(60, 50)}
+    if kind == "coco":
+        export(root / "data.json", root / "images", make_picture)
+        files = {f.relative_to(root).as_posix(): f.read_bytes() for f in root.rglob("*.*")}
+    elif kind == "yolo":
+        files["labels/1.txt"] = b"0 0.5 0.5 0.2 0.2"
+        files["data.yaml"] = b"train: images\nnames: [cat]"
+    elif kind == "voc":
+        box = "".join(f"<{k}>9</{k}>" for k in ("xmin", "ymin", "xmax", "ymax"))
+        thing = f"<object><name>cat</name><bndbox>{box}</bndbox></object>"
+        files["Annotations/1.xml"] = f"<annotation>{thing}</annotation>".encode()
+    else:
+        about = {"imagePath": "1.jpg", "imageWidth": 60, "imageHeight": 50}
+        ring = {"label": "cat", "points": [[1, 1], [9, 1], [9, 9]], "shape_type": "polygon"}
+        files["images/1.json"] = json.dumps({**about, "shapes": [ring]}).encode()
+    for name, data in files.items():
+        for spelt in ("{}", *HIDDEN):
+            file = (root / name).parent / spelt.format(Path(name).name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data if spelt == "{}" else b"\0\5\x16\7 <annotation" + data)
+    index = shard_dataset(root, tmp_path / "out", None, settings, quiet_run())
+    assert set(index.splits) == {"train"}
+    report = index.splits["train"].report
+    count = 3 if kind == "coco" else 1
+    images = {"listed": count, "stored": count, "left_out": 0, "unlisted_files": 0}
+    assert {key: report["images"][key] for key in images} == images
+    assert report["annotations"]["listed"] == count
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("annotations (1).json", "train"), ("instances_val (2).json", "val"), ("数据.json", "train")],
+)
+def test_splits_of_files_with_odd_names(name, split, tmp_path, make_picture, settings, quiet_run):
+    true = export(tmp_path / "data" / name, tmp_path / "data/images", make_picture)
+    shard_dataset(tmp_path / "data", tmp_path / "out", None, settings, quiet_run())
+    assert stored(tmp_path / "out", split) == true
 
 
 def run(*arguments: object) -> int:
