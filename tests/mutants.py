@@ -77,6 +77,8 @@ MUTANTS = (
     Mutant("saturation before contrast", "model/photometric.py", "_blend(image, mean[:, None, None, None], contrast[..., None])", "_blend(image, mean[:, None, None, None], saturation[..., None])", ("model/test_photometric.py",)),
     Mutant("contrast about the padding's mean", "model/photometric.py", "mean = torch.where(inside, _grey(image), 0.0).sum(dim=(1, 2)) / count", "mean = _grey(image).mean(dim=(1, 2))", ("model/test_photometric.py",)),
     Mutant("the last rectangle that fits", "model/photometric.py", "falling = torch.arange(TRIES, 0, -1, device=seed.device)", "falling = torch.arange(1, TRIES + 1, device=seed.device)", ("model/test_photometric.py",)),
+    Mutant("pasted outlines are the image's own objects'", "model/copy_paste.py", "source.edge_gt + objects], dim=1)", "source.edge_gt], dim=1)", ("model/test_copy_paste.py",)),
+    Mutant("nothing erased where images are jittered", "model/preprocess.py", "kept = ~erased if kept is None else kept & ~erased", "kept = None if kept is None else kept & ~erased", ("model/test_photometric.py",)),
     # ---- backbone and pyramid ----
     Mutant("batch norm's epsilon", "model/layers.py", "BN_EPS = 1e-5", "BN_EPS = 1e-3"),
     Mutant("the variance not rooted", "model/layers.py", "torch.rsqrt(var + BN_EPS)", "torch.reciprocal(var + BN_EPS)"),
@@ -91,6 +93,8 @@ MUTANTS = (
     Mutant("laterals upsampled bilinearly", "model/fpn.py", "if fine.shape[2:] != (2 * height, 2 * width):\n        return fine + F.interpolate(coarse, size=fine.shape[2:], mode=\"nearest\")", "if True:\n        return fine + F.interpolate(coarse, size=fine.shape[2:], mode=\"bilinear\")"),
     Mutant("P6 by 2x2 pooling", "model/fpn.py", "kernel_size=1, stride=2", "kernel_size=2, stride=2"),
     Mutant("dropped paths not made up for", "model/layers.py", "(noise >= probability).to(noise.dtype) / (1 - probability)", "(noise >= probability).to(noise.dtype)", ("model/test_backbones.py",)),
+    Mutant("one number drops both halves of a block", "model/vit.py", "y, None if keep is None else keep[:, 1])", "y, None if keep is None else keep[:, 0])", ("model/test_vit.py",)),
+    Mutant("what lies between two maps is of the earlier stage", "model/timm_backbone.py", "stage = here or min(reached + 1 if reached else 0, len(ends))", "stage = here or reached", ("model/test_backbones.py",)),
     Mutant("relative positions mirrored", "model/vit.py", "at[:, None] - at + size - 1", "at - at[:, None] + size - 1", ("model/test_vit.py",)),
     Mutant("transposed convolution's cells turned", "model/fpn.py", "x.permute(0, 5, 1, 3, 2, 4)", "x.permute(0, 5, 1, 4, 2, 3)", ("model/test_vit.py",)),
     Mutant("group norm of too few groups", "model/layers.py", "GN_GROUPS = 32", "GN_GROUPS = 16", ("model/test_layers.py",)),
@@ -147,6 +151,10 @@ MUTANTS = (
     Mutant("GIoU's enclosing box not that", "model/losses.py", "loss = 1 - iou + (enclosing - union) / (enclosing + eps)", "loss = 1 - iou + (enclosing - union) / (union + eps)", ("model/test_losses.py",)),
     Mutant("CIoU's weight with a gradient", "model/losses.py", "(shape / (1 - iou + shape + eps)).detach()", "(shape / (1 - iou + shape + eps))", ("model/test_losses.py",)),
     Mutant("the second RPN convolution sees beyond the level", "model/rpn.py", " * within.flatten(0, 1)[:, None].to(x.dtype)", "", ("model/test_rpn.py",)),
+    Mutant("the RPN's convolutions the other way round", "model/rpn.py", "conv\" for i in range(config.convs)]", "conv\" for i in reversed(range(config.convs))]", ("model/test_rpn.py",)),
+    Mutant("all boxes decoded by the first stage's deviations", "model/box_head.py", "decode(box, delta, own.stds, None) for box, delta, own in every", "decode(box, delta, stages[0].stds, None) for box, delta, own in every", ("model/test_box_head.py",)),
+    Mutant("a positive hands on the best class's box", "model/forward_train.py", "chosen_deltas(output, rois.labels.shape, rois.labels)", "chosen_deltas(output, rois.labels.shape, None)", ("model/test_detector.py",)),
+    Mutant("soft-NMS's sigma", "model/forward_detect.py", "SIGMA = 0.5", "SIGMA = 0.05", ("model/test_detector.py",)),
     # ---- RoIAlign ----
     Mutant("features doubled on the way to the box head", "ops/roi_linear.py", "return linear(features.flatten(1), matrix, bias), pyramid", "return linear(2 * features.flatten(1), matrix, bias), pyramid"),
     Mutant("the fixed grid's features doubled", "ops/roi_linear.py", "return product(_features(pixels, index, weight, cells), matrix, bias)", "return product(2 * _features(pixels, index, weight, cells), matrix, bias)"),

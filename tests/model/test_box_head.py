@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision import ops
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.ops import generalized_box_iou_loss
 
 from casc.model import box_head as heads
 from casc.model.boxes import decode, encode
@@ -281,47 +282,76 @@ def test_convolutions_come_before_the_fully_connected_layers(mode, norm):
     torch.testing.assert_close(made.logits, right, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("objects", [True, False])
-def test_a_loss_of_decoded_boxes(mode, objects):
-    """As MMDetection's reg_decoded_bbox has it: the sum over positives over all samples."""
-    rois, targets = draw(SOME if objects else torch.zeros_like(SOME), 1)
-    config = replace(CONFIG, loss="giou", box_weight=10.0)
-    deltas = randn(24, 4, seed=1).requires_grad_()
-    output = heads.BoxOutput(randn(24, CLASSES + 1), deltas)
+IOU_LOSSES = {
+    "giou": ops.generalized_box_iou_loss,
+    "diou": ops.distance_box_iou_loss,
+    "ciou": ops.complete_box_iou_loss,
+}
 
-    def run(output, rois, targets):
-        return mean_losses(heads.box_losses(config, [STAGES[1]], [output], [rois], targets)[0])
 
-    _, losses = mode(run)(output, rois, targets)
-    on = rois.positive
-    gt = targets.boxes[torch.arange(2)[:, None], rois.gt]
-    moved = decode(rois.boxes, deltas.reshape(2, 12, 4), STAGES[1].stds, None)
-    total = generalized_box_iou_loss(moved[on], gt[on], reduction="sum")
-    expected = 10 * STAGES[1].loss_weight * total / rois.valid.sum()
-    torch.testing.assert_close(losses["loss_bbox"], expected.detach())
-    if objects:  # a positive's own target costs nothing
+@pytest.mark.parametrize(
+    ("kind", "own"), [("smooth_l1", True), ("giou", False), ("diou", True), ("ciou", False)]
+)
+def test_box_losses_of_all_stages_are_torchvisions(mode, kind, own):
+    """Each stage by its own deviations; of each class's own box, the object's.
+
+    As MMDetection's reg_decoded_bbox and reg_class_agnostic have it: the sum over positives over
+    all samples.
+    """
+    config = replace(CONFIG, loss=kind, box_weight=10.0, class_specific=own)
+    proposals, valid, targets, _ = scene(SOME)
+    samples = [
+        heads.sample_rois(CONFIG, stage, CLASSES, proposals, valid, targets, randn(2, 23, seed=i))
+        for i, stage in enumerate(STAGES, start=1)
+    ]
+    assert len({tuple(rois.labels.flatten().tolist()) for rois in samples}) == 3
+    boxes = CLASSES if own else 1
+    outputs = [
+        heads.BoxOutput(randn(24, CLASSES + 1), randn(24, 4 * boxes, seed=1 + i)) for i in range(3)
+    ]
+
+    def run(outputs, samples, targets):
+        return [
+            mean_losses(x)[1] for x in heads.box_losses(config, STAGES, outputs, samples, targets)
+        ]
+
+    made = mode(run)(outputs, samples, targets)
+    for stage, rois, output, found in zip(STAGES, samples, outputs, made, strict=True):
+        x, y, w, h = stage.stds
+        coder = BoxCoder((1 / x, 1 / y, 1 / w, 1 / h))
+        on = rois.positive.flatten()
+        gt = targets.boxes[torch.arange(2)[:, None], rois.gt].flatten(0, 1)[on]
+        start, deltas = rois.boxes.flatten(0, 1)[on], output.deltas[on]
+        chosen = rois.labels.flatten()[on] if own else torch.zeros(int(on.sum()), dtype=torch.long)
+        rows = torch.arange(len(start))
+        if kind == "smooth_l1":
+            goal = coder.encode_single(gt, start)
+            mine = deltas.unflatten(1, (boxes, 4))[rows, chosen]
+            total = F.smooth_l1_loss(mine, goal, reduction="sum")
+        else:
+            moved = coder.decode(deltas, [start])[rows, chosen]
+            total = IOU_LOSSES[kind](moved, gt, reduction="sum")
+        expected = 10 * stage.loss_weight * total / rois.valid.sum()
+        torch.testing.assert_close(found["loss_bbox"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", IOU_LOSSES)
+def test_a_decoded_box_on_its_target_costs_nothing(kind):
+    config = replace(CONFIG, loss=kind)
+    for valid in (SOME, torch.zeros_like(SOME)):
+        rois, targets = draw(valid, 1)
+        gt = targets.boxes[torch.arange(2)[:, None], rois.gt]
         perfect = encode(rois.boxes, gt, STAGES[1].stds).reshape(24, 4)
-        found = run(heads.BoxOutput(output.logits, perfect), rois, targets)[1]
-        assert found["loss_bbox"] < 1e-4
+        output = heads.BoxOutput(randn(24, CLASSES + 1), perfect)
+        (found,) = heads.box_losses(config, [STAGES[1]], [output], [rois], targets)
+        assert found.sums["loss_bbox"].isfinite()
+        assert abs(found.sums["loss_bbox"]) < 1e-4
 
 
 def test_each_class_may_have_its_own_box():
-    rois, targets = draw()
-    shared = CONFIG
-    own = replace(CONFIG, class_specific=True)
+    rois, _ = draw()
     logits = randn(24, CLASSES + 1)
-    every = randn(24, CLASSES, 4, seed=1)
-    chosen = every[torch.arange(24), rois.labels.flatten().clamp(max=CLASSES - 1)]
-    results = [
-        mean_losses(heads.box_losses(config, STAGES[:1], [output], [rois], targets)[0])[1][
-            "loss_bbox"
-        ]
-        for config, output in (
-            (shared, heads.BoxOutput(logits, chosen)),
-            (own, heads.BoxOutput(logits, every.flatten(1))),
-        )
-    ]
-    torch.testing.assert_close(*results)
+    own = replace(CONFIG, class_specific=True)
     params: dict[str, Tensor] = {}
     heads.init_box_head(own, 0, CLASSES, 3, params, torch.Generator().manual_seed(0))
     assert params["roi_head.bbox_head.0.fc_reg.weight"].shape == (4 * CLASSES, CONFIG.channels)

@@ -492,6 +492,36 @@ def test_only_some_classes_are_kept(mode, agnostic: bool):
 
 
 @pytest.mark.parametrize("way", ["linear", "gaussian"])
+def test_soft_suppression_is_the_papers(mode, way):
+    """Class by class, box by box: f(IoU) of Bodla et al. (2017), Nt = 0.4 and sigma = 0.5."""
+    logits, boxes, valid = scored(3)
+    config = InferenceConfig(soft_nms=way, nms_iou=0.4, detections=200)
+    made = mode(lambda *a: forward_detect.select(config, *a))(logits, boxes, valid)
+    for image in range(2):
+        overlaps = torchvision.ops.box_iou(boxes[image], boxes[image]).double()
+        expected = []
+        for label, scores in enumerate(logits[image].softmax(-1)[:, :-1].double().T):
+            left = {
+                i: scores[i].item() for i in range(len(scores))
+                if scores[i] > config.score_threshold and valid[image, i]
+            }  # fmt: skip
+            while left:
+                best = max(left, key=lambda i: left[i])
+                expected.append((left.pop(best), label, best))
+                for other in left:
+                    iou = overlaps[best, other].item()
+                    soft = math.exp(-(iou**2) / 0.5)
+                    hard = 1 - iou if iou > 0.4 else 1.0
+                    left[other] *= soft if way == "gaussian" else hard
+        expected = sorted((e for e in expected if e[0] > config.score_threshold), reverse=True)
+        box, score, label, there = (t[image] for t in made)
+        assert there.sum() == len(expected) > 40
+        assert score[there].tolist() == pytest.approx([e[0] for e in expected], rel=1e-4)
+        assert label[there].tolist() == [e[1] for e in expected]
+        assert torch.equal(box[there], boxes[image][[e[2] for e in expected]])
+
+
+@pytest.mark.parametrize("way", ["linear", "gaussian"])
 def test_soft_suppression_lowers_scores(mode, way):
     logits, boxes, valid = scored(2)
     config = InferenceConfig(soft_nms=way, detections=60)
@@ -716,6 +746,54 @@ def test_one_mask_head_is_the_first_of_three(world, tiny_batch):
         world.params | same, world.config, features.pyramid, boxes, labels
     )
     torch.testing.assert_close(made, right)
+
+
+def test_each_class_moves_its_own_box(world, tiny_batch):
+    """Box by box: a stage hands on the box of one class, and the last gives all of them."""
+    config = replace(world.config, box_head=replace(world.config.box_head, class_specific=True))
+    logits = [[0.0, 3, 0, 9], [0.0, 0, 3, 9], [3.0, 0, 0, 9]]  # the background is best of all
+    # Class k moves right by k + 1 tenths of the width, in each stage's own deviations.
+    deviations = (0.1, 0.05, 0.033)
+    moves = [[v for k in range(3) for v in ((k + 1) / 10 / d, 0, 0, 0)] for d in deviations]
+    params = dict(world.params)
+    for i, (cls, reg) in enumerate(zip(logits, moves, strict=True)):
+        for layer, bias in (("fc_cls", cls), ("fc_reg", reg)):
+            name = f"roi_head.bbox_head.{i}.{layer}"
+            width = params[f"{name}.weight"].shape[1]
+            params[f"{name}.weight"] = torch.zeros(len(bias), width)
+            params[f"{name}.bias"] = torch.tensor(bias)
+    inputs = world.inputs(tiny_batch([2, 1]))
+    features = detector.extract(params, world.buffers, config, inputs.image)
+    start = torch.tensor([[[20.0, 30, 30, 50], [40.0, 30, 50, 50]]]).expand(2, -1, -1)
+    there = torch.ones(2, 2, dtype=torch.bool)
+    proposals = Proposals(start, torch.ones(2, 2), there)
+    _, moved = forward_detect.cascade_scores(
+        params, config, features.pyramid, proposals, inputs.size
+    )
+    # By 2 tenths (class 1), by 3 (class 2), then by 1, 2 and 3, of a width of 10.
+    left = [[20 + 2 + 3 + k, 40 + 2 + 3 + k] for k in (1, 2, 3)]
+    expected = torch.tensor(left).T.flatten()  # the class fastest
+    assert moved.shape == (2, 6, 4)
+    for image in moved:
+        torch.testing.assert_close(image[:, 0], expected.float(), rtol=1e-4, atol=1e-3)
+
+    # When training, a positive hands on its object's class.
+    scene = inputs._replace(
+        targets=inputs.targets._replace(
+            boxes=torch.tensor([[[20.0, 30, 30, 50], *[[0.0] * 4] * 4]]).expand(2, -1, -1),
+            labels=torch.full_like(inputs.targets.labels, 2),
+            valid=(torch.arange(5) == 0).expand(2, -1),
+        )
+    )
+    keys = tuple(torch.rand(2, 5 + n, generator=torch.manual_seed(0)) for n in (2, 32, 32))
+    _, _, samples = forward_train.cascade_losses(
+        params, config, features.pyramid, proposals, scene, keys
+    )
+    second = samples[1]
+    for i in range(2):
+        x = second.boxes[i][second.valid[i] & ~second.from_gt[i], 0]
+        # The first proposal is the object, of class 2; the other is background's best, class 1.
+        assert sorted(x.tolist()) == pytest.approx([20 + 3, 40 + 2], abs=1e-3)
 
 
 def test_each_class_has_its_own_final_box(world, tiny_batch):

@@ -79,8 +79,10 @@ def test_purposes_seeds_and_neighbours_are_independent():
 
 
 def test_purposes_are_distinct():
+    named = [value for name, value in vars(noise).items() if name.isupper() and name[0] != "_"]
+    assert {noise.FLIP, noise.COLOUR, noise.ERASE, noise.DROP_PATH} < set(named)
     made = [
         noise.uniform(torch.tensor([9]), p, 20)[0]
-        for p in (noise.FLIP, noise.RPN, *(noise.STAGE + k for k in range(8)))
+        for p in (*named, *(noise.STAGE + k for k in range(1, 8)))
     ]
     assert len({tuple(values.tolist()) for values in made}) == len(made)

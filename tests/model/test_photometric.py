@@ -1,5 +1,7 @@
 """Colour jitter and random erasing against torchvision and numpy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from casc.model.photometric import (
     jitter_colours,
     within,
 )
-from casc.model.preprocess import ImageConfig, View, plain_view, prepare
+from casc.model.preprocess import ImageConfig, View, plain_view, prepare, random_view
 
 FACTORS = torch.tensor(
     [[1.3, 0.6, 1.4, 0.1], [0.7, 1.4, 0.0, -0.25], [1.0, 1.0, 1.0, 0.5], [0.4, 0.0, 2.0, 0.0]]
@@ -136,13 +138,15 @@ def test_boxes_to_pixels():
 # ---- as a part of preparing a batch ----
 
 
-def batch() -> Batch:
+def batch(copies: int = 1) -> Batch:
     rng = np.random.default_rng(2)
     image = torch.from_numpy(rng.integers(0, 256, (3, 40, 50, 3), dtype=np.uint8))
-    none = torch.zeros(3, 1, dtype=torch.long)
+    none = torch.zeros(3 * copies, 1, dtype=torch.long)
+    size = torch.tensor([[40.0, 50], [30, 50], [40, 22]])
     return Batch(
-        image, torch.tensor([[40.0, 50], [30, 50], [40, 22]]), torch.zeros(3, 1, 4), none,
-        none.bool(), torch.zeros(3, 1, 4), none, torch.arange(3), torch.tensor([5, 61, 800]),
+        image.repeat(copies, 1, 1, 1), size.repeat(copies, 1), torch.zeros(3 * copies, 1, 4), none,
+        none.bool(), torch.zeros(3 * copies, 1, 4), none, torch.arange(3 * copies),
+        torch.tensor([5, 61, 800]).repeat(copies) + 977 * torch.arange(copies).repeat_interleave(3),
     )  # fmt: skip
 
 
@@ -165,6 +169,33 @@ def test_an_image_is_changed_before_it_is_normalised_and_padded():
         torch.testing.assert_close(made.image[i, :, :h, :w], expected, rtol=0, atol=1e-3)
         assert (made.image[i, :, h:] == 0).all()
         assert (made.image[i, :, :, w:] == 0).all()
+
+
+def test_a_jittered_image_is_changed_and_its_padding_is_not():
+    """Colours of what shows of the image alone; what is erased may be padding, too."""
+    plain = ImageConfig(jitter=(0.3, 2.0), jitter_size=64, flip=0.5)
+    config = replace(plain, colour=(0.4, 0.4, 0.4, 0.1), erase=1.0)
+    data = batch(4)
+    view = random_view(data.size, data.seed, plain, (64, 64))
+    made, before = (prepare(data, view, c, (64, 64), torch.float32) for c in (config, plain))
+    mean, std = (torch.tensor(v) for v in (config.mean, config.std))
+    padded = 0
+    for i in range(12):
+        h, w = view.size[i].clamp(max=64).tolist()
+        across = slice(64 - w, None) if view.flip[i] else slice(w)
+        pixels = before.image[i].permute(1, 2, 0) * std + mean
+        factors = colour_factors(data.seed[i : i + 1], config.colour)[0].tolist()
+        pixels[:h, across] = by_torchvision(pixels[:h, across], factors)
+        outside = torch.ones(64, 64, dtype=torch.bool)
+        outside[:h, across] = False
+        assert ((pixels[outside] - 128).abs() < 1e-3).all()
+        padded += bool(outside.any())
+        expected = (pixels - mean) / std
+        x0, y0, x1, y1 = rectangle(int(data.seed[i]), 64, 64, 1.0)
+        assert x1 > x0
+        expected[y0:y1, x0:x1] = 0
+        torch.testing.assert_close(made.image[i].permute(1, 2, 0), expected, rtol=0, atol=2e-3)
+    assert 3 <= padded < 12
 
 
 def test_inference_is_left_alone():

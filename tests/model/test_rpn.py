@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from casc.model.anchors import AnchorConfig, grid_anchors, inside
@@ -87,6 +88,29 @@ def test_the_head_reads_every_anchor_in_order(mode):
                     index += 1
     assert output.logits.shape == (2, index)
     assert output.logits.dtype == output.deltas.dtype == torch.float32
+
+
+@pytest.mark.parametrize("convs", [2, 3])
+def test_a_head_of_several_convolutions_is_torchvisions(mode, convs):
+    config = replace(CONFIG, channels=4, convs=convs)
+    params: dict[str, Tensor] = {}
+    init_rpn(config, ANCHORS, 4, params, torch.Generator().manual_seed(0))
+    params = {k: randn(*v.shape, seed=i) for i, (k, v) in enumerate(params.items())}
+    oracle = RPNHead(4, 3, conv_depth=convs)
+    names = {"cls_logits": "rpn_head.rpn_cls", "bbox_pred": "rpn_head.rpn_reg"}
+    names |= {f"conv.{i}.0": f"rpn_head.rpn_conv.{i}.conv" for i in range(convs)}
+    oracle.load_state_dict(
+        {f"{theirs}.{k}": params[f"{ours}.{k}"]
+         for theirs, ours in names.items() for k in ("weight", "bias")}
+    )  # fmt: skip
+    levels = [randn(2, 4, h, w, seed=h) for h, w in SIZES]
+    made = mode(lambda p, x: rpn_head(p, config, x))(params, levels)
+    with torch.no_grad():
+        logits, deltas = oracle(levels)
+    logits = [x.permute(0, 2, 3, 1).flatten(1) for x in logits]
+    deltas = [x.unflatten(1, (3, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in deltas]
+    torch.testing.assert_close(made.logits, torch.cat(logits, 1), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(made.deltas, torch.cat(deltas, 1), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("convs", [1, 2, 3])

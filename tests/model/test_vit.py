@@ -100,6 +100,20 @@ def test_dropped_paths_add_nothing():
     torch.testing.assert_close(some[1], kept[1])
 
 
+def test_the_halves_of_a_block_are_dropped_apart():
+    params = random_params(CONFIG)
+    with torch.no_grad():
+        for block, half in ((1, 0), (1, 1), (2, 0), (2, 1)):
+            drop = torch.full((2, 6), 0.999)
+            drop[:, 2 * block + half] = 0.0
+            nothing = dict(params)
+            name = f"backbone.blocks.{block}.ls{half + 1}.gamma"
+            nothing[name] = torch.zeros_like(params[name])
+            made = vit(params, CONFIG, image(), drop)
+            right = vit(nothing, CONFIG, image(), torch.full((2, 6), 0.999))
+            torch.testing.assert_close(made, right)
+
+
 def test_recomputing_changes_no_gradient():
     grads = []
     for recompute in (False, True):

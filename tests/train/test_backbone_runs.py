@@ -66,6 +66,31 @@ def test_a_run_goes_on_to_the_same_bits(recipe, tmp_path):
     )
 
 
+def test_a_runs_rates_fall_from_layer_to_layer(tiny_recipe, tmp_path):
+    """By SGD's first step, which moves what is at a half of the rate half as far."""
+    moved = []
+    for decay in (1.0, 0.5):
+        run = replace(
+            tiny_recipe, out=tmp_path / str(decay), max_steps=1,
+            optim=replace(tiny_recipe.optim, lr=0.5, layer_decay=decay),
+            schedule=replace(tiny_recipe.schedule, warmup_steps=0),
+        )  # fmt: skip
+        first, _ = init(run.model, torch.Generator().manual_seed(run.seed))
+        made = train(run).state.params
+        moved.append({name: (made[name].detach() - value).norm() for name, value in first.items()})
+    layers = {"conv1": 5, "layer1.0": 4, "layer2.1": 3, "layer3.0": 2, "layer4.1": 1}
+    for start, name in (
+        *((f"backbone.{start}.", start) for start in layers), ("neck.", ""), ("rpn_head.", ""),
+        ("roi_head.", ""),
+    ):  # fmt: skip
+        found = [moved[1][k] / moved[0][k] for k in moved[0] if moved[0][k] and k.startswith(start)]
+        assert found
+        torch.testing.assert_close(
+            torch.stack(found), torch.full((len(found),), 0.5 ** layers.get(name, 0)),
+            rtol=2e-3, atol=0,
+        )  # fmt: skip
+
+
 def test_a_run_is_evaluated_loaded_and_exported(recipe):
     summary = train(replace(recipe, epochs=1, evaluate_every=1))
     assert summary.evaluation is not None
