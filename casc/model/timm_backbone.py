@@ -200,6 +200,11 @@ def build(name: str, where: str = "", **options: Any) -> Any:
             unknown = [key for key in sizes if f"'{key}'" in str(error)]
             for key in unknown:
                 del sizes[key]
+            if not unknown and "'drop_path_rate'" in str(error):
+                raise UserError(
+                    f"--model.backbone.drop-path {options['drop_path_rate']}: {name} has no paths"
+                    " to drop; use 0"
+                ) from None
             if not unknown:
                 raise UserError(f"{where}: timm can't build it for a detector ({error})") from None
         except (RuntimeError, AssertionError) as error:

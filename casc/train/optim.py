@@ -26,8 +26,12 @@ from casc.train.flat import ALIGNMENT, as_vector, buffer_of, spans
 from casc.train.guard import SCALE, UPDATES, follow
 
 NO_LAYERS: Mapping[str, int] = MappingProxyType({})
-# Tables that say where something is: as little to be drawn towards 0 as a bias.
-_POSITIONS = ("pos_embed", "relative_position_bias_table")
+# As little to be drawn towards 0 as a bias, whatever their shape: tables that say where something
+# is, tokens, and scales of channels or heads. ViTDet's rel_pos_h and rel_pos_w decay in Detectron2.
+_SPARED = (
+    "pos_embed", "relative_position_bias_table", "cls_token", "reg_token",
+    "gamma", "logit_scale", "temperature",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Optim:
     weight_decay: float = 1e-4
     """Weight decay, on everything that trains, norms and biases included."""
     decay_vectors: bool = True
-    """Whether biases, norms and embeddings of positions decay; newer recipes spare them
-    (--no-decay-vectors)."""
+    """Whether biases, norms, scales, tokens and embeddings of positions decay; newer recipes spare
+    them (--no-decay-vectors)."""
     clip_norm: float | None = None
     """Clip the gradients' total norm to this; None doesn't clip."""
     backbone_lr: float = 1.0
@@ -91,7 +95,7 @@ def rate_factor(config: Optim, name: str, layers: Mapping[str, int] = NO_LAYERS)
 
 def decay_of(config: Optim, name: str, param: Tensor) -> float:
     """The weight decay of a parameter."""
-    spared = param.ndim <= 1 or name.rpartition(".")[2] in _POSITIONS
+    spared = param.ndim <= 1 or name.rpartition(".")[2] in _SPARED
     return 0.0 if spared and not config.decay_vectors else config.weight_decay
 
 

@@ -23,6 +23,7 @@ from casc.model.backbone import (
 from casc.model.layers import Params
 from casc.model.resnet import ResNetConfig
 from casc.model.timm_backbone import TimmConfig, drop_rates
+from casc.train.optim import Optim, decay_of
 
 # One of each family, and which of its maps a detector reads. The last has one map.
 FAMILIES = {
@@ -190,6 +191,46 @@ def test_layers_of_convnext_are_its_authors():
         assert above.get(name, 0) == 7 - published_layer(name), name
 
 
+def test_layers_and_decay_of_swin():
+    """Stages of 2, 2, 6 and 2 blocks; its authors let no norm and no table of positions decay."""
+    config = TimmConfig("swin_tiny_patch4_window7_224")
+    params: Params = {}
+    with torch.device("meta"):
+        init_backbone(config, params, {}, None)  # type: ignore[arg-type]
+    above = layers_above(config, list(params))
+    groups = {
+        "patch_embed": 6, "layers_0": 5, "layers_1": 4, "layers_2.downsample": 3,
+        **{f"layers_2.blocks.{i}": 3 - i // 3 for i in range(6)}, "layers_3": 1,
+    }  # fmt: skip
+    for start, expected in groups.items():
+        found = {v for k, v in above.items() if k.startswith(f"backbone.{start}.")}
+        assert found == {expected}, start
+    optim = Optim(weight_decay=0.1, decay_vectors=False)
+    for name, value in params.items():
+        spared = "norm" in name or name.endswith((".bias", ".relative_position_bias_table"))
+        assert decay_of(optim, name, value) == (0.0 if spared else 0.1), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "swinv2_tiny_window8_256", "fastvit_t8",
+     "edgenext_small", "convnextv2_atto"],
+)  # fmt: skip
+def test_only_matrices_and_kernels_decay(name):
+    """timm's own list, and what its shape only hides: tokens, temperatures, scales of channels."""
+    config, params = TimmConfig(name), {}
+    with torch.device("meta"):
+        init_backbone(config, params, {}, None)  # type: ignore[arg-type]
+        module: Any = timm.create_model(name)
+    theirs = module.no_weight_decay() if hasattr(module, "no_weight_decay") else set()
+    optim = Optim(weight_decay=0.1, decay_vectors=False)
+    decaying = {k for k, v in params.items() if decay_of(optim, k, v)}
+    assert decaying
+    assert all(k.endswith(".weight") and params[k].ndim > 1 for k in decaying), decaying
+    spared = {k for k in params if k.removeprefix("backbone.").removeprefix("model.") in theirs}
+    assert not spared & decaying
+
+
 def test_layers_and_stages_of_others():
     """Three blocks of a ResNet's stage are a layer, and each block of a plain network."""
     params: Params = {}
@@ -200,6 +241,15 @@ def test_layers_and_stages_of_others():
     for start, expected in blocks.items():
         found = {v for k, v in above.items() if k.startswith(f"backbone.{start}.")}
         assert found == {expected}, start
+    # What lies between two maps belongs to the later one's stage: EfficientNet has maps of
+    # blocks 1, 2, 4 and 6.
+    config, params = TimmConfig("efficientnet_b0"), {}
+    with torch.device("meta"):
+        init_backbone(config, params, {}, None)  # type: ignore[arg-type]
+    for stages, first in ((0, 1), (1, 2), (2, 3), (3, 5), (4, 7)):
+        frozen = [k for k in params if is_frozen(replace(config, frozen_stages=stages), k)]
+        held = {int(k.split(".")[2]) for k in frozen if ".blocks." in k}
+        assert held == set(range(first)), stages
     config = TimmConfig("vit_tiny_patch16_224", frozen_stages=2)
     params = {}
     with torch.device("meta"):
@@ -215,14 +265,14 @@ def test_layers_and_stages_of_others():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (TimmConfig("convnext_tinny"), "convnext_tinny: timm .* has no such model; it has conv"),
-        (TimmConfig("vit_base_patch32_224"), r"its maps have strides \[32"),
-        (TimmConfig("hiera_tiny_224"), "takes no images of 64 x 96 pixels"),
-        (TimmConfig("vgg11", 0.1), "can't build it .*drop_path_rate"),
+        (TimmConfig("convnext_tinny"), "name .* timm .* has no such model; it has conv"),
+        (TimmConfig("vit_base_patch32_224"), r"name .* its maps have strides \[32"),
+        (TimmConfig("hiera_tiny_224"), "name .* takes no images of 64 x 96 pixels"),
+        (TimmConfig("vgg11", 0.1), "drop-path 0.1: vgg11 has no paths to drop; use 0"),
     ],
 )
 def test_networks_that_do_not_fit_are_refused(config, message):
-    with pytest.raises(UserError, match=f"--model.backbone.name .*{message}"):
+    with pytest.raises(UserError, match=f"--model.backbone.{message}"):
         init_backbone(config, {}, {}, torch.Generator())
 
 
