@@ -7,7 +7,8 @@ What to type:
 The network is coco_1x's. It starts from the weights of "ResNet strikes back" (Wightman et al.,
 2021, procedure A1), which timm downloads once (`pip install 'casc[timm]'`): timm:resnet50.a1_in1k.
 They are trained on with AdamW at 2e-4 for 16 images and weight decay 0.05, which norms and biases
-are spared. Stem and first stage are frozen, and batch norms keep their statistics, as in coco_1x.
+are spared (MMDetection's spares norms alone). Stem and first stage are frozen, and batch norms keep
+their statistics, as in coco_1x.
 
 What it costs: 7,330 steps of 16 images an epoch, 87,960 in all, as coco_1x does; AdamW keeps
 twice as much for each parameter as SGD. At best 0.23 hours on eight H100, by arithmetic

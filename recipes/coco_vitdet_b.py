@@ -13,8 +13,12 @@ two convolutions, the box heads four and one fully connected layer; one mask hea
 AdamW at 1e-4 for 64 images, weight decay 0.1, 0.7 of the rate from block to block, drop path 0.1,
 250 steps of warm-up, drops after epochs 89 and 96 (of Detectron2's steps, after 88.9 and 96.3 %).
 
-What differs from Detectron2's: it lets biases decay, where here they are spared as norms are; and
-of what docs/recipes.md says of coco_lsj, all that isn't about norms and the cascade.
+What differs from Detectron2's: it lets biases decay, where here they are spared as norms are. It
+mirrors an image before padding it with the mean colour, which isn't a part of the image; here
+padding is grey, mirrored too, and a part of it, as with coco_lsj. In its cascade all stages' losses
+count alike, a third of their gradient reaches the features, and later stages train on the first
+one's sample, moved; here they count 1, 0.5 and 0.25, and each draws its own. And of what
+docs/recipes.md says of coco_lsj, all that isn't about norms, padding and the cascade.
 
 What it costs: 1,832 steps of 64 images an epoch, 183,200 in all. `--model.backbone.recompute`
 makes room for larger batches. At best 9.9 hours on eight H100, by arithmetic (docs/recipes.md);

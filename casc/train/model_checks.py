@@ -4,6 +4,7 @@ import math
 
 from casc.errors import UserError
 from casc.inference.settings import MOST_DETECTIONS
+from casc.model.box_head import BoxHeadConfig
 from casc.model.detector_config import DetectorConfig
 
 MOST = 2**31 - 1
@@ -18,9 +19,17 @@ def check_model(model: DetectorConfig) -> None:
     Raises:
         UserError: naming the flag to change.
     """
+    if not model.stages:
+        raise UserError("--model.stages: give one at least")
     _check_counts(model)
     _check_shares(model)
     _check_positive(model)
+    _check_convolutions(model)
+    unknown = [label for label in model.inference.classes if not 0 <= label < model.classes]
+    if unknown:
+        raise UserError(
+            f"--model.inference.classes {unknown[0]}: there are labels 0 to {model.classes - 1}"
+        )
     if len(model.anchors.strides) != 5 or any(stride < 1 for stride in model.anchors.strides):
         given = " ".join(map(str, model.anchors.strides))
         raise UserError(f"--model.anchors.strides {given}: must be five, each at least 1")
@@ -90,3 +99,17 @@ def _check_positive(model: DetectorConfig) -> None:
     ):
         if not 0 <= value < math.inf:
             raise UserError(f"--model.{flag} {value}: must not be negative")
+
+
+def _check_convolutions(model: DetectorConfig) -> None:
+    """Refuse settings of convolutions that a box head hasn't got."""
+    box, usual = model.box_head, BoxHeadConfig()
+    for flag, given, default in (
+        ("norm", box.norm, usual.norm),
+        ("conv-channels", box.conv_channels, usual.conv_channels),
+    ):
+        if not box.convs and given != default:
+            raise UserError(
+                f"--model.box-head.{flag} {given}: is of convolutions, of which the heads have"
+                f" none; give --model.box-head.convs, such as 4, or use {default}"
+            )

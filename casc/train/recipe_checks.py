@@ -10,13 +10,16 @@ from casc.errors import UserError
 from casc.model.backbone import map_channels, stage_count
 from casc.model.preprocess import ImageConfig
 from casc.model.resnet import ResNetConfig
-from casc.model.vit import ViTConfig
-from casc.train.model_checks import MOST, check_model
+from casc.model.timm_backbone import TimmConfig, drop_rates
+from casc.model.vit import PATCH, ViTConfig
+from casc.train.model_checks import MOST, MOST_LAYERS, check_model
 from casc.train.optim import Optim
 from casc.train.recipe import IMAGENET, IMAGENET_V2, RANDOM, Recipe
 
 LARGEST_SIDE = 2**16
 """Of an image in pixels; JPEG has none longer."""
+MOST_PATCHES = LARGEST_SIDE // PATCH
+"""On a side of an image."""
 
 
 def check(recipe: Recipe, index: Index, world: int = 1) -> None:
@@ -48,6 +51,11 @@ def check_settings(recipe: Recipe, world: int = 1) -> None:
         raise UserError(
             f"--image.copy-paste {recipe.image.copy_paste:g}: pastes from the next image of a"
             " batch; use --batch 2 or more"
+        )
+    if recipe.image.copy_paste and recipe.model.masks == "none":
+        raise UserError(
+            f"--image.copy-paste {recipe.image.copy_paste:g}: pastes by masks, which --model.masks"
+            " none doesn't read; use 0, or masks heads"
         )
     _check_optim(recipe)
     check_model(recipe.model)
@@ -178,6 +186,8 @@ def _check_backbone(recipe: Recipe) -> None:
         )
     if isinstance(backbone, ViTConfig):
         _check_vit(backbone)
+    if isinstance(backbone, TimmConfig):
+        drop_rates(backbone)  # it can drop paths, if it is to
     if init == RANDOM and backbone.frozen_stages >= 0:
         raise UserError(
             "--init random: frozen stages would keep their random weights;"
@@ -205,16 +215,16 @@ def _check_resnet(backbone: ResNetConfig, init: str) -> None:
 
 
 def _check_vit(backbone: ViTConfig) -> None:
-    for flag, value, least in (
-        ("channels", backbone.channels, 4),
-        ("depth", backbone.depth, 1),
-        ("heads", backbone.heads, 1),
-        ("grid", backbone.grid, 1),
-        ("window", backbone.window, 0),
-        ("relative-grid", backbone.relative_grid, 1),
+    for flag, value, least, most in (
+        ("channels", backbone.channels, 4, MOST),
+        ("depth", backbone.depth, 1, MOST_LAYERS),
+        ("heads", backbone.heads, 1, MOST),
+        ("grid", backbone.grid, 1, MOST_PATCHES),
+        ("window", backbone.window, 0, MOST_PATCHES),
+        ("relative-grid", backbone.relative_grid, 1, MOST_PATCHES),
     ):
-        if value < least:
-            raise UserError(f"--model.backbone.{flag} {value}: must be at least {least}")
+        if not least <= value <= most:
+            raise UserError(f"--model.backbone.{flag} {value}: must be {least} to {most}")
     if backbone.channels % backbone.heads or backbone.channels % 4:
         raise UserError(
             f"--model.backbone.channels {backbone.channels}: must be a multiple of 4 and of"
@@ -259,6 +269,19 @@ def _check_moments(optim: Optim) -> None:
         raise UserError(f"--optim.eps {optim.eps}: must be more than 0")
     if not 0 <= optim.weight_decay < math.inf:
         raise UserError(f"--optim.weight-decay {optim.weight_decay}: must not be negative")
+    usual = Optim()
+    for name, kind in (("momentum", "sgd"), ("betas", "adamw"), ("eps", "adamw")):
+        given, default = getattr(optim, name), getattr(usual, name)
+        if kind != optim.kind and given != default:
+            raise UserError(
+                f"--optim.{name} {_words(given)}: is --optim.kind {kind}'s, {optim.kind} has none;"
+                f" use that kind, or leave it at {_words(default)}"
+            )
+
+
+def _words(value: float | tuple[float, ...]) -> str:
+    """As it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _check_image(image: ImageConfig) -> None:
@@ -303,6 +326,11 @@ def _check_image(image: ImageConfig) -> None:
                 " the smaller one first"
             )
     if image.jitter is None:
+        if image.jitter_size != ImageConfig.jitter_size:
+            raise UserError(
+                f"--image.jitter-size {image.jitter_size}: goes with --image.jitter; give that,"
+                f" such as 0.1 2, or leave it at {ImageConfig.jitter_size}"
+            )
         return
     if image.train_short is not None:
         raise UserError(

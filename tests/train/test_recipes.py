@@ -120,6 +120,7 @@ DERIVED = {
          "schedule.warmup_steps": (500, 1000), "image.train_short": ([640, 800], [480, 800]),
          "model.box_head.convs": (0, 4), "model.box_head.fcs": (2, 1),
          "model.box_head.norm": ("none", "gn"), "model.box_head.loss": ("smooth_l1", "giou"),
+         "model.box_head.class_specific": (False, True),
          "model.box_head.box_weight": (1.0, 10.0), **NO_RESNET,
          "model.backbone.name": (None, "convnext_tiny"), "model.backbone.drop_path": (None, 0.4)},
     ),
@@ -359,6 +360,37 @@ def test_eight_cards_follow_the_references_schedule():
         ({"model.backbone.stride_in_1x1": True}, "--model.backbone.stride-in-1x1: .*torchvision"),
         ({"init": "random"}, "--init random: .*--model.backbone.frozen-stages -1"),
         ({"optim.layer_decay": 0.0}, "--optim.layer-decay 0.0: must be more than 0"),
+        ({"optim.betas": (0.9, 0.95)}, "--optim.betas 0.9 0.95: is --optim.kind adamw's"),
+        ({"optim.eps": 1e-6}, "--optim.eps 1e-06: is --optim.kind adamw's"),
+        (
+            {"optim.kind": "adamw", "optim.momentum": 0.5},
+            "--optim.momentum 0.5: is --optim.kind sgd's, .* leave it at 0.9",
+        ),
+        ({"image.jitter_size": 512}, "--image.jitter-size 512: goes with --image.jitter; give"),
+        (
+            {"image.copy_paste": 0.5, "image.jitter": (0.1, 2.0), "model.masks": "none"},
+            "--image.copy-paste 0.5: pastes by masks, which --model.masks none",
+        ),
+        ({"model.box_head.norm": "gn"}, "--model.box-head.norm gn: .*--model.box-head.convs"),
+        ({"model.box_head.conv_channels": 64}, "--model.box-head.conv-channels 64: .*use 256"),
+        ({"model.inference.classes": (3, 80)}, "--model.inference.classes 80: .*labels 0 to 79"),
+        ({"model.stages": ()}, "--model.stages: give one at least"),
+        (
+            {"model.backbone": TimmConfig("vgg11", 0.1), "init": "random"},
+            "--model.backbone.drop-path 0.1: vgg11 has no paths to drop; use 0",
+        ),
+        (
+            {"model.backbone": ViTConfig(depth=10**6), "init": "random"},
+            "--model.backbone.depth 1000000: must be 1 to 1000",
+        ),
+        (
+            {"model.backbone": ViTConfig(grid=10**6), "init": "random"},
+            "--model.backbone.grid 1000000: must be 1 to 4096",
+        ),
+        (
+            {"model.backbone": ViTConfig(relative_grid=10**7), "init": "random"},
+            "--model.backbone.relative-grid 10000000: must be 1 to 4096",
+        ),
         ({"init": "imagenet-v2", "model.backbone.depth": 34}, "--init imagenet-v2: .*ResNet-34"),
         ({"model.backbone": TimmConfig("convnext_atto")}, "--init imagenet: .*ResNets only"),
         (

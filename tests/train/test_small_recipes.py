@@ -54,6 +54,7 @@ def small(recipe: Recipe) -> Recipe:
     least = None
     if image.train_short is not None:
         least = tuple(SIDE * short // image.short for short in image.train_short)
+    square = image.jitter_size if image.jitter is None else SIDE
     return replace(
         recipe,
         epochs=2 * accumulate,
@@ -61,7 +62,7 @@ def small(recipe: Recipe) -> Recipe:
         batch=2,
         device="cpu",
         schedule=replace(recipe.schedule, drops=(accumulate,)),
-        image=replace(image, short=SIDE, long=SIDE, train_short=least, jitter_size=SIDE),
+        image=replace(image, short=SIDE, long=SIDE, train_short=least, jitter_size=square),
         loading=TrainLoaderConfig(workers=0, window=4),
         model=replace(
             model,
