@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -12,7 +13,7 @@ from casc.data.loader_config import RemoteConfig
 from casc.data.reader import read_shard
 from casc.data.remote import check_address, is_local, location
 from casc.errors import UserError
-from casc.evaluate.ground_truth import read_coco
+from casc.json_files import MOST_COCO_BYTES, read_json
 
 Source = Path | str
 """A file, or a URL."""
@@ -121,7 +122,7 @@ def listed_ids(place: str | os.PathLike[str]) -> dict[str, int]:
         UserError: it can't be read, or has a name twice.
     """
     if Path(place).is_file() and Path(place).name != INDEX_NAME:
-        pairs = [(e.get("file_name"), e["id"]) for e in read_coco(place)["images"]]
+        pairs = _pairs(place)
     else:
         root, index = location(place), read_index(place)
         shards = (shard for split in index.splits.values() for shard in split.shards)
@@ -133,9 +134,33 @@ def listed_ids(place: str | os.PathLike[str]) -> dict[str, int]:
         pairs = [(record["file_name"], record["image_id"]) for record in records]
     ids: dict[str, int] = {}
     for name, identity in pairs:
-        if ids.setdefault(str(name), identity) != identity:
+        if ids.setdefault(name, identity) != identity:
             raise UserError(f"--ids {place}: has {name} twice, as {ids[name]} and {identity}")
     return ids
+
+
+def _pairs(place: str | os.PathLike[str]) -> list[tuple[str, int]]:
+    """Names and ids of a COCO annotation file's images, spelt in the ways that sharding takes."""
+    images = read_json(place, most_bytes=MOST_COCO_BYTES).get("images")
+    if not isinstance(images, list):
+        raise UserError(f"{place}: images: expected a list; is this a COCO annotation file?")
+    pairs = []
+    for i, entry in enumerate(images):
+        about = entry if isinstance(entry, dict) else {}
+        number, name, url = (about.get(key) for key in ("id", "file_name", "coco_url"))
+        if isinstance(number, float) and number.is_integer() and abs(number) < 2**53:
+            number = int(number)
+        if isinstance(number, str) and re.fullmatch(r"\d{1,18}", number, re.ASCII):
+            number = int(number)
+        if name is None and isinstance(url, str):  # LVIS
+            name = "/".join(url.split("/")[-2:])
+        for key, value, kind in (("id", number, int), ("file_name", name, str)):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise UserError(
+                    f"{place}: images[{i}].{key}: expected {kind.__name__}, got {value!r:.60}"
+                )
+        pairs.append((str(name).replace("\\", "/"), number))
+    return pairs
 
 
 def targets_of(files: Sequence[Source], folder: Path) -> list[Path]:

@@ -228,6 +228,26 @@ def test_ids_are_places_or_as_a_list_says(tmp_path: Path, write_shards):
     assert listed_ids(tmp_path / "shards") == {"000000000001.png": 1, "000000000002.png": 2}
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"id": 7.0, "file_name": "a/1.jpg", "width": 6.0, "height": "5"},
+        {"id": "7", "file_name": "a\\1.jpg"},
+        {"id": 7, "coco_url": "http://images.example/set/a/1.jpg"},
+        {"id": 7, "file_name": None, "coco_url": "http://images.example/set/a/1.jpg"},
+    ],
+)
+def test_ids_are_taken_as_sharding_takes_them(tmp_path: Path, entry):
+    other = {"id": 8, **{k: v.replace("1.", "2.") for k, v in entry.items() if "1.j" in str(v)}}
+    file = tmp_path / "coco.json"
+    file.write_text(json.dumps({"images": [entry, other]}))
+    assert listed_ids(file) == {"a/1.jpg": 7, "a/2.jpg": 8}
+    for wrong in ({"id": 7}, {**entry, "id": 7.5}, {**entry, "id": True}, {**entry, "id": "x"}, 3):
+        file.write_text(json.dumps({"images": [other, wrong]}))
+        with pytest.raises(UserError, match=r"coco\.json: images\[1\]\.(id|file_name): expected"):
+            listed_ids(file)
+
+
 def test_urls_are_read_and_named_by_their_path(tmp_path: Path, monkeypatch):
     save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
