@@ -119,7 +119,8 @@ def _channels_last_(features: Tensor) -> Tensor:
     """[R, C, N] as [R, N, C] in the same memory: a second block as large costs more than copies."""
     rois, channels, cells = features.shape
     for block in features.split(_block(features)):
-        rows = block.transpose(1, 2).contiguous()
+        # Not `contiguous`, which copies nothing where there is one channel or one cell.
+        rows = block.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         block.view(rows.shape).copy_(rows)
     return features.view(rois, cells, channels)
 

@@ -24,6 +24,12 @@ def check_model(model: DetectorConfig) -> None:
     _check_counts(model)
     _check_shares(model)
     _check_positive(model)
+    for part, head in (("rpn", model.rpn), ("box-head", model.box_head)):
+        if head.samples * head.positive_fraction < 1:
+            raise UserError(
+                f"--model.{part}.positive-fraction {head.positive_fraction}: leaves no room for an"
+                f" object among --model.{part}.samples {head.samples}; use larger ones"
+            )
     _check_convolutions(model)
     unknown = [label for label in model.inference.classes if not 0 <= label < model.classes]
     if unknown:

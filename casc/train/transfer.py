@@ -22,8 +22,10 @@ from casc.model.layers import Params
 from casc.model.mask_head import PREFIX as MASK
 from casc.train.recipe import Recipe
 
-_BY_CLASS = {BOX: "fc_cls", MASK: "conv_logits"}
+_BY_CLASS = {BOX: ".fc_cls.", MASK: ".conv_logits."}
 """The layer of each head whose outputs are classes; `fc_cls` has the background as its last."""
+_BOXES = ".fc_reg."
+"""Reads what `fc_cls` reads. Its outputs are classes too where each has its own box, 4 of each."""
 
 
 class Classes(NamedTuple):
@@ -65,10 +67,11 @@ def transfer(
     tensors, made, notes = dict(weights.tensors), [], []
     if known is not None:
         notes.append(known.text)
-        made = [name for name in params if _is_by_class(name) and name in tensors]
-        if recipe.model.box_head.class_specific and known.sources != list(range(known.total)):
-            # Each class's own boxes: these rows would be those of other classes now.
-            tensors = {k: v for k, v in tensors.items() if ".fc_reg." not in k}
+        own = recipe.model.box_head.class_specific
+        made = [
+            name for name in params
+            if name in tensors and (_is_by_class(name) or (own and _BOXES in name))
+        ]  # fmt: skip
         for name in made:
             rows = _rows(name, params, tensors, known)
             if rows is None:
@@ -156,16 +159,21 @@ def _rows(
         return None
     fresh, old = params[name], tensors[name]
     head = name.rpartition(".")[0].rpartition(".")[0]
-    below = [k for k in params if k.startswith(f"{head}.") and not _is_by_class(k)]
+    below = [
+        k for k in params
+        if k.startswith(f"{head}.") and not _is_by_class(k) and _BOXES not in k
+    ]  # fmt: skip
     alike = all(k in tensors and tensors[k].shape == params[k].shape for k in below)
-    rest = len(fresh) - len(known.sources)  # the background's row, where there is one
-    if not alike or old.shape[1:] != fresh.shape[1:] or len(old) != known.total + rest:
+    each = 4 if _BOXES in name else 1
+    end = each * len(known.sources)
+    rest = len(fresh) - end  # the background's row, where there is one
+    if not alike or old.shape[1:] != fresh.shape[1:] or len(old) != each * known.total + rest:
         return None  # what these rows read is another thing now
     made = fresh.clone()
     for row, source in enumerate(known.sources):
         if source is not None:
-            made[row] = old[source]
-    made[len(known.sources) :] = old[known.total :]
+            made[each * row : each * (row + 1)] = old[each * source : each * (source + 1)]
+    made[end:] = old[each * known.total :]
     return made
 
 

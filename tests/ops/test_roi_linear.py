@@ -57,6 +57,12 @@ def _run(first, second, matrix, bias, boxes, image, kernel: RoiKernel = "aten", 
     return torch.stack(results), pyramid.pixels.square().mean()
 
 
+@pytest.mark.parametrize(("name", "value"), [("CELLS", 1), ("CHANNELS", 1)])
+def test_a_single_cell_or_channel(monkeypatch, name, value):
+    monkeypatch.setattr(sys.modules[__name__], name, value)
+    test_values_and_gradients_are_torchvisions(lambda f: f, monkeypatch, "aten")
+
+
 @pytest.mark.parametrize("kernel", ["aten", "native"])
 def test_values_and_gradients_are_torchvisions(mode, monkeypatch, kernel):
     monkeypatch.setattr(module, "BLOCK", 5)  # the last block is smaller

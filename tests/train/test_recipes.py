@@ -373,6 +373,8 @@ def test_eight_cards_follow_the_references_schedule():
         ),
         ({"model.box_head.norm": "gn"}, "--model.box-head.norm gn: .*--model.box-head.convs"),
         ({"model.box_head.conv_channels": 64}, "--model.box-head.conv-channels 64: .*use 256"),
+        ({"model.rpn.positive_fraction": 0.0}, "--model.rpn.positive-fraction 0.0: .*no room"),
+        ({"model.box_head.samples": 3}, "--model.box-head.positive-fraction 0.25: .*samples 3"),
         ({"model.inference.classes": (3, 80)}, "--model.inference.classes 80: .*labels 0 to 79"),
         ({"model.stages": ()}, "--model.stages: give one at least"),
         (

@@ -64,6 +64,28 @@ def test_rows_follow_the_names_of_their_classes(tiny_recipe, weights):
     assert not [name for name in weights.tensors if "num_batches" not in name and name not in made]
 
 
+def test_own_boxes_follow_the_names_of_their_classes(tiny_recipe):
+    """Four rows each; and classes are kept where all share one box in the weights."""
+    for own in (True, False):
+        head = replace(tiny_recipe.model.box_head, class_specific=True)
+        recipe = replace(tiny_recipe, model=replace(tiny_recipe.model, box_head=head))
+        theirs = replace(head, class_specific=own)
+        model = replace(recipe.model, classes=5, box_head=theirs)
+        params, buffers = init(model, torch.Generator().manual_seed(5))
+        weights = Weights("five", "casc", params | buffers, FIVE, None)
+        fresh, made, _ = moved(recipe, weights, named("dog", "fox", "ant"))
+        for stage in range(3):
+            name = CLS.format(stage) + ".weight"
+            assert torch.equal(made[name][[0, 2]], params[name][[3, 0]])
+            name = name.replace("fc_cls", "fc_reg")
+            new, old = made[name].unflatten(0, (3, 4)), fresh[name].unflatten(0, (3, 4))
+            assert torch.equal(new[1], old[1])
+            if own:
+                assert torch.equal(new[[0, 2]], params[name].unflatten(0, (5, 4))[[3, 0]])
+            else:
+                assert torch.equal(new, old)
+
+
 def test_the_same_classes_in_another_order_are_put_in_order(tiny_recipe, weights):
     """As many classes and all shapes alike: labels must not shift (mmdetection#9611)."""
     _, made, notes = moved(tiny_recipe, weights, FIVE[::-1])
