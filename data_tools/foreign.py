@@ -22,6 +22,8 @@ from data_tools.voc import IMAGES, VocSplit, find_voc, image_size, read_voc, vis
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _CIRCLE_POINTS = 64
+_FARTHEST = 2
+"""Of YOLO's numbers, which are shares; what is far beyond 1 is pixels."""
 _NOTHING = (None, "", "~", "null", [])
 """What stands in YAML where nothing is given."""
 
@@ -88,10 +90,10 @@ def convert(part: Foreign, every: Sequence[Foreign]) -> Converted:
         return Converted(_coco(*lists), digest, [])
     if part.source.is_dir():
         names = sorted({
-            str(shape.get("label"))
+            _label(shape, f"{file}: shapes[{i}]")
             for other in every
             for file in _labelme_files(other.source)
-            for shape in _labelme(file)[0]["shapes"]
+            for i, shape in enumerate(_labelme(file)[0]["shapes"])
         })  # fmt: skip
         return _convert_labelme(part, names)
     return _convert_yolo(part)
@@ -113,6 +115,13 @@ def _is_labelme(file: Path) -> bool:
     except OSError:
         return False
     return b'"shapes"' in text and b'"imagePath"' in text
+
+
+def _label(shape: dict[str, Any], place: str) -> str:
+    label = shape.get("label")
+    if not isinstance(label, (str, int)) or not str(label).strip():
+        raise UserError(f"{place}.label: expected a class's name, got {label!a:.40}; mend it")
+    return str(label)
 
 
 def _labelme(file: Path) -> tuple[dict[str, Any], bytes]:
@@ -335,8 +344,10 @@ def yolo_labels(image: Path) -> Path:
 
 
 def _convert_yolo(part: Foreign) -> Converted:
-    by_number: dict[int, str] = _yaml(part.source)["names"]
-    digest = hashlib.sha256(json.dumps(sorted(by_number.items())).encode())
+    about = _yaml(part.source)
+    by_number: dict[int, str] = about["names"]
+    keypoints = _keypoints(about.get("kpt_shape"), part.source)
+    digest = hashlib.sha256(json.dumps([*sorted(by_number.items()), keypoints]).encode())
     images, annotations, numbers = [], [], itertools.count(1)
     ids: dict[Path, int] = {}
     for file in part.files:
@@ -356,15 +367,28 @@ def _convert_yolo(part: Foreign) -> Converted:
         for number, line in enumerate(lines, 1):
             if line.split():
                 place = f"{text}: line {number}"
-                category, ring, box = _yolo_line(line, place, by_number, width, height)
+                category, ring, box = _yolo_line(line, place, by_number, keypoints, width, height)
                 made = _annotation(next(numbers), image_id, category, [ring] if ring else [], box)
                 annotations.append(made)
     categories = [{"id": i, "name": name} for i, name in by_number.items()]
     return Converted(_coco(images, annotations, categories), digest.hexdigest(), [])
 
 
+def _keypoints(shape: object, file: Path) -> int:
+    """How many numbers of keypoints follow a box: in lines of four they would look like points."""
+    if shape is None:
+        return 0
+    try:
+        count, size = (int(n) for n in cast("list[Any]", shape if isinstance(shape, list) else []))
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{file}: kpt_shape: expected [keypoints, numbers of each], got {shape!a:.40}; mend it"
+        ) from None
+    return count * size
+
+
 def _yolo_line(
-    line: str, place: str, names: dict[int, Any], width: int, height: int
+    line: str, place: str, names: dict[int, Any], keypoints: int, width: int, height: int
 ) -> tuple[int, list[float], list[float] | None]:
     try:
         first, *rest = line.split()
@@ -373,6 +397,14 @@ def _yolo_line(
         raise UserError(f"{place}: expected a class and numbers, got {line[:40]!a}") from None
     if number not in names:
         raise UserError(f"{place}: class {number} isn't in data.yaml's names")
+    if not all(abs(value) <= _FARTHEST for value in values):
+        wrong = next(value for value in values if not abs(value) <= _FARTHEST)
+        raise UserError(
+            f"{place}: expected shares of the image's width and height, 0 to 1, got {wrong};"
+            " mend it"
+        )
+    if keypoints and len(values) == 4 + keypoints:
+        values = values[:4]  # keypoints have no area
     if len(values) == 4:
         x, y, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height
         return number, [], [x - w / 2, y - h / 2, w, h]

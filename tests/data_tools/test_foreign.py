@@ -123,6 +123,14 @@ def test_labelmes_relatives(tmp_path, make_picture, quiet_run):
         shard(root, tmp_path / "out", quiet_run)
 
 
+@pytest.mark.parametrize("label", [None, "", " ", ["cat"]])
+def test_a_shape_without_a_label_is_named(tmp_path, make_picture, quiet_run, label):
+    shapes = [shape("cat", RING), shape(label, RING)]
+    labelme(tmp_path / "set", "a", shapes, make_picture)
+    with pytest.raises(UserError, match=r"a\.json: shapes\[1\]\.label: expected a class's name"):
+        shard(tmp_path / "set", tmp_path / "out", quiet_run)
+
+
 def yolo(root, make_picture, lines, yaml=None):
     for part in ("train", "val"):
         (root / "images" / part).mkdir(parents=True)
@@ -192,13 +200,31 @@ def test_yolo_of_other_spellings(tmp_path, make_picture, quiet_run):
 
 @pytest.mark.parametrize(
     ("line", "named"),
-    [("7 0.1 0.1 0.2 0.1 0.2 0.2", "class 7"), ("0 0.1 0.1 0.2 0.1 0.2", "5 numbers"),
+    [("0 0.1 0.1 0.2 nan 0.2 0.2", "0 to 1, got nan; mend"),
+     ("0 12 10 30 10 30 20.5", "0 to 1, got 12.0; mend"), ("0 320 240 64 64", "got 320"),
+     ("7 0.1 0.1 0.2 0.1 0.2 0.2", "class 7"), ("0 0.1 0.1 0.2 0.1 0.2", "5 numbers"),
      ("cat 0.1", "expected a class")],
 )  # fmt: skip
 def test_a_line_of_another_form_is_named(tmp_path, make_picture, quiet_run, line, named):
     root = tmp_path / "set"
     yolo(root, make_picture, ["0 0.5 0.5 0.5 0.2", line])
     with pytest.raises(UserError, match=rf"a\.txt: line 2: .*{named}"):
+        shard(root, tmp_path / "out", quiet_run)
+
+
+def test_yolos_keypoints_are_no_outline(tmp_path, make_picture, quiet_run):
+    root = tmp_path / "set"
+    lines = ["0 0.5 0.5 0.5 0.2 0.4 0.4 2 0.6 0.6 2", f"1 {spelt(RING)}", "0 0.5 0.5 0.5 0.2"]
+    yolo(root, make_picture, lines)
+    with (root / "data.yaml").open("a") as stream:
+        stream.write("kpt_shape: [2, 3]\n")
+    _, found = shard(root, tmp_path / "out", quiet_run)
+    entries = found["train", "a.jpg"][1]
+    assert entries[0]["bbox"] == entries[2]["bbox"] == pytest.approx([15, 20, 30, 10])
+    assert [e["train"] for e in entries] == [False, True, False]
+    with (root / "data.yaml").open("a") as stream:
+        stream.write("kpt_shape: 17\n")
+    with pytest.raises(UserError, match=r"data\.yaml: kpt_shape: expected \[keypoints, numbers"):
         shard(root, tmp_path / "out", quiet_run)
 
 
