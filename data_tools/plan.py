@@ -250,7 +250,8 @@ def check_categories(found: Mapping[str, Sequence[Category]]) -> None:
                 here, there = (repr(c[i]) if i in c else "missing" for c in (first, second))
                 raise UserError(
                     f"{name}: categories: id {i} is {there}, in {names[0]} it is {here}; "
-                    "all splits of a folder of shards share one list"
+                    "all splits of a folder of shards share one list: write the same one into both,"
+                    " or give another --out"
                 )
 
 

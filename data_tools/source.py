@@ -97,7 +97,7 @@ def hold_out(source: Source, share: float, seed: int) -> list[Source]:
 
     Images are grouped by the rarest class on them, and of each group the share is taken in an
     order that is mixed by the seed, so that rare classes are in both parts. Which part an image
-    belongs to doesn't depend on the order of the file.
+    belongs to doesn't depend on the order of the file. Images of one file go into one part.
 
     Args:
         source: the only part of a data set.
@@ -110,7 +110,14 @@ def hold_out(source: Source, share: float, seed: int) -> list[Source]:
     if source.split == "val":
         raise UserError("--val-share: the only part is called val; give --split train")
     found = source.annotations
-    classes = {image.id: set(found.by_image.categories(image.id)) for image in found.images}
+    # A file that is listed under several ids is one image.
+    firsts: dict[str, int] = {}
+    for image in found.images:
+        firsts[image.file_name] = min(image.id, firsts.get(image.file_name, image.id))
+    same = {image.id: firsts[image.file_name] for image in found.images}
+    classes: dict[int, set[int]] = {}
+    for number, first in same.items():
+        classes.setdefault(first, set()).update(found.by_image.categories(number))
     frequency = Counter(number for numbers in classes.values() for number in numbers)
     rarest = {
         i: min(numbers, key=lambda n: (frequency[n], n), default=-1)
@@ -128,6 +135,7 @@ def hold_out(source: Source, share: float, seed: int) -> list[Source]:
         passed += len(members)
         # The share of all groups so far, so that small groups don't round to nothing.
         held.update(members[: max(0, round(share * passed) - len(held))])
+    held = {number for number, first in same.items() if first in held}
     if not 0 < len(held) < len(found.images):
         raise UserError(
             f"--val-share: {share} of {len(found.images)} images leaves a part without any"

@@ -45,6 +45,21 @@ def test_images_are_held_out_with_rare_classes_on_both_sides(coco, tmp_path):
     assert set(ids(other, "val")) != set(val)
 
 
+def test_a_file_under_several_ids_is_in_one_part(coco, tmp_path):
+    """Else what is measured on was trained on."""
+    fill(coco)
+    for i, image in enumerate(coco.images):
+        image["file_name"] = coco.images[i // 2 * 2]["file_name"]
+    _, out = coco.shard(val_share=0.2)
+    train, val = ids(out, "train"), ids(out, "val")
+    assert (len(train), len(val)) == (32, 8)
+    assert not {number // 2 for number in train} & {number // 2 for number in val}
+    assert sum(1 in numbers for numbers in val.values()) == 2
+    coco.images.reverse()
+    _, again = coco.shard(tmp_path / "again", val_share=0.2)
+    assert ids(again, "val") == val
+
+
 @pytest.mark.parametrize(("share", "count"), [(0.5, 1), (0.1, 3)])
 def test_a_part_without_images_is_refused(coco, share, count):
     fill(coco, count)
