@@ -10,6 +10,7 @@ Legend: B images, D the most places where paths may be dropped.
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -187,7 +188,7 @@ def build(name: str, where: str = "", **options: Any) -> Any:
             f"{where}: this needs timm, which isn't installed; pip install 'casc[timm]'"
         ) from None
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.partition('_')[0]}*")[:3])
+        near = ", ".join(get_close_matches(name.partition(".")[0], timm.list_models()))
         raise UserError(
             f"{where}: timm {timm.__version__} has no such model"
             + (f"; it has {near}, ..." if near else "; timm.list_models() has all names")
@@ -205,9 +206,21 @@ def build(name: str, where: str = "", **options: Any) -> Any:
                     f"--model.backbone.drop-path {options['drop_path_rate']}: {name} has no paths"
                     " to drop; use 0"
                 ) from None
+            if not unknown and "'img_size'" in str(error):
+                raise UserError(
+                    f"{where}: isn't a plain vision transformer; use the weights of one, such as"
+                    " timm:vit_base_patch16_224.mae"
+                ) from None
             if not unknown:
                 raise UserError(f"{where}: timm can't build it for a detector ({error})") from None
         except (RuntimeError, AssertionError) as error:
+            network, _, tag = name.partition(".")
+            if tag and "pretrained tag" in str(error):
+                known = ", ".join(timm.list_pretrained(f"{network}.*"))
+                raise UserError(
+                    f"{where}: timm has no weights {tag} of {network}"
+                    + (f"; it has {known}" if known else ", nor any others")
+                ) from None
             raise UserError(
                 f"{where}: timm can't build it for a detector ({str(error).splitlines()[0]})"
             ) from None

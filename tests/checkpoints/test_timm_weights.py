@@ -88,7 +88,12 @@ def test_a_plain_transformer_leaves_its_tokens(tiny_recipe, made):
             "at backbone.blocks.0.ls1",
         ),
         (ResNetConfig(), "timm:convnext_atto", "doesn't fit the backbone at backbone.conv1"),
-        (TimmConfig("convnext_atto"), "timm:convnext_atto.of_nobody", "timm can't build it"),
+        (
+            TimmConfig("convnext_atto"),
+            "timm:convnext_atto.of_nobody",
+            "no weights of_nobody of convnext_atto; it has convnext_atto.d2_in1k",
+        ),
+        (VIT, "timm:convnext_atto", "plain vision transformer; .*timm:vit_base_patch16_224.mae"),
         (TimmConfig("convnext_atto"), "timm:convnext_atta", "no such model|another network"),
     ],
 )

@@ -265,7 +265,12 @@ def test_layers_and_stages_of_others():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (TimmConfig("convnext_tinny"), "name .* timm .* has no such model; it has conv"),
+        (TimmConfig("convnext_tinny"), "name .* timm .* has no such model; it has convnext_tiny, "),
+        (
+            TimmConfig("swin_tiny_patch4_window7_22"),
+            "name .* no such model; it has swin_tiny_patch4_window7_224, ",
+        ),
+        (TimmConfig("12345"), "name .* no such model; timm.list_models"),
         (TimmConfig("vit_base_patch32_224"), r"name .* its maps have strides \[32"),
         (TimmConfig("hiera_tiny_224"), "name .* takes no images of 64 x 96 pixels"),
         (TimmConfig("vgg11", 0.1), "drop-path 0.1: vgg11 has no paths to drop; use 0"),
