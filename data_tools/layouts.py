@@ -145,7 +145,9 @@ def find_files(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict
         fitting = next(
             (by_key[k] for k in _keys(name) if k in by_key), by_name.get(_key(name), set())
         )
-        if len(fitting) == 1:
+        if os.path.islink(os.path.join(folder, name)):  # noqa: PTH114, PTH118 - of each image
+            hints[name] = "; it is a link to a file that isn't there"
+        elif len(fitting) == 1:
             found[name] = next(iter(fitting))
         elif fitting:
             hints[name] = f"; did you mean {' or '.join(sorted(fitting)[:3])}?"

@@ -263,6 +263,18 @@ def test_files_that_could_be_another_are_not_guessed(coco, tmp_path: Path, capsy
     assert "2 of 3 images are lost" in capsys.readouterr().err
 
 
+def test_a_link_that_leads_nowhere_is_called_that(coco, tmp_path: Path, capsys):
+    for name in ("1.jpg", "2.jpg"):
+        coco.object(coco.image(name=name))
+    (coco.root / "train/1.jpg").unlink()
+    (coco.root / "train/1.jpg").symlink_to("elsewhere.jpg")
+    coco.write()
+    assert run("shard", coco.root, "--out", tmp_path / "out", "--workers", 1) == 1
+    printed = capsys.readouterr().out
+    assert "1.jpg: no such file; it is a link to a file that isn't there" in printed
+    assert "did you mean" not in printed
+
+
 def test_images_of_another_shape_are_lost_too(coco, tmp_path: Path, capsys):
     for _ in range(3):
         coco.object(coco.image())
