@@ -154,6 +154,11 @@ MUTANTS = (
     Mutant("the RPN's convolutions the other way round", "model/rpn.py", "conv\" for i in range(config.convs)]", "conv\" for i in reversed(range(config.convs))]", ("model/test_rpn.py",)),
     Mutant("all boxes decoded by the first stage's deviations", "model/box_head.py", "decode(box, delta, own.stds, None) for box, delta, own in every", "decode(box, delta, stages[0].stds, None) for box, delta, own in every", ("model/test_box_head.py",)),
     Mutant("a positive hands on the best class's box", "model/forward_train.py", "chosen_deltas(output, rois.labels.shape, rois.labels)", "chosen_deltas(output, rois.labels.shape, None)", ("model/test_detector.py",)),
+    Mutant("masks scored by their own part of an object", "model/mask_scoring.py", "torch.maximum(whole, inside)", "inside", ("model/test_mask_scoring.py",)),
+    Mutant("an object's area not in the RoI's cells", "model/forward_train.py", "cells * area(own) / area(rois.boxes).clamp(min=1e-6)", "cells.float()", ("model/test_mask_scoring.py",)),
+    Mutant("masks that miss their object are scored", "model/mask_scoring.py", "counts = valid & (ious > 0)", "counts = valid", ("model/test_mask_scoring.py",)),
+    Mutant("the first stage's masks are scored", "model/forward_train.py", "features[-1], logits[-1], goals[-1]", "features[-1], logits[0], goals[-1]", ("model/test_mask_scoring.py",)),
+    Mutant("masks' scores without the box's", "model/forward_detect.py", "None if fit is None else scores * fit", "fit", ("model/test_mask_scoring.py",)),
     Mutant("soft-NMS's sigma", "model/forward_detect.py", "SIGMA = 0.5", "SIGMA = 0.05", ("model/test_detector.py",)),
     # ---- RoIAlign ----
     Mutant("features doubled on the way to the box head", "ops/roi_linear.py", "return linear(features.flatten(1), matrix, bias), pyramid", "return linear(2 * features.flatten(1), matrix, bias), pyramid"),

@@ -73,10 +73,10 @@ def own_step(config: DetectorConfig, load: Load, positives: Sequence[int]) -> in
             if config.mask_head.capacity != "full":
                 slots = mask_capacity(positive, slots, COMPUTE.dynamic_rois)
             packed = MaskRois(*(t[:slots] for t in rois[i]))
-            (loss,) = forward_train.mask_branch(
+            made = forward_train.mask_branch(
                 params, config, (i,), pyramid, [packed], inputs.targets
             )
-            found = join(found, forward_train.weighted_mask_loss(config, i, *loss))
+            found = join(found, forward_train.weighted_mask_losses(config, (i,), made))
         return mean_losses(found)[0]
 
     return _count(config, load, step)

@@ -10,6 +10,7 @@ from casc.data.index import Category
 from casc.errors import UserError
 from casc.model.box_head import PREFIX as BOX
 from casc.model.mask_head import PREFIX as MASK
+from casc.model.mask_scoring import PREFIX as SCORING
 
 
 def in_order_of(
@@ -65,6 +66,8 @@ def _by_class(name: str, value: torch.Tensor, count: int) -> bool:
     """Whether a tensor's rows are classes; of `fc_cls`, the last row is the background."""
     head, _, layer = name.rpartition(".")[0].rpartition(".")
     own_boxes = layer == "fc_reg" and count > 1 and len(value) == 4 * count
-    return (head.startswith(BOX) and (layer == "fc_cls" or own_boxes)) or (
-        head.startswith(MASK) and layer == "conv_logits"
+    return (
+        (head.startswith(BOX) and (layer == "fc_cls" or own_boxes))
+        or (head.startswith(MASK) and layer == "conv_logits")
+        or (head == SCORING and layer == "fc_mask_iou")
     )

@@ -120,7 +120,7 @@ def check_expressible(model: DetectorConfig, image: ImageConfig) -> None:
         ("fpn", ("norm",)),
         ("rpn", ("convs",)),
         ("box_head", ("convs", "fcs", "class_specific")),
-        ("mask_head", ("norm", "stages")),
+        ("mask_head", ("norm", "stages", "scoring")),
     ):
         for name in names:
             found, usual = (getattr(getattr(m, part), name) for m in (model, plain))

@@ -19,6 +19,7 @@ from casc.model.fpn import FPNConfig
 from casc.model.layers import Norm
 from casc.model.mask_head import PREFIX as MASK
 from casc.model.mask_head import MaskHeadConfig
+from casc.model.mask_scoring import PREFIX as SCORING
 from casc.model.resnet import BLOCKS, PREFIX, ResNetConfig
 from casc.model.rpn import PREFIX as RPN
 
@@ -99,6 +100,7 @@ def _heads(tensors: Mapping[str, Tensor], backbone: ResNetConfig) -> DetectorCon
             convs=_count(tensors, f"{MASK}.0.convs."),
             channels=tensors[f"{MASK}.0.upsample.weight"].shape[1],
             norm=_norm(tensors, f"{MASK}.0.convs.0"),
+            scoring=f"{SCORING}.fc_mask_iou.weight" in tensors,
         )
         reference = replace(reference, mask_head=mask_head)
     return replace(

@@ -174,6 +174,21 @@ def precision_at_recall(
     return _accumulate(matches, category_ids, iou_type, limit)["precision"][:, :, :, 0, 0]
 
 
+def only(results: Sequence[Mapping[str, Any]], iou_type: IouType) -> list[dict[str, Any]]:
+    """Copies of COCO results with boxes or masks alone, and their own scores.
+
+    pycocotools writes into what it is given, and with a box at hand it would take the box's area
+    for the mask's.
+    """
+    field = "bbox" if iou_type == "bbox" else "segmentation"
+    kept = ("image_id", "category_id", "score", field)
+    made = [{key: result[key] for key in kept} for result in results]
+    if iou_type == "segm":
+        for one, result in zip(made, results, strict=True):
+            one["score"] = result.get("mask_score", result["score"])
+    return made
+
+
 def _match(
     images: Mapping[int, Any],
     categories: Mapping[int, str],
@@ -182,11 +197,7 @@ def _match(
     iou_type: IouType,
     max_dets: int,
 ) -> Matches:
-    field = "bbox" if iou_type == "bbox" else "segmentation"
-    # pycocotools writes into what it is given, and with a box at hand it would take the box's
-    # area for the mask's.
-    kept = ("image_id", "category_id", "score", field)
-    detections = [{key: result[key] for key in kept} for result in results]
+    detections = only(results, iou_type)
     evaluator = _evaluator(iou_type, list(images), list(categories), max_dets)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()

@@ -21,7 +21,8 @@ from casc.json_files import MOST_COCO_BYTES, read_json, write_json
 from casc.model.forward_detect import Detections
 
 Result = dict[str, Any]
-"""One detection: `image_id`, `category_id`, `bbox` [x, y, w, h], `score`, `segmentation` RLE."""
+"""One detection: `image_id`, `category_id`, `bbox` [x, y, w, h], `score`, `segmentation` RLE;
+and, where masks are scored, `mask_score`."""
 
 
 class Results(NamedTuple):
@@ -47,6 +48,8 @@ class ImageDetections(NamedTuple):
     """`[D]` int64."""
     masks: np.ndarray | None
     """`[D, M, M]` float32, probabilities inside the box; None where boxes are all there is."""
+    mask_scores: np.ndarray | None = None
+    """`[D]` float32, what masks are ranked by; None where that is `scores`."""
 
 
 def collect_results(
@@ -109,6 +112,7 @@ def image_results(found: ImageDetections, category_ids: Sequence[int]) -> list[R
         torch.from_numpy(found.scores),
         torch.from_numpy(found.labels),
         None if found.masks is None else torch.from_numpy(found.masks),
+        None if found.mask_scores is None else torch.from_numpy(found.mask_scores),
         image_id=found.image_id,
         height=found.height,
         width=found.width,
@@ -121,6 +125,7 @@ def coco_results(
     scores: Tensor,
     labels: Tensor,
     masks: Tensor | None,
+    mask_scores: Tensor | None = None,
     *,
     image_id: int,
     height: int,
@@ -134,6 +139,7 @@ def coco_results(
         scores: `[D]` float.
         labels: `[D]` int, positions in `category_ids`.
         masks: `[D, M, M]` float, probabilities inside the box; None where only boxes count.
+        mask_scores: `[D]` float, what masks are ranked by in place of `scores`, if not None.
         image_id: COCO's.
         height: the image's, in pixels.
         width: the image's, in pixels.
@@ -167,6 +173,14 @@ def coco_results(
     if masks is not None:
         for result, rle in zip(results, encode_masks(masks, boxes, height, width), strict=True):
             result["segmentation"] = rle
+    if mask_scores is not None:
+        for i, (result, fit) in enumerate(zip(results, mask_scores.tolist(), strict=True)):
+            if not math.isfinite(fit):
+                raise UserError(
+                    f"image {image_id}: detection {i}: its mask's score is not finite;"
+                    " the parameters have probably diverged"
+                )
+            result["mask_score"] = fit
     return results
 
 
@@ -206,7 +220,7 @@ def _images(
     for row, identity in enumerate(image_id.tolist()):
         if identity >= 0:
             keep = found.valid[row]
-            fields = (found.boxes, found.scores, found.labels, found.masks)
+            fields = (found.boxes, found.scores, found.labels, found.masks, found.mask_scores)
             own = (t if t is None else t[row][keep].numpy() for t in fields)
             yield ImageDetections(identity, *sizes[row], *own)
 

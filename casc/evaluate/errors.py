@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from casc.errors import UserError
-from casc.evaluate.coco_eval import IouType
+from casc.evaluate.coco_eval import IouType, only
 from casc.evaluate.ground_truth import CocoDict, usable_objects, with_masks
 
 KINDS = {
@@ -57,11 +57,9 @@ def find_errors(
     found: Errors = {}
     for iou_type in iou_types:
         measured = with_masks(objects, images)[0] if iou_type == "segm" else objects
-        field = "bbox" if iou_type == "bbox" else "segmentation"
-        kept = ("image_id", "category_id", "score", field)
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO({**ground_truth, "annotations": [dict(entry) for entry in measured]})
-            detections = truth.loadRes([{key: r[key] for key in kept} for r in results])
+            detections = truth.loadRes(only(results, iou_type))
             evaluator = COCOeval(truth, detections, iou_type)
             evaluator.evaluate()
             tide = evaluator.tide_errors(pos_thr=0.5, bg_thr=0.1)

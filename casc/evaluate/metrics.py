@@ -299,6 +299,9 @@ def _check_results(
             )
         if not are_numbers([result["score"]], 1):
             raise UserError(f"{place}: score: expected a number, got {result['score']!r:.60}")
+        if "mask_score" in result and not are_numbers([result["mask_score"]], 1):
+            found = result["mask_score"]
+            raise UserError(f"{place}: mask_score: expected a number, got {found!r:.60}")
         if "bbox" in iou_types and not are_numbers(result["bbox"], 4):
             raise UserError(f"{place}: bbox: expected 4 numbers, got {result['bbox']!r:.60}")
         if "segm" in iou_types:

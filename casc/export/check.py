@@ -124,7 +124,15 @@ def compare_image(
         borderline=sum(excused for excused, _ in alone),
         unpaired=sum(rest for _, rest in alone),
         boxes=_greatest(a.boxes[left] - b.boxes[right]),
-        scores=_greatest(a.scores[left] - b.scores[right]),
+        scores=_greatest(
+            torch.cat(
+                [
+                    one[left] - other[right]
+                    for one, other in ((a.scores, b.scores), (a.mask_scores, b.mask_scores))
+                    if one is not None and other is not None
+                ]
+            )
+        ),
         masks=0.0
         if a.masks is None or b.masks is None
         else _greatest(a.masks[left] - b.masks[right]),

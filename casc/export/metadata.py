@@ -8,12 +8,12 @@ import casc
 from casc.checkpoints.model import Trained, class_names
 from casc.config import to_json
 from casc.export.program import Shape
-from casc.model.detector_config import mask_stages
+from casc.model.detector_config import mask_stages, scores_masks
 from casc.model.preprocess import per_channel
 
 INPUTS = ("pixels", "size")
-OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
-"""The last where the model has masks."""
+OUTPUTS = ("boxes", "scores", "labels", "valid", "masks", "mask_scores")
+"""The fifth where the model has masks, the last where it scores them."""
 ANY = "batch"
 """A shape's first side where it may be any number."""
 KEY = "casc"
@@ -46,9 +46,10 @@ def describe(trained: Trained, shape: Shape, form: str) -> dict[str, Any]:
         ([batch, most], "int64", "into classes, 0 where not valid"),
         ([batch, most], "bool", "which rows are detections; these come first"),
         ([batch, most, cells, cells], "float32", "probability of each cell of the box"),
+        ([batch, most], "float32", "what masks are ranked by, 0 where not valid"),
     )
     masked = mask_stages(model) > 0
-    names = OUTPUTS if masked else OUTPUTS[:-1]
+    names = OUTPUTS[: 4 + masked + scores_masks(model)]
     made = {
         "format": form,
         "versions": {"casc": casc.__version__, "torch": torch.__version__},

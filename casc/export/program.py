@@ -98,9 +98,9 @@ def fitting_view(size: Tensor, image: ImageConfig, canvas: tuple[int, int]) -> V
 def capture(
     params: Params, buffers: Params, model: DetectorConfig, image: ImageConfig, shape: Shape
 ) -> ExportedProgram:
-    """`infer` as a graph: (pixels, size) to (boxes, scores, labels, valid, masks).
+    """`infer` as a graph: (pixels, size) to (boxes, scores, labels, valid, masks, mask_scores).
 
-    Of one image, where `shape.batch` is None; without the last where the model has no masks. casc's
+    Of one image, where `shape.batch` is None; without what the model doesn't give. casc's
     own operators are still in it; see `casc.export.operators`.
     """
     # The kernels that have a plain form, whatever the training device preferred.

@@ -38,6 +38,12 @@ class Detection:
         masks = self._of.masks
         return None if masks is None else masks[0]
 
+    @property
+    def mask_score(self) -> float | None:
+        """What the mask is ranked by; None where the model doesn't score masks."""
+        scores = self._of.found.mask_scores
+        return None if scores is None else float(scores[0])
+
 
 @dataclass(frozen=True, eq=False)
 class Results:
@@ -137,7 +143,7 @@ class Results:
     def to_coco(self, image_id: int = 0) -> list[Result]:
         """Give COCO's results: `image_id`, `category_id`, `bbox`, `score`, `segmentation` RLE.
 
-        Without the last where the model has no masks.
+        Without the last where the model has no masks; with `mask_score` where it scores them.
         """
         ids = [category.id for category in self.categories]
         return image_results(self.found._replace(image_id=image_id), ids)
@@ -145,7 +151,8 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         """Give what JSON can hold: the image's size, and of each detection all there is.
 
-        `box` is x0, y0, x1, y1, `mask` COCO's compressed run lengths, where the model has masks.
+        `box` is x0, y0, x1, y1, `mask` COCO's compressed run lengths, where the model has masks,
+        and `mask_score` what they are ranked by, where it scores them.
         """
         height, width = self.found.height, self.found.width
         detections: list[dict[str, Any]] = [
@@ -157,6 +164,9 @@ class Results:
                 detections, encode_masks(masks, boxes, height, width), strict=True
             ):
                 each["mask"] = mask
+        if self.found.mask_scores is not None:
+            for each, score in zip(detections, self.found.mask_scores.tolist(), strict=True):
+                each["mask_score"] = score
         return {"height": height, "width": width, "detections": detections}
 
     def to_supervision(self) -> Any:
@@ -178,4 +188,4 @@ class Results:
         )
 
 
-_COLUMNS = ("boxes", "scores", "labels", "masks")
+_COLUMNS = ("boxes", "scores", "labels", "masks", "mask_scores")

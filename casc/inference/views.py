@@ -117,6 +117,7 @@ def merged(
     free = np.ones(len(all_.scores), bool)
     kept: list[tuple[np.ndarray, float, int]] = []
     kept_masks: list[np.ndarray] = []
+    fits: list[float] = []
     for best in range(len(all_.scores)):
         if free[best]:
             group = _group(all_, best, free, inference)
@@ -128,6 +129,8 @@ def merged(
             if all_.masks is not None:
                 alone = len(group) == 1
                 kept_masks.append(all_.masks[best] if alone else _joined(all_, group, box))
+            if all_.mask_scores is not None:
+                fits.append(all_.mask_scores[best])
     most = inference.detections * len({view[:4] for view in views})
     boxes, scores, labels = zip(*kept[:most], strict=True) if kept else ([], [], [])
     masks = None
@@ -140,6 +143,7 @@ def merged(
         scores=np.array(scores, np.float32),
         labels=np.array(labels, np.int64),
         masks=masks,
+        mask_scores=None if all_.mask_scores is None else np.array(fits[:most], np.float32),
     )
 
 
@@ -150,6 +154,7 @@ class _All(NamedTuple):
     scores: np.ndarray
     labels: np.ndarray
     masks: np.ndarray | None
+    mask_scores: np.ndarray | None
     view: np.ndarray
     """`[D]` which look found it."""
     window: np.ndarray
@@ -178,7 +183,8 @@ def _together(views: Sequence[View], found: Sequence[ImageDetections]) -> _All:
         cut |= (boxes[:, 3] >= y1 - near) & (y1 < bottom)
         count = len(boxes)
         window = np.tile(np.array(edges, np.float32), (count, 1))
-        parts.append((boxes, each.scores, each.labels, masks, np.full(count, number), window, cut))
+        heads = boxes, each.scores, each.labels, masks, each.mask_scores
+        parts.append((*heads, np.full(count, number), window, cut))
     columns = list(zip(*parts, strict=True))
     order = np.argsort(-np.concatenate(columns[1]), kind="stable")
     return _All(*(None if c[0] is None else np.concatenate(c)[order] for c in columns))  # type: ignore[arg-type]

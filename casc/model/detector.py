@@ -13,10 +13,11 @@ from torch import Tensor
 
 from casc.model.backbone import feature_maps, init_backbone, is_frozen, map_channels
 from casc.model.box_head import BoxOutput, init_box_head, own_deltas, regressed_class
-from casc.model.detector_config import ROI_LEVELS, DetectorConfig, mask_stages
+from casc.model.detector_config import ROI_LEVELS, DetectorConfig, mask_stages, scores_masks
 from casc.model.fpn import fpn, init_fpn
 from casc.model.layers import Params, cast_together, gathers_gradients, image_cells
 from casc.model.mask_head import init_mask_head
+from casc.model.mask_scoring import init_mask_iou_head
 from casc.model.rpn import init_rpn
 from casc.model.targets import Targets
 from casc.ops.probe import Probe, unwatched
@@ -64,6 +65,8 @@ def init(
         init_box_head(config.box_head, i, config.classes, channels, params, generator)
         if i < mask_stages(config):
             init_mask_head(config.mask_head, i, config.classes, channels, params, generator)
+    if scores_masks(config):
+        init_mask_iou_head(config.mask_head, config.classes, channels, params, generator)
     return params, buffers
 
 

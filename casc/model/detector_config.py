@@ -86,6 +86,11 @@ def reference_settings(config: DetectorConfig) -> DetectorConfig:
     return replace(config, roi_align="adaptive", mask_head=mask)
 
 
+def scores_masks(config: DetectorConfig) -> bool:
+    """Whether masks have scores of their own."""
+    return config.mask_head.scoring and mask_stages(config) > 0
+
+
 def mask_stages(config: DetectorConfig) -> int:
     """How many stages have a mask head, from the first on."""
     if config.masks == "none":

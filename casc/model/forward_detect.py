@@ -18,10 +18,11 @@ from casc.model.detector import (
     flat_rois,
     level_sizes,
 )
-from casc.model.detector_config import DetectorConfig, InferenceConfig, mask_stages
+from casc.model.detector_config import DetectorConfig, InferenceConfig, mask_stages, scores_masks
 from casc.model.fixed import Fixed, make_fixed
 from casc.model.layers import Params
 from casc.model.mask_head import mask_head
+from casc.model.mask_scoring import mask_iou_head
 from casc.model.matching import take
 from casc.model.rpn import Proposals, candidates, propose, rpn_head
 from casc.ops.nms import batched_nms
@@ -48,6 +49,9 @@ class Detections(NamedTuple):
     masks: Tensor | None = None
     """[B, D, 28, 28] float32, probability that each cell of the box is on the object. None where
     the detector has no mask heads."""
+    mask_scores: Tensor | None = None
+    """[B, D] float32, what masks are ranked by, in place of the scores; 0 where invalid. None where
+    the detector doesn't score masks."""
 
 
 def detect(
@@ -80,8 +84,9 @@ def detect(
     if not mask_stages(config):
         return Detections(boxes, scores, labels, valid, None)
     rois = probe("mask.rois", boxes * inputs.scale[:, None])
-    masks = detect_masks(params, config, features.pyramid, rois, labels, probe)
-    return Detections(boxes, scores, labels, valid, masks * valid[..., None, None])
+    masks, fit = detect_masks(params, config, features.pyramid, rois, labels, probe)
+    masks = masks * valid[..., None, None]
+    return Detections(boxes, scores, labels, valid, masks, None if fit is None else scores * fit)
 
 
 def cascade_scores(
@@ -200,8 +205,8 @@ def detect_masks(
     boxes: Tensor,
     labels: Tensor,
     probe: Probe = unwatched,
-) -> Tensor:
-    """Mean mask probability of all stages that have a mask head: [B, D, 28, 28] float32.
+) -> tuple[Tensor, Tensor | None]:
+    """Mean mask probability of all stages that have a mask head, and how well each mask fits.
 
     Args:
         params: weights by name.
@@ -210,6 +215,9 @@ def detect_masks(
         boxes: [B, D, 4] xyxy in canvas pixels.
         labels: [B, D] int64.
         probe: sees each stage's logits.
+
+    Returns:
+        [B, D, 28, 28] float32; and [B, D] float32 in [0, 1], or None where masks aren't scored.
     """
     features = _align(config, pyramid, boxes, config.mask_head.cells)
     logits = [
@@ -218,7 +226,11 @@ def detect_masks(
     ]
     stages = [each.sigmoid() for each in logits]
     mean = torch.stack(stages).sum(dim=0) / len(stages)
-    return mean.reshape(*labels.shape, *mean.shape[1:])
+    fit = None
+    if scores_masks(config):
+        fit = mask_iou_head(params, features, mean, labels.flatten()).clamp(0, 1)
+        fit = fit.reshape(labels.shape)
+    return mean.reshape(*labels.shape, *mean.shape[1:]), fit
 
 
 def _align(config: DetectorConfig, pyramid: Pyramid, boxes: Tensor, cells: int) -> Tensor:

@@ -20,6 +20,7 @@ from casc.model.box_head import (
     refine,
     sample_rois,
 )
+from casc.model.boxes import area
 from casc.model.detector import (
     Features,
     Inputs,
@@ -30,11 +31,12 @@ from casc.model.detector import (
     level_sizes,
     roi_images,
 )
-from casc.model.detector_config import DetectorConfig, mask_stages
+from casc.model.detector_config import DetectorConfig, mask_stages, scores_masks
 from casc.model.fixed import Fixed, make_fixed, noise_counts
 from casc.model.layers import Params
 from casc.model.losses import LossSums, add_prefix, join
 from casc.model.mask_head import MaskRois, mask_heads, mask_losses, mask_rois, mask_targets
+from casc.model.mask_scoring import mask_iou_head, mask_iou_loss, mask_ious
 from casc.model.rpn import (
     Proposals,
     candidates,
@@ -119,13 +121,21 @@ def losses(
         return result
     # The heads share nothing that depends on order: one pass serves them all.
     masks = mask_branch(params, config, stages, pyramid, rois, inputs.targets, probe)
-    return join(result, *(weighted_mask_loss(config, i, *masks[i]) for i in stages))
+    return join(result, weighted_mask_losses(config, stages, masks))
 
 
-def weighted_mask_loss(config: DetectorConfig, stage: int, loss: Tensor, cells: Tensor) -> LossSums:
-    """What `mask_branch` gave for a stage, with the stage's weight, under its name."""
-    name = f"s{stage}.loss_mask"
-    return LossSums({name: config.stages[stage].loss_weight * loss}, {name: cells}, {})
+def weighted_mask_losses(
+    config: DetectorConfig, stages: Sequence[int], made: Sequence[tuple[Tensor, Tensor]]
+) -> LossSums:
+    """What `mask_branch` gave, with the stages' weights, by name."""
+    names = [*(f"s{i}.loss_mask" for i in stages), "loss_mask_iou"]
+    weights = [*(config.stages[i].loss_weight for i in stages), 1.0]
+    columns = list(zip(names, weights, made, strict=False))
+    return LossSums(
+        {name: weight * loss for name, weight, (loss, _) in columns},
+        {name: count for name, _, (_, count) in columns},
+        {},
+    )
 
 
 def box_branch(
@@ -258,7 +268,8 @@ def mask_branch(
         probe: sees each stage's RoIs, features, logits and targets.
 
     Returns:
-        For each stage a sum, and over how many cells it is.
+        For each stage a sum, and over how many cells it is; then, if masks are scored and the last
+        one is among them, the sum of the scores' loss, and over how many RoIs it is.
     """
     head = config.mask_head
     rois = [probe("mask.rois", each) for each in rois]
@@ -274,7 +285,42 @@ def mask_branch(
     for each, goal in zip(logits, goals, strict=True):
         probe("mask.logits", each)
         probe("mask.goal", goal)
-    return mask_losses(logits, goals, every.valid.unflatten(0, (len(rois), -1)))
+    made = mask_losses(logits, goals, every.valid.unflatten(0, (len(rois), -1)))
+    if scores_masks(config) and stages[-1] + 1 == mask_stages(config):
+        scored = scoring_loss(
+            params, config, features[-1], logits[-1], goals[-1], rois[-1], targets
+        )
+        made.append(scored)
+    return made
+
+
+def scoring_loss(
+    params: Params,
+    config: DetectorConfig,
+    features: Tensor,
+    logits: Tensor,
+    goals: Tensor,
+    rois: MaskRois,
+    targets: Targets,
+) -> tuple[Tensor, Tensor]:
+    """The loss of masks' scores of one stage, and over how many RoIs it is.
+
+    Args:
+        params: weights by name.
+        config: the detector.
+        features: [R, C, M / 2, M / 2], what its mask head saw.
+        logits: [R, M, M] float32, what it gave.
+        goals: [R, M, M] bool.
+        rois: [R] of them.
+        targets: ground truth.
+    """
+    # An object's whole area is that of its mask in its own box: parts may overlap, so edges alone
+    # don't tell it.
+    own = targets.boxes[rois.image, rois.gt]
+    cells = mask_targets(config.mask_head, rois._replace(boxes=own), targets).sum(dim=(1, 2))
+    whole = cells * area(own) / area(rois.boxes).clamp(min=1e-6)
+    predicted = mask_iou_head(params, features, logits.sigmoid(), rois.labels)
+    return mask_iou_loss(predicted, mask_ious(logits, goals, whole), rois.valid)
 
 
 def _per_image(mask: Tensor) -> Tensor:

@@ -50,6 +50,10 @@ class MaskHeadConfig:
     """Which cascade stages have a mask head. every: each its own, and masks are their mean. first:
     one alone, on the first stage's RoIs in training and on the final boxes at inference, as in
     Detectron2's cascade."""
+    scoring: bool = False
+    """Tell each mask's IoU with its object as well, by a head of its own (Mask Scoring R-CNN):
+    masks are ranked by the box's score times that, boxes as without it. In training mask heads then
+    run on as many RoIs as there can be."""
     target: Literal["polygon", "bitmap"] = "polygon"
     """polygon: rasterised on the device from polygon edges.
     bitmap: the reference's way, from full-size bitmaps made by the loader."""

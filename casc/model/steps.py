@@ -20,7 +20,7 @@ from casc.device.versions import compile_apart
 from casc.model import detector, forward_detect, forward_train
 from casc.model.anchors import AnchorConfig
 from casc.model.detector import Inputs
-from casc.model.detector_config import DetectorConfig, mask_stages
+from casc.model.detector_config import DetectorConfig, mask_stages, scores_masks
 from casc.model.fixed import Fixed, make_fixed
 from casc.model.forward_detect import Detections
 from casc.model.forward_train import Noise
@@ -66,6 +66,8 @@ def make_loss_step(
         f(params, buffers, batch) -> LossSums, which `mean_losses` divides.
     """
     config = resolve_auto(config, compute)
+    if scores_masks(config) and config.mask_head.capacity == "counted":
+        raise ValueError("masks are scored in one graph: the mask heads' capacity must be full")
 
     def losses(
         params: Params, buffers: Params, batch: Batch, fixed: Fixed, probe: Probe = unwatched
@@ -128,7 +130,7 @@ def _counted_step(
                 for value in packed:
                     torch._dynamo.mark_dynamic(value, 0)
             loss = mask_step(stage_params(params, i), pyramid, packed, targets)
-            found = join(found, forward_train.weighted_mask_loss(config, i, *loss))
+            found = join(found, forward_train.weighted_mask_losses(config, (i,), [loss]))
         return found
 
     return step
@@ -287,9 +289,8 @@ def resolve_auto(config: DetectorConfig, compute: Compute) -> DetectorConfig:
     if config.roi_kernel == "auto":
         config = replace(config, roi_kernel=compute.roi_kernel)
     if config.mask_head.capacity == "auto":
-        config = replace(
-            config, mask_head=replace(config.mask_head, capacity=compute.mask_capacity)
-        )
+        capacity = "full" if config.mask_head.scoring else compute.mask_capacity
+        config = replace(config, mask_head=replace(config.mask_head, capacity=capacity))
     if config.rpn.nms_kernel == "auto":
         config = replace(config, rpn=replace(config.rpn, nms_kernel=compute.nms_kernel))
     if config.inference.nms_kernel == "auto":

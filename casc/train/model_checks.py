@@ -31,6 +31,16 @@ def check_model(model: DetectorConfig) -> None:
                 f" object among --model.{part}.samples {head.samples}; use larger ones"
             )
     _check_convolutions(model)
+    if model.mask_head.scoring and model.masks == "none":
+        raise UserError(
+            "--model.mask-head.scoring: --model.masks none has no masks to score; use"
+            " --model.mask-head.no-scoring, or masks heads"
+        )
+    if model.mask_head.scoring and model.mask_head.capacity == "counted":
+        raise UserError(
+            "--model.mask-head.scoring: is trained in one graph with all else; use"
+            " --model.mask-head.capacity full, or auto"
+        )
     unknown = [label for label in model.inference.classes if not 0 <= label < model.classes]
     if unknown:
         raise UserError(

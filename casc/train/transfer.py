@@ -20,9 +20,10 @@ from casc.model.backbone import is_frozen
 from casc.model.box_head import PREFIX as BOX
 from casc.model.layers import Params
 from casc.model.mask_head import PREFIX as MASK
+from casc.model.mask_scoring import PREFIX as SCORING
 from casc.train.recipe import Recipe
 
-_BY_CLASS = {BOX: ".fc_cls.", MASK: ".conv_logits."}
+_BY_CLASS = {BOX: ".fc_cls.", MASK: ".conv_logits.", SCORING: ".fc_mask_iou."}
 """The layer of each head whose outputs are classes; `fc_cls` has the background as its last."""
 _BOXES = ".fc_reg."
 """Reads what `fc_cls` reads. Its outputs are classes too where each has its own box, 4 of each."""

@@ -54,6 +54,17 @@ def test_valid_rows_become_coco_results():
         assert y + h <= y1 + 1
 
 
+def test_scores_of_masks_go_along():
+    found, ids, sizes = batch([5, -1, 8])
+    own = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+    results = collect_results([(found._replace(mask_scores=own), ids, sizes)], IDS).detections
+    right = [own[row, i].item() for row in (0, 2) for i in range(6) if found.valid[row, i]]
+    assert [r.pop("mask_score") for r in results] == right
+    assert results == collect_results([(found, ids, sizes)], IDS).detections
+    with pytest.raises(UserError, match="image 5: detection 0: its mask's score is not finite"):
+        collect_results([(found._replace(mask_scores=own / 0 - own / 0), ids, sizes)], IDS)
+
+
 def test_threads_dont_change_the_results():
     batches = [batch([2 * i, 2 * i + 1], seed=i) for i in range(40)]
     alone = collect_results(batches, IDS, threads=0)

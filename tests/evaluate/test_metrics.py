@@ -165,6 +165,25 @@ def test_figures_are_those_of_pycocotools(noisy, iou_type: IouType):
         assert entry.instances == len(crowdless)
 
 
+def test_masks_with_scores_of_their_own_are_ranked_by_them(noisy):
+    """pycocotools, given each kind's scores; some detections have the one score alone."""
+    truth, results = noisy
+    rng = np.random.default_rng(6)
+    scored = [
+        r | {"mask_score": float(rng.random())} if i % 5 else r for i, r in enumerate(results)
+    ]
+    as_masks = [r | {"score": r.get("mask_score", r["score"])} for r in scored]
+    evaluation = evaluate(truth, scored)
+    expected = by_pycocotools(truth, as_masks, "segm")
+    assert list(evaluation.figures["segm"].values()) == expected
+    assert expected != by_pycocotools(truth, results, "segm")
+    assert list(evaluation.figures["bbox"].values()) == by_pycocotools(truth, results, "bbox")
+    errors = find_errors(truth, scored, ["segm"])["segm"]
+    assert errors["ap50"] == pytest.approx(expected[1], abs=1e-12)
+    with pytest.raises(UserError, match="detection 0 .*: mask_score: expected a number, got 'x'"):
+        evaluate(truth, [results[0] | {"mask_score": "x"}, *scored])
+
+
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_a_classs_figures_are_those_of_pycocotools_for_it_alone(noisy, iou_type: IouType):
     truth, results = noisy

@@ -63,8 +63,10 @@ def world(tiny, tmp_path_factory) -> World:
     """Random weights whose scores are spread, and a threshold that one image doesn't reach."""
     config, image, canvas = tiny
     image = replace(image, long=160)  # for which the canvas has no room
-    config = replace(config, stages=STAGES[:2])
+    scored = replace(config.mask_head, scoring=True)
+    config = replace(config, stages=STAGES[:2], mask_head=scored)
     params, buffers = detector.init(config, torch.Generator().manual_seed(1))
+    params["roi_head.mask_iou_head.fc_mask_iou.bias"] += 0.5  # some of what it tells is above 0
     pictures = generated_pictures(PIXELS)
     pixels, size = torch.stack([p for p, _ in pictures]), torch.tensor([s for _, s in pictures])
 
@@ -121,7 +123,7 @@ parts = [
     detect(images["pixels"][i : i + 2], images["size"][i : i + 2])
     for i in range(0, len(images["size"]), 2)
 ]
-names = ("boxes", "scores", "labels", "valid", "masks")
+names = {Detections._fields}
 np.savez("found.npz", **{{n: np.concatenate([np.asarray(p[n]) for p in parts]) for n in names}})
 """
     done = subprocess.run(
@@ -141,6 +143,8 @@ def assert_agrees(found: Detections, eager: Detections) -> None:
     torch.testing.assert_close(found.boxes, eager.boxes, rtol=0, atol=1e-2)
     torch.testing.assert_close(found.scores, eager.scores, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.masks, eager.masks, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.mask_scores, eager.mask_scores, rtol=0, atol=1e-5)
+    assert eager.mask_scores.any()
     assert not found.scores[~found.valid].any()
 
 

@@ -696,7 +696,10 @@ def test_other_heads_learn_and_detect(world, tiny_batch, choice):
         rpn=replace(world.config.rpn, convs=2),
         box_head=HEAD_CHOICES[choice],
         mask_head=replace(
-            world.config.mask_head, stages="first", norm="ln" if choice == "ln" else "none"
+            world.config.mask_head,
+            stages="first",
+            norm="ln" if choice == "ln" else "none",
+            scoring=choice != "own",
         ),
     )
     params, buffers = detector.init(config, torch.Generator().manual_seed(0))
@@ -722,6 +725,8 @@ def test_other_heads_learn_and_detect(world, tiny_batch, choice):
     assert found.boxes.isfinite().all()
     assert found.masks is not None
     assert (found.masks.flatten(2).amax(-1) > 0).equal(found.valid)
+    assert (found.mask_scores is None) == (choice == "own")
+    assert ("loss_mask_iou" in measures) == (choice != "own")
 
 
 def test_one_mask_head_is_the_first_of_three(world, tiny_batch):
@@ -741,8 +746,8 @@ def test_one_mask_head_is_the_first_of_three(world, tiny_batch):
         k.replace("mask_head.0", f"mask_head.{i}"): v
         for i in STAGES for k, v in world.params.items() if "mask_head.0" in k
     }  # fmt: skip
-    made = forward_detect.detect_masks(world.params, config, features.pyramid, boxes, labels)
-    right = forward_detect.detect_masks(
+    made, _ = forward_detect.detect_masks(world.params, config, features.pyramid, boxes, labels)
+    right, _ = forward_detect.detect_masks(
         world.params | same, world.config, features.pyramid, boxes, labels
     )
     torch.testing.assert_close(made, right)

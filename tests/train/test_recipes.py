@@ -371,6 +371,14 @@ def test_eight_cards_follow_the_references_schedule():
             {"image.copy_paste": 0.5, "image.jitter": (0.1, 2.0), "model.masks": "none"},
             "--image.copy-paste 0.5: pastes by masks, which --model.masks none",
         ),
+        (
+            {"model.mask_head.scoring": True, "model.masks": "none"},
+            "--model.mask-head.scoring: --model.masks none has no masks",
+        ),
+        (
+            {"model.mask_head.scoring": True, "model.mask_head.capacity": "counted"},
+            "--model.mask-head.scoring: .*--model.mask-head.capacity full",
+        ),
         ({"model.box_head.norm": "gn"}, "--model.box-head.norm gn: .*--model.box-head.convs"),
         ({"model.box_head.conv_channels": 64}, "--model.box-head.conv-channels 64: .*use 256"),
         ({"model.rpn.positive_fraction": 0.0}, "--model.rpn.positive-fraction 0.0: .*no room"),

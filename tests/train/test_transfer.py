@@ -86,6 +86,20 @@ def test_own_boxes_follow_the_names_of_their_classes(tiny_recipe):
                 assert torch.equal(new, old)
 
 
+def test_scores_of_masks_follow_the_names_of_their_classes(tiny_recipe):
+    head = replace(tiny_recipe.model.mask_head, scoring=True)
+    recipe = replace(tiny_recipe, model=replace(tiny_recipe.model, mask_head=head))
+    model = replace(recipe.model, classes=5)
+    params, buffers = init(model, torch.Generator().manual_seed(5))
+    weights = Weights("five", "casc", params | buffers, FIVE, None)
+    fresh, made, _ = moved(recipe, weights, named("dog", "fox", "ant"))
+    for name, rows in (("weight", 2), ("bias", 1)):
+        name = f"roi_head.mask_iou_head.fc_mask_iou.{name}"
+        assert made[name].dim() == rows
+        assert torch.equal(made[name][[0, 2]], params[name][[3, 0]])
+        assert torch.equal(made[name][1], fresh[name][1])
+
+
 def test_the_same_classes_in_another_order_are_put_in_order(tiny_recipe, weights):
     """As many classes and all shapes alike: labels must not shift (mmdetection#9611)."""
     _, made, notes = moved(tiny_recipe, weights, FIVE[::-1])

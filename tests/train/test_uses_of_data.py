@@ -17,6 +17,7 @@ from casc.data.index import read_index, training_split, write_index
 from casc.data.stream import evaluation_batches, training_batches
 from casc.errors import UserError
 from casc.inference.predict import predict
+from casc.inference.settings import Views
 from casc.train.derived import trained_split
 from casc.train.loop import train
 from casc.train.recipe_checks import check
@@ -111,6 +112,37 @@ def test_a_run_without_masks_from_shards_to_report(boxes_recipe, tmp_path, capsy
         cli.main(["eval", str(recipe.folder), str(recipe.data), "--split", "val"])
     assert not stop.value.code
     assert "mask" not in capsys.readouterr().out.splitlines()[-13]
+
+
+def test_a_run_that_scores_masks_from_shards_to_predictions(tiny_recipe, tmp_path):
+    """In training, evaluation, prediction, with tiles and flips, and kept out of other formats."""
+    head = replace(tiny_recipe.model.mask_head, scoring=True)
+    recipe = replace(tiny_recipe, model=replace(tiny_recipe.model, mask_head=head), max_steps=4)
+    recipe = replace(recipe, evaluate_every=1, save_steps=2, keep_last=0)
+    whole = train(recipe).state
+    log = [json.loads(line) for line in (recipe.folder / "log.jsonl").read_text().splitlines()]
+    losses = [r["loss_mask_iou"] for r in log if r["kind"] == "train"]
+    assert len(losses) == 4
+    assert any(losses)
+    broken = replace(recipe, out=tmp_path / "broken")
+    train(replace(broken, max_steps=3))
+    again = train(broken).state
+    for name, value in again.params.items():
+        assert torch.equal(value, whole.params[name]), name
+
+    image = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)).save(image)
+    trained = casc.load(recipe.folder, device="cpu")
+    for views in (Views(), Views(flips=True, tiles=50)):
+        found = replace(trained, views=views)(image, threshold=0.0)
+        assert len(found) > 0
+        told = [each.mask_score for each in found]
+        assert all(0 <= fit <= each.score for fit, each in zip(told, found, strict=True))
+        assert [each["mask_score"] for each in found.to_coco()] == told
+        assert [each["mask_score"] for each in found.to_dict()["detections"]] == told
+        assert [each.mask_score for each in found[:1]] == told[:1]
+    with pytest.raises(UserError, match=r"model\.mask_head\.scoring True: only casc reads"):
+        convert(str(recipe.folder), tmp_path / "theirs.pth", to="mmdetection", stated=Stated())
 
 
 def test_boxes_alone_are_refused_with_what_mends_it(boxes_recipe):
