@@ -180,7 +180,7 @@ def test_masks_with_scores_of_their_own_are_ranked_by_them(noisy):
     assert list(evaluation.figures["bbox"].values()) == by_pycocotools(truth, results, "bbox")
     errors = find_errors(truth, scored, ["segm"])["segm"]
     assert errors["ap50"] == pytest.approx(expected[1], abs=1e-12)
-    with pytest.raises(UserError, match="detection 0 .*: mask_score: expected a number, got 'x'"):
+    with pytest.raises(UserError, match=r"detection 0 .*: mask_score: expected a number, got 'x'"):
         evaluate(truth, [results[0] | {"mask_score": "x"}, *scored])
 
 

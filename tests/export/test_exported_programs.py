@@ -144,6 +144,7 @@ def assert_agrees(found: Detections, eager: Detections) -> None:
     torch.testing.assert_close(found.scores, eager.scores, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.masks, eager.masks, rtol=0, atol=1e-4)
     torch.testing.assert_close(found.mask_scores, eager.mask_scores, rtol=0, atol=1e-5)
+    assert eager.mask_scores is not None
     assert eager.mask_scores.any()
     assert not found.scores[~found.valid].any()
 

@@ -165,7 +165,7 @@ def test_a_masks_score_is_its_boxs_times_what_the_head_tells(mode, tiny, tiny_ba
         without = forward_detect.detect(params, buffers, plain, inputs)
     assert without.mask_scores is None
     assert found.valid.any()
-    torch.testing.assert_close(found[:5], without[:5])
+    torch.testing.assert_close(found[:5], without[:5], rtol=1e-4, atol=1e-3)
     expected = found.scores * told.clamp(0, 1)[found.labels]
     torch.testing.assert_close(found.mask_scores, expected)
 
