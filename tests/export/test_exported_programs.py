@@ -226,7 +226,7 @@ def test_onnx_of_any_batch_agrees_with_eager(world, tmp_path, capsys, monkeypatc
     session = open_program(path).run
     for count in (1, 4):
         parts = session(world.pixels[:count].numpy(), world.size[:count].numpy())
-        for name in ("boxes", "scores", "masks"):
+        for name in ("boxes", "scores", "masks", "mask_scores"):
             expected = getattr(world.eager, name)[:count].numpy()
             np.testing.assert_allclose(parts[name], expected, atol=1e-2)
 
@@ -257,7 +257,7 @@ np.savez("found.npz", **dict(pairs))
         for i in range(len(images)):
             count = len(found[f"scores{i}"])
             made.valid[i, :count] = True
-            for key in ("boxes", "scores", "labels", "masks"):
+            for key in ("boxes", "scores", "labels", "masks", "mask_scores"):
                 getattr(made, key)[i, :count] = torch.from_numpy(found[f"{key}{i}"])
     return made
 

@@ -283,7 +283,7 @@ def test_an_image_is_detected_alike_alone_and_in_a_batch(world, tiny_batch):
     for i in range(2):
         alone = forward_detect.detect(*arguments, world.inputs(one(batch, i)))
         assert torch.equal(together.valid[i : i + 1], alone.valid)
-        for a, b in zip(together, alone, strict=True):
+        for a, b in zip(together[:5], alone[:5], strict=True):
             assert a is not None
             torch.testing.assert_close(a[i : i + 1], b, rtol=1e-4, atol=1e-3)
 
@@ -417,7 +417,8 @@ def test_nothing_found_is_all_padding(world, tiny_batch):
     config = replace(world.config, inference=InferenceConfig(score_threshold=1.0, detections=10))
     batch = tiny_batch([2, 1])
     found = forward_detect.detect(world.params, world.buffers, config, world.inputs(batch))
-    for tensor in found:
+    assert found.mask_scores is None
+    for tensor in found[:5]:
         assert (tensor == 0).all()
 
 

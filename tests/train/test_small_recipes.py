@@ -184,7 +184,7 @@ def assert_infers(program: ExportedProgram, trained: Trained) -> None:
     with torch.no_grad():
         expected = infer(trained.params, trained.buffers, *settings, pixels, size)
         found = program.module()(pixels, size)
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(found, expected[:5], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

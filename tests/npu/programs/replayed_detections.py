@@ -54,7 +54,8 @@ def main(out: str) -> None:
         params["backbone.layer4.2.bn3.weight"] *= 1.5
     # Read at the end: what was replayed later must have left earlier results alone.
     for name, found in kept:
-        made |= {f"{name}.{key}": value.cpu() for key, value in found._asdict().items()}
+        there = {key: value for key, value in found._asdict().items() if value is not None}
+        made |= {f"{name}.{key}": value.cpu() for key, value in there.items()}
     save_file({name: value.contiguous() for name, value in made.items()}, out)
 
 
