@@ -105,7 +105,7 @@ MUTANTS = (
     Mutant("ratios are width over height", "model/anchors.py", "(0.5 * side / math.sqrt(r), 0.5 * side * math.sqrt(r))", "(0.5 * side * math.sqrt(r), 0.5 * side / math.sqrt(r))"),
     Mutant("a stride of the anchors", "model/anchors.py", "(4, 8, 16, 32, 64)", "(4, 8, 16, 32, 32)"),
     Mutant("anchors may touch the border", "model/anchors.py", "(x2 < width) & (y2 < height)", "(x2 <= width) & (y2 <= height)"),
-    Mutant("deltas times their deviations when encoding", "model/boxes.py", "_by_axis(torch.div, *pair)", "_by_axis(torch.mul, *pair)"),
+    Mutant("deltas times their deviations when encoding", "model/boxes.py", "_by_axis(torch.div, *pair)", "_by_axis(torch.mul, *pair)", ("model/test_boxes.py",)),
     Mutant("log of the inverse ratio", "model/boxes.py", "(goal_side / side).log()", "(side / goal_side).log()"),
     Mutant("no clip of dh", "model/boxes.py", "growth.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()", "growth.exp()", ("model/test_boxes.py",)),
     Mutant("the ratio's clip", "model/boxes.py", "math.log(16 / 1000)", "math.log(1000 / 32)", ("model/test_boxes.py",)),

