@@ -47,7 +47,7 @@ def mask_iou_head(params: Params, features: Tensor, masks: Tensor, labels: Tenso
     Returns:
         [R] float32, which nothing keeps within 0 and 1.
     """
-    # The greatest of 2x2 cells. Written out: as a pooling its gradient is added by atomics.
+    # The greatest of 2x2 cells.
     cells = masks.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).amax(dim=(2, 4))
     x = torch.cat([features, cells[:, None].to(features.dtype)], dim=1)
     for i in range(CONVS):
