@@ -42,8 +42,12 @@ class VocObject(NamedTuple):
 
     label: str
     corners: tuple[float, float, float, float]
-    """xmin, ymin, xmax and ymax as they are written."""
+    """xmin, ymin, xmax and ymax as they are written; where they aren't, the outlines'."""
     difficult: bool
+    rings: list[list[float]]
+    """Outlines as they are written; the devkit has none, Roboflow and supervision do."""
+    boxed: bool
+    """Whether the corners are written: where there are outlines alone, pixels count from 0."""
 
 
 def find_voc(root: Path) -> list[VocSplit]:
@@ -148,7 +152,8 @@ def read_voc(
     """Read a split.
 
     VOC counts pixels from 1 and a box's last one belongs to it; where one of the data set's boxes
-    begins at 0 its corners are taken as they are.
+    begins at 0 its corners are taken as they are. An outline's corners are points, not pixels: it
+    is moved as its box is, and the box ends where it does.
 
     Args:
         part: which.
@@ -166,7 +171,7 @@ def read_voc(
         for file in _files(other):
             for thing in _objects(_parse(file, _bytes(file)), file):
                 labels.add(thing.label)
-                first = min(first, *thing.corners[:2])
+                first = min(first, *thing.corners[:2]) if thing.boxed else 0
     offset = 1 if first >= 1 else 0
     classes = sorted(labels)
     digest = hashlib.sha256(repr((classes, offset)).encode())
@@ -182,13 +187,15 @@ def read_voc(
         masks = _masks(part.masks / f"{file.stem}.png", size, digest) if part.masks else None
         for number, thing in enumerate(_objects(tree, file), 1):
             x0, y0, x1, y1 = thing.corners
+            last = 0 if thing.rings else offset
             mask = None if masks is None else masks == number
+            outlines = [[v - offset for v in ring] for ring in thing.rings] or None
             annotations.append({
                 "id": next(numbers), "image_id": image_id, "iscrowd": 0,
                 "category_id": classes.index(thing.label) + 1,
-                "bbox": [x0 - offset, y0 - offset, x1 - x0 + offset, y1 - y0 + offset],
+                "bbox": [x0 - offset, y0 - offset, x1 - x0 + last, y1 - y0 + last],
                 "ignore": int(thing.difficult),
-                "segmentation": _rle(mask) if mask is not None and mask.any() else None,
+                "segmentation": _rle(mask) if mask is not None and mask.any() else outlines,
             })  # fmt: skip
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
     return images, annotations, categories, digest.hexdigest()
@@ -238,18 +245,40 @@ def _parse(file: Path, data: bytes) -> Element:
 def _objects(tree: Element, file: Path) -> Iterator[VocObject]:
     for i, element in enumerate(tree.iterfind("object")):
         place = f"{file}: object {i + 1}"
+        if (element.findtext("deleted") or "").strip() == "1":
+            continue  # LabelMe's web tool keeps what was taken away
         label = (element.findtext("name") or "").strip()
         if not label:
             raise UserError(f"{place}: name: missing; mend it")
+        rings = [_ring(polygon, place) for polygon in element.iterfind("polygon")]
         texts = [element.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+        boxed = not any(rings) or element.find("bndbox") is not None
         try:
-            x0, y0, x1, y1 = (float(text or "") for text in texts)
+            x0, y0, x1, y1 = (float(text or "") for text in texts) if boxed else _bounds(rings)
         except ValueError:
             raise UserError(
                 f"{place}: bndbox: expected xmin, ymin, xmax and ymax, got {texts}; mend it"
             ) from None
         difficult = (element.findtext("difficult") or "0").strip() == "1"
-        yield VocObject(label, (x0, y0, x1, y1), difficult)
+        yield VocObject(label, (x0, y0, x1, y1), difficult, rings, boxed)
+
+
+def _ring(polygon: Element, place: str) -> list[float]:
+    """An outline: x1, y1, x2, ... as Roboflow writes it, or points as LabelMe's web tool does."""
+    numbers = [child.tag[1:] for child in polygon if re.fullmatch(r"x\d{1,9}", child.tag, re.ASCII)]
+    texts = [polygon.findtext(axis + number) for number in numbers for axis in "xy"]
+    texts += [point.findtext(axis) for point in polygon.iterfind("pt") for axis in "xy"]
+    try:
+        return [float(text or "") for text in texts]
+    except ValueError:
+        raise UserError(
+            f"{place}: polygon: expected x1, y1, x2, y2, ..., got {texts!a:.60}; mend it"
+        ) from None
+
+
+def _bounds(rings: list[list[float]]) -> tuple[float, float, float, float]:
+    xs, ys = ([v for ring in rings for v in ring[axis::2]] for axis in (0, 1))
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 def _image_name(tree: Element, file: Path, images: Path) -> str:

@@ -196,6 +196,48 @@ def test_xml_files_of_labelling_tools(annotations, images, tmp_path, make_pictur
         assert "size_mismatch" not in split.report["findings"]
 
 
+RING = [10.0, 5.0, 30.5, 6.0, 25.0, 40.0, 8.0, 30.0]
+
+
+def test_outlines_are_trained_on(tmp_path, make_picture, quiet_run):
+    """As Roboflow and supervision write them, x1 y1 x2 y2 beside the box and counted from 1."""
+    root, second = tmp_path / "set/train", [40.0, 10.0, 50.0, 10.0, 50.0, 20.0]
+    polygons = ""
+    for ring in (RING, second):
+        pairs = zip(ring[0::2], ring[1::2], strict=True)
+        each = (f"<x{i}>{x + 1}</x{i}><y{i}>{y + 1}</y{i}>" for i, (x, y) in enumerate(pairs, 1))
+        polygons += f"<polygon>{''.join(each)}</polygon>"
+    text = xml("a.jpg", [("cat", [9, 6, 51, 41], 0), ("dog", [3, 4, 9, 9], 0)])
+    text = text.replace("</bndbox><part>", f"</bndbox>{polygons}<part>", 1)
+    add(root, root, "a", text, make_picture)
+    bad = text.replace("<y2>", "<z>").replace("</y2>", "</z>")
+    _, found = shard(tmp_path / "set", tmp_path / "out", quiet_run)
+    cat, dog = found["train", "a.jpg"][1]
+    assert (cat["segmentation"], cat["bbox"]) == ([RING, second], [8, 5, 42, 35])
+    assert (cat["train"], dog["train"]) == (True, False)
+    assert dog["bbox"] == [2, 3, 7, 6]
+    (root / "a.xml").write_text(bad)
+    with pytest.raises(UserError, match=r"a\.xml: object 1: polygon: expected x1, y1, x2"):
+        shard(tmp_path / "set", tmp_path / "out", quiet_run)
+
+
+def test_outlines_of_labelmes_web_tool(tmp_path, make_picture, quiet_run):
+    """Points from 0 without a box; what was deleted stays in the file."""
+    pairs = zip(RING[0::2], RING[1::2], strict=True)
+    points = "".join(f"<pt><x>{x}</x><y>{y}</y></pt>" for x, y in pairs)
+    things = "".join(
+        f"<object><name>{name}</name><deleted>{int(name == 'old')}</deleted>"
+        f"<polygon><username>me</username>{points}</polygon></object>"
+        for name in ("cat", "old")
+    )
+    text = f"<annotation><filename>a.jpg</filename>{things}</annotation>"
+    add(tmp_path / "set/Annotations", tmp_path / "set/Images", "a", text, make_picture)
+    index, found = shard(tmp_path / "set", tmp_path / "out", quiet_run)
+    assert [c.name for c in index.categories] == ["cat"]
+    [entry] = found["train", "a.jpg"][1]
+    assert (entry["segmentation"], entry["bbox"]) == ([RING], [8, 5, 22.5, 35])
+
+
 BOMB = '<!DOCTYPE a [<!ENTITY x "xxxxxxxx"><!ENTITY y "&x;&x;&x;&x;">]>'
 
 
