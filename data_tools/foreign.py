@@ -18,7 +18,8 @@ from casc.data.decode import decode_image
 from casc.data.record import MOST_PIXELS
 from casc.errors import UserError
 from data_tools.coco import below
-from data_tools.voc import IMAGES, VocSplit, find_voc, image_size, read_voc, visible
+from data_tools.voc import image_size, read_voc
+from data_tools.voc_files import IMAGES, VocSplit, find_voc, visible
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _CIRCLE_POINTS = 64

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 from casc.errors import UserError
 from data_tools.coco import below
 from data_tools.foreign import Foreign, find_foreign
-from data_tools.voc import visible
+from data_tools.voc_files import visible
 
 _GENERIC = {"", "annotations", "coco", "data", "default", "export", "instances", "labels", "result"}
 """Names of files and folders that say nothing of a split."""

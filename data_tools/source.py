@@ -16,7 +16,7 @@ from data_tools.foreign import convert, yolo_labels
 from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
 from data_tools.report import Finding
-from data_tools.voc import visible
+from data_tools.voc_files import visible
 
 _BESIDE_IMAGES = (".txt", ".cache", ".npy", ".yaml", ".yml", ".json", ".xml")
 """What Ultralytics and labelling tools put among images."""

@@ -1,40 +1,21 @@
-"""Pascal VOC: an XML file of boxes for each image, and masks of some as numbered pixels.
-
-The devkit has `Annotations/`, `JPEGImages/`, `ImageSets/Main/train.txt` and for the images that
-have masks `SegmentationObject/` with `ImageSets/Segmentation/train.txt`. Labelling tools write the
-XML files alone, beside the images or in a folder of their own.
-"""
+"""Pascal VOC: an XML file of boxes for each image, and masks of some as numbered pixels."""
 
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder
 from xml.parsers import expat
 
-import numpy as np
-from pycocotools import mask as coco_mask
-
 from casc.data.decode import ImageError, exif_orientation, open_image, stored_size
 from casc.errors import UserError
+from data_tools.boxes import mask_box
+from data_tools.voc_files import VocSplit, file_bytes, images_of
+from data_tools.voc_masks import name_objects, pair, read_numbers
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_SETS = ("train", "val", "valid", "test")
-_MOST_BYTES, _MOST_DEPTH = 2**26, 64
-
-
-class VocSplit(NamedTuple):
-    """A split's files."""
-
-    split: str
-    annotations: Path
-    images: Path
-    masks: Path | None
-    """SegmentationObject/, where there is one."""
-    names: tuple[str, ...]
-    """Of the XML files, without .xml."""
+_MOST_DEPTH = 64
 
 
 class VocObject(NamedTuple):
@@ -48,102 +29,6 @@ class VocObject(NamedTuple):
     """Outlines as they are written; the devkit has none, Roboflow and supervision do."""
     boxed: bool
     """Whether the corners are written: where there are outlines alone, pixels count from 0."""
-
-
-def find_voc(root: Path) -> list[VocSplit]:
-    """Find the splits of a data set; none if it isn't one of VOC's."""
-    several = sorted(root.glob("VOC*")), sorted(root.glob("VOCdevkit/VOC*"))
-    for places in ([root], *several):
-        bases = [(base, _xml_folder(base)) for base in places]
-        found = [(base, folder) for base, folder in bases if folder is not None]
-        if len(found) > 1:
-            names = ", ".join(base.name for base, _ in found)
-            raise UserError(
-                f"{root}: holds several data sets of VOC's ({names}); give one of these folders, or"
-                " copy their files into one folder of this form"
-            )
-        for base, folder in found:
-            return _listed(base, folder)
-    folders = {name: _xml_folder(root / name) for name in _SETS}
-    return [
-        part._replace(split=_split(name))
-        for name, folder in folders.items()
-        if folder is not None
-        for part in _listed(root / name, folder)[:1]
-    ]
-
-
-def _xml_folder(base: Path) -> Path | None:
-    folders = [base / name for name in ("Annotations", "annotations", "labels", "xmls", "xml", "")]
-    return next((folder for folder in folders if _xml(folder)), None)
-
-
-def _split(name: str) -> str:
-    return "val" if name == "valid" else name
-
-
-def _listed(base: Path, folder: Path) -> list[VocSplit]:
-    present = _xml(folder)
-    places = ("JPEGImages", "images", "Images", "imgs", "image", folder.relative_to(base), "")
-    folders = [base / place for place in places if (base / place).is_dir()]
-    images = next((f for f in folders if any(_images(f, name) for name in present[:20])), folder)
-    known = set(present)
-    masks = base / "SegmentationObject"
-    masks = masks if any(masks.glob("*.png")) else None
-    for lists in ("Segmentation", "Main") if masks else ("Main", "Layout", ""):
-        found = {}
-        for name in (*_SETS, "trainval"):
-            file = base / "ImageSets" / lists / f"{name}.txt"
-            if file.is_file() and not (name == "trainval" and {"train", "val"} & set(found)):
-                lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-                names = [_named(line, known) for line in lines if line.split()]
-                found["train" if name == "trainval" else _split(name)] = tuple(names)
-        found = {split: names for split, names in found.items() if set(names) & known}
-        if found:
-            return [VocSplit(split, folder, images, masks, n) for split, n in found.items()]
-    return [VocSplit("train", folder, images, masks, present)]
-
-
-def _named(line: str, known: Set[str]) -> str:
-    """Which XML file a line of a list names, without .xml: by its name or its image's path.
-
-    A mark may follow, as in lists of a class; a name with spaces may stand in quotes.
-    """
-    line = line.strip()
-    words = [re.sub(r"\s+-?[01]$", "", line), line, line.split()[0]]
-    stems = []
-    for word in words:
-        name = word.strip("\"'").replace("\\", "/").rsplit("/", 1)[-1]
-        stems += [name, name[: -len(Path(name).suffix)] if name.lower().endswith(IMAGES) else name]
-    return next((stem for stem in stems if stem in known), stems[-1])
-
-
-def _images(folder: Path, stem: str) -> list[str]:
-    names = [stem + suffix for end in IMAGES for suffix in (end, end.upper())]
-    return [name for name in names if (folder / name).is_file()]
-
-
-def visible(file: Path, root: Path) -> bool:
-    """Whether a file is none that macOS (._name), Jupyter (.ipynb_checkpoints) or others hide."""
-    return not any(part.startswith(".") for part in file.relative_to(root).parts)
-
-
-def _xml(folder: Path) -> tuple[str, ...]:
-    """Names of the files of VOC's in a folder."""
-    files = [file for file in sorted(folder.glob("*.xml")) if visible(file, folder)]
-    # Others' XML lies about too: the first few tell.
-    if not any(b"<annotation" in _bytes(file)[:4096] for file in files[:5]):
-        return ()
-    return tuple(file.stem for file in files)
-
-
-def _bytes(file: Path) -> bytes:
-    try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise UserError(f"{file}: too large for an annotation of VOC's")
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: can't be read ({error.strerror})") from None
 
 
 def read_voc(
@@ -166,47 +51,106 @@ def read_voc(
         UserError: naming the file that can't be understood.
     """
     labels: set[str] = set()
-    first = 1.0
+    first: float = 1
     for other in every:
-        for file in _files(other):
-            for thing in _objects(_parse(file, _bytes(file)), file):
+        labels |= other.classes.names() if other.listed else set()
+        first = min(first, other.first)
+        for name in other.names:
+            tree, _ = _tree(other, name)
+            for thing in _objects(tree, other.annotations / f"{name}.xml"):
                 labels.add(thing.label)
                 first = min(first, *thing.corners[:2]) if thing.boxed else 0
     offset = 1 if first >= 1 else 0
     classes = sorted(labels)
     digest = hashlib.sha256(repr((classes, offset)).encode())
-    images, annotations, numbers = [], [], itertools.count(1)
-    for image_id, file in enumerate(_files(part), 1):
-        data = _bytes(file)
-        digest.update(f"{file.name}\0".encode() + data)
-        tree = _parse(file, data)
-        name = _image_name(tree, file, part.images)
-        size = _size(tree, part.images / name)
-        digest.update(f"{name}\0{size}".encode())
-        images.append({"id": image_id, "file_name": name, "width": size[0], "height": size[1]})
-        masks = _masks(part.masks / f"{file.stem}.png", size, digest) if part.masks else None
-        for number, thing in enumerate(_objects(tree, file), 1):
-            x0, y0, x1, y1 = thing.corners
-            last = 0 if thing.rings else offset
-            mask = None if masks is None else masks == number
-            outlines = [[v - offset for v in ring] for ring in thing.rings] or None
-            annotations.append({
-                "id": next(numbers), "image_id": image_id, "iscrowd": 0,
-                "category_id": classes.index(thing.label) + 1,
-                "bbox": [x0 - offset, y0 - offset, x1 - x0 + last, y1 - y0 + last],
-                "ignore": int(thing.difficult),
-                "segmentation": _rle(mask) if mask is not None and mask.any() else outlines,
-            })  # fmt: skip
+    images, annotations, ids = [], [], itertools.count(1)
+    for image_id, name in enumerate(part.names, 1):
+        tree, data = _tree(part, name)
+        digest.update(f"{name}\0".encode() + data)
+        image = _image_name(tree, name, part.images)
+        mask = _mask_file(part.masks, name)
+        place = part.images / image
+        size = _size(tree, mask if mask and not place.is_file() else place)
+        digest.update(f"{image}\0{size}".encode())
+        images.append({"id": image_id, "file_name": image, "width": size[0], "height": size[1]})
+        things = list(_objects(tree, part.annotations / f"{name}.xml"))
+        found = [_entry(thing, offset) for thing in things]
+        found = _with_masks(part, name, size, found, digest)
+        for entry in found:
+            label = entry.pop("label")
+            if label not in labels:
+                raise UserError(
+                    f"{part.masks}/{name}.png: has a {label}, which is in no XML file; list the"
+                    " classes in labelmap.txt as name:r,g,b::"
+                )
+            about = {"image_id": image_id, "category_id": classes.index(label) + 1}
+            annotations.append({"id": next(ids), **about, **entry})
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
     return images, annotations, categories, digest.hexdigest()
 
 
-def _files(part: VocSplit) -> Iterator[Path]:
-    for name in part.names:
-        file = part.annotations / f"{name}.xml"
-        if not file.is_file():
-            raise UserError(f"{file}: not found; the list of {part.split}'s images names it")
-        yield file
+def _entry(thing: VocObject, offset: int) -> dict[str, Any]:
+    x0, y0, x1, y1 = thing.corners
+    last = 0 if thing.rings else offset
+    return {
+        "label": thing.label, "iscrowd": 0, "ignore": int(thing.difficult),
+        "bbox": [x0 - offset, y0 - offset, x1 - x0 + last, y1 - y0 + last],
+        "segmentation": [[v - offset for v in ring] for ring in thing.rings] or None,
+    }  # fmt: skip
+
+
+def _with_masks(
+    part: VocSplit, name: str, size: tuple[int, int], entries: list[dict[str, Any]], digest: Any
+) -> list[dict[str, Any]]:
+    """Give an image's objects their masks; with those that are in the picture alone."""
+    file = _mask_file(part.masks, name)
+    if file is None:
+        return entries
+    data = file_bytes(file)
+    digest.update(data)
+    numbers = read_numbers(data, file, size)
+    paired = pair([entry["bbox"] for entry in entries], numbers)
+    for entry, number in zip(entries, paired, strict=True):
+        entry["segmentation"] = numbers.masks.get(number) or entry["segmentation"]
+    others = [number for number in numbers.masks if number not in paired]
+    if not others:
+        return entries
+    told = _mask_file(file.parent.with_name("SegmentationClass"), name)
+    if told is None:
+        raise UserError(
+            f"{file}: object {others[0]} is in no XML file, and there is no SegmentationClass/ that"
+            " tells its class; put it there, or the object into the XML file"
+        )
+    data = file_bytes(told)
+    digest.update(data)
+    labels = name_objects(others, numbers, data, told, part.classes)
+    masks = [numbers.masks[number] for number in others]
+    return entries + [
+        {
+            "label": label,
+            "iscrowd": 0,
+            "bbox": list(mask_box(rle, *size) or ()),
+            "segmentation": rle,
+        }
+        for label, rle in zip(labels, masks, strict=True)
+    ]
+
+
+def _mask_file(folder: Path | None, name: str) -> Path | None:
+    """An image's picture of masks; None without one."""
+    files = [folder / f"{n}.png" for n in (name, name.rsplit("/", 1)[-1])] if folder else []
+    return next((file for file in files if file.is_file()), None)
+
+
+def _tree(part: VocSplit, name: str) -> tuple[Element, bytes]:
+    """What is known of an image, and the file's bytes; nothing where there are masks alone."""
+    if part.masks == part.annotations:
+        return Element("annotation"), b""
+    file = part.annotations / f"{name}.xml"
+    if not file.is_file():
+        raise UserError(f"{file}: not found; the list of {part.split}'s images names it")
+    data = file_bytes(file)
+    return _parse(file, data), data
 
 
 def _parse(file: Path, data: bytes) -> Element:
@@ -281,13 +225,15 @@ def _bounds(rings: list[list[float]]) -> tuple[float, float, float, float]:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def _image_name(tree: Element, file: Path, images: Path) -> str:
+def _image_name(tree: Element, name: str, images: Path) -> str:
     """The image's, below its folder: what is listed is often another file's or a path."""
     listed = (tree.findtext("filename") or "").strip().replace("\\", "/").rsplit("/", 1)[-1]
-    names = _images(images, file.stem)
+    above, _, stem = name.rpartition("/")
+    places = [f"{above}/{listed}", listed] if listed and above else [listed]
     # The XML file is named after its image, whatever it says.
-    names = [listed, *names] if Path(listed).stem == file.stem else [*names, listed]
-    return next((n for n in names if n and (images / n).is_file()), listed or f"{file.stem}.jpg")
+    names = images_of(images, name)
+    names = [*places, *names] if Path(listed).stem == stem else [*names, *places]
+    return next((n for n in names if n and (images / n).is_file()), listed or f"{stem}.jpg")
 
 
 def _size(tree: Element, image: Path) -> tuple[int, int]:
@@ -307,28 +253,3 @@ def image_size(file: Path) -> tuple[int, int]:
             return (height, width) if exif_orientation(image) >= 5 else (width, height)
     except (ImageError, OSError):
         return 1, 1  # told when it is read in full
-
-
-def _masks(file: Path, size: tuple[int, int], digest: Any) -> np.ndarray | None:
-    """`[h, w]` numbers of the objects, in the order of the XML file; None without a file."""
-    if not file.is_file():
-        return None
-    data = _bytes(file)
-    digest.update(data)
-    try:
-        with open_image(data) as image:
-            mode, numbers = image.mode, np.asarray(image)
-    except (ImageError, OSError) as error:
-        raise UserError(f"{file}: {error}") from None
-    if mode not in ("P", "L") or numbers.shape != size[::-1]:
-        found = f"{mode}, {numbers.shape[1]} x {numbers.shape[0]}"
-        raise UserError(
-            f"{file}: expected a palette image of {size[0]} x {size[1]} that numbers the objects,"
-            f" got {found}"
-        )
-    return numbers
-
-
-def _rle(mask: np.ndarray) -> dict[str, Any]:
-    packed: Any = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(mask.shape), "counts": packed["counts"].decode("ascii")}
