@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from casc.data.index import Category
+from casc.data.record import as_id, is_text_id
 from casc.data.segmentation import is_flat
 from casc.errors import UserError
 from data_tools.json_stream import JsonLists
@@ -160,8 +161,9 @@ def _gather(
             if key == "annotations" and skip_invalid:
                 number = entry.get("id") if isinstance(entry, dict) else None
                 shown = str(error).removeprefix(f"{file}: ").removesuffix("; mend it")
-                known = int(number) if _is_id(number) else counts[key] - 1  # type: ignore[arg-type]
-                findings.append(Finding("invalid", known, shown))
+                known = as_id(number)
+                at = counts[key] - 1
+                findings.append(Finding("invalid", at if known is None else known, shown))
                 continue
             faults.append(str(error))
             only_annotations &= key == "annotations"
@@ -239,9 +241,9 @@ class _Images:
 
     def add(self, entry: dict[str, Any], place: str) -> None:
         file = self._file
-        expected = f"an integer from 0 to {LARGEST_ID}"
+        expected = f"an integer from 0 to {LARGEST_ID}, or a text"
         image = ImageEntry(
-            id=int(_field(entry, "id", file, place, _is_image_id, expected)),
+            id=as_id(_field(entry, "id", file, place, _is_image_id, expected)) or 0,
             file_name=below(
                 _field(_named(entry), "file_name", file, place, _is_name, "a file's name")
             ),
@@ -266,6 +268,8 @@ class _Images:
                 )
             self._findings.append(Finding("duplicate_image", image.id, image.file_name))
             return
+        if is_text_id(entry["id"]):
+            self._findings.append(Finding("text_image_id", image.id, f"{entry['id']!a:.60}"))
         first = self._names.setdefault(image.file_name, image.id)
         if first != image.id:
             detail = f"{image.file_name} is also image {first}"
@@ -285,7 +289,7 @@ class _Objects:
         """Of annotations that are parsed already."""
         self._rows = array("q")
         self._lacks: list[tuple[str, MutableSequence[int]]] = []
-        for kind in ("missing_area", "missing_iscrowd", "flat_outline"):
+        for kind in ("missing_area", "missing_iscrowd", "flat_outline", "text_id"):
             self._lacks.append((kind, array("q")))
         self.categories: set[int] = set()
 
@@ -300,11 +304,12 @@ class _Objects:
             not is_area(entry.get("area")),
             entry.get("iscrowd") is None,
             is_flat(entry.get("segmentation")),
+            is_text_id(entry["id"]),
         )
         for (_, rows), lacks in zip(self._lacks, lacking, strict=True):
             if lacks:
                 rows.append(row)
-        about = int(entry["id"]), int(entry["image_id"]), int(entry["category_id"])
+        about = as_id(entry["id"]) or 0, as_id(entry["image_id"]) or 0, int(entry["category_id"])
         self._rows.extend((*where, *about))
         self.categories.add(about[2])
 
@@ -364,8 +369,9 @@ def _fresh_ids(ids: np.ndarray, count: int) -> list[int]:
 
 def _check_annotation(entry: dict[str, Any], file: str, place: str) -> None:
     _field(entry, "bbox", file, place, _is_box, f"4 finite numbers up to {FARTHEST}")
-    for key in ("id", "image_id", "category_id"):
-        _field(entry, key, file, place, _is_id, "an integer")
+    for key in ("id", "image_id"):
+        _field(entry, key, file, place, _is_any_id, "an integer or a text")
+    _field(entry, "category_id", file, place, _is_id, "an integer")
     for key in ("iscrowd", "ignore"):
         if entry.get(key) is not None:
             _field(entry, key, file, place, _is_flag, "0 or 1")
@@ -474,8 +480,12 @@ def _is_id(value: object) -> bool:
     return _is_integer(value)
 
 
+def _is_any_id(value: object) -> bool:
+    return as_id(value) is not None
+
+
 def _is_image_id(value: object) -> bool:
-    return _is_id(value) and 0 <= int(cast("float", value)) <= LARGEST_ID
+    return (as_id(value) or 0) >= 0 and as_id(value) is not None
 
 
 def _is_name(value: object) -> bool:

@@ -59,6 +59,8 @@ KINDS: dict[str, Kind] = {
     "other_format": Kind("image", "stored as PNG", "neither JPEG, PNG nor WebP"),
     "wrong_extension": Kind("image", "renamed", "the extension isn't the content's"),
     "reduced": Kind("image", "reduced", "larger than --max-size, encoded anew"),
+    "text_image_id": Kind("image", "numbered", "its id is a text: 52 bits of its SHA-256"),
+    "text_id": Kind("annotation", "numbered", "its id is a text: 52 bits of its SHA-256"),
     "renumbered": Kind("annotation", "new id", "id taken by another annotation"),
     "bad_polygon_part": Kind("annotation", "part left out", "under 3 points, odd, NaN or far off"),
     "missing_area": Kind("annotation", "computed", "no area given that is a number"),

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
+from casc.data.record import as_id
 from casc.data.segmentation import is_flat
 from casc.errors import UserError
 
@@ -203,8 +204,8 @@ def normal(entry: Mapping[str, Any]) -> dict[str, Any]:
         set, segmentation (None where not given).
     """
     annotation: dict[str, Any] = {
-        "id": int(entry["id"]),
-        "image_id": int(entry["image_id"]),
+        "id": as_id(entry["id"]),
+        "image_id": as_id(entry["image_id"]),
         "category_id": int(entry["category_id"]),
         "bbox": entry["bbox"],
         "area": entry.get("area") if is_area(entry.get("area")) else None,

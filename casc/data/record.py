@@ -1,10 +1,33 @@
 """The JSON member of a sample in a shard: `data_tools shard` writes it, all others read it."""
 
+import hashlib
 import json
 import math
+import re
 from typing import Any, NoReturn, NotRequired, TypedDict, cast
 
 from casc.errors import UserError
+
+
+def as_id(value: object) -> int | None:
+    """The number for an id of an image or annotation in COCO's format; None if it is none.
+
+    Whole numbers may have gone through a table of floats or texts. A text that isn't a number, such
+    as a UUID, gives the first 52 bits of its SHA-256: the same in every file, and whole in JSON.
+    """
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
+        value = int(value)
+    elif isinstance(value, str) and value.strip():
+        digest = hashlib.sha256(value.encode("utf-8", "surrogatepass"))
+        value = int(digest.hexdigest()[:13], 16)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    return value if type(value) is int and -(2**63) <= value < 2**63 else None
+
+
+def is_text_id(value: object) -> bool:
+    """Whether `as_id` makes up the number."""
+    return isinstance(value, str) and not re.fullmatch(r"-?\d{1,19}", value, re.ASCII)
 
 
 class AnnotationRecord(TypedDict):

@@ -3,7 +3,6 @@
 import glob
 import json
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -11,6 +10,7 @@ from urllib.parse import urlsplit
 from casc.data.index import INDEX_NAME, read_index
 from casc.data.loader_config import RemoteConfig
 from casc.data.reader import read_shard
+from casc.data.record import as_id
 from casc.data.remote import check_address, is_local, location
 from casc.errors import UserError
 from casc.json_files import MOST_COCO_BYTES, read_json
@@ -148,10 +148,8 @@ def _pairs(place: str | os.PathLike[str]) -> list[tuple[str, int]]:
     for i, entry in enumerate(images):
         about = entry if isinstance(entry, dict) else {}
         number, name, url = (about.get(key) for key in ("id", "file_name", "coco_url"))
-        if isinstance(number, float) and number.is_integer() and abs(number) < 2**53:
-            number = int(number)
-        if isinstance(number, str) and re.fullmatch(r"\d{1,18}", number, re.ASCII):
-            number = int(number)
+        known = as_id(number)
+        number = number if known is None else known
         if name is None and isinstance(url, str):  # LVIS
             name = "/".join(url.split("/")[-2:])
         for key, value, kind in (("id", number, int), ("file_name", name, str)):

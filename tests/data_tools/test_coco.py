@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ NAN, INF = float("nan"), float("inf")
         ("images", [], "f: images: empty"),
         ("categories", [], "f: categories: empty"),
         ("images.1", 5, "f: images[1]: expected an object, got 5"),
-        ("images.1.id", "b2", "f: images[1].id: expected an integer from 0 to 9223372036854775807"),
+        ("images.1.id", " ", "f: images[1].id: expected an integer from 0 to 9223372036854775807"),
         ("images.1.id", -1, "f: images[1].id"),
         ("images.1.id", 2**63, "f: images[1].id"),
         ("images.1.id", True, "f: images[1].id"),
@@ -312,6 +313,30 @@ def test_ids_that_are_texts_of_numbers():
     assert [image.id for image in found.images] == [1, 2]
     assert [(a["id"], a["category_id"]) for a in found.by_image[2]] == [(12, 3)]
     assert found.categories == (Category(3, "ant"), Category(7, "cat"))
+
+
+def test_ids_that_are_texts(tmp_path: Path):
+    """UUIDs get numbers that their text alone makes; padded ones are numbers already."""
+    data = make_data()
+    texts = ["6f1c-a", "Ünïcode"]
+    numbers = [int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) for text in texts]
+    data["images"][0]["id"], data["images"][1]["id"] = texts[0], "0002"
+    data["annotations"][0] |= {"id": texts[1], "image_id": texts[0]}
+    data["annotations"][1] |= {"id": "12", "image_id": "0002"}
+    data["annotations"].append(make_annotation(id="x", image_id="nowhere"))
+    file = tmp_path / "a.json"
+    for turn in (1, -1):
+        data["images"] = data["images"][::turn]
+        file.write_text(json.dumps(data))
+        found = read_annotations(file)
+        assert {image.id for image in found.images} == {numbers[0], 2}
+        assert [a["id"] for a in found.by_image[numbers[0]]] == [numbers[1]]
+        assert [a["image_id"] for a in found.by_image[2]] == [2]
+        details = {f.kind: (f.id, f.detail) for f in found.findings}
+        assert details["text_image_id"] == (numbers[0], "'6f1c-a'")
+        assert details["text_id"][0] == numbers[1]
+        assert sorted(details) == ["text_id", "text_image_id", "unknown_image"]
+        assert max(numbers) < 2**53
 
 
 @pytest.mark.parametrize("area", [NAN, INF, "12", "", [12], {}])

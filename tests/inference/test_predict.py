@@ -28,6 +28,7 @@ from casc.model.detector import init
 from casc.model.detector_config import DetectorConfig
 from casc.model.forward_detect import Detections
 from casc.model.preprocess import ImageConfig
+from data_tools.coco import check_annotations
 from data_tools.plan import Settings
 from data_tools.shard import Run, shard_dataset
 
@@ -242,7 +243,11 @@ def test_ids_are_taken_as_sharding_takes_them(tmp_path: Path, entry):
     file = tmp_path / "coco.json"
     file.write_text(json.dumps({"images": [entry, other]}))
     assert listed_ids(file) == {"a/1.jpg": 7, "a/2.jpg": 8}
-    for wrong in ({"id": 7}, {**entry, "id": 7.5}, {**entry, "id": True}, {**entry, "id": "x"}, 3):
+    file.write_text(json.dumps({"images": [{**entry, "id": "6f1c-a"}]}))
+    assert listed_ids(file) == {"a/1.jpg": check_annotations(
+        {"images": [{"id": "6f1c-a", "file_name": "a", "width": 1, "height": 1}], "annotations": [],
+         "categories": [{"id": 1, "name": "a"}]}, "f").images[0].id}  # fmt: skip
+    for wrong in ({"id": 7}, {**entry, "id": 7.5}, {**entry, "id": True}, {**entry, "id": []}, 3):
         file.write_text(json.dumps({"images": [other, wrong]}))
         with pytest.raises(UserError, match=r"coco\.json: images\[1\]\.(id|file_name): expected"):
             listed_ids(file)
