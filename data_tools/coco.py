@@ -411,7 +411,9 @@ def below(name: str) -> str:
     """Give an absolute path, or one that leads out of a folder, as one that lies below it.
 
     Exports keep those of the machine that made them: the file is then looked for by its last parts.
+    Label Studio's local files are at an address that ends in their path.
     """
+    name = re.sub(r"^/data/local-files/\?d=(?=.)", "", name, flags=re.DOTALL)
     parts = re.split(r"[/\\]", name)
     if ".." not in parts and not re.match(r"[/\\]|[A-Za-z]:", name):
         return name

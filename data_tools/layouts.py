@@ -15,7 +15,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -116,8 +116,9 @@ def find_files(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict
     """Find files that are listed under another spelling.
 
     Backslashes, case, Unicode's forms, %20, spaces at the ends, a leading ./ and leading folders
-    may differ; what is listed without a folder may be in any. A file is taken if it is the only one
-    that fits, and is listed by no other name.
+    may differ; what is listed without a folder may be in any, and Label Studio's mark in front of a
+    name (`1a2b3c4d-`, `1a2b3c__`) may be there or not. A file is taken if it is the only one that
+    fits, and is listed by no other name.
 
     Returns:
         The file's own name by the listed one, where it has another; and for others that aren't
@@ -134,17 +135,21 @@ def find_files(folder: Path, names: Sequence[str]) -> tuple[dict[str, str], dict
     listed = {os.path.normpath(name) for name in names}
     by_key: dict[str, set[str]] = {}
     by_name: dict[str, set[str]] = {}
+    by_bare: dict[str, set[str]] = {}
     for file in files:
         if file not in listed:
             for key in {_key(file), _key(unquote(file))}:
                 by_key.setdefault(key, set()).add(file)
-                by_name.setdefault(key.rsplit("/", 1)[-1], set()).add(file)
+                last = key.rsplit("/", 1)[-1]
+                by_name.setdefault(last, set()).add(file)
+                if _bare(last) != last:
+                    by_bare.setdefault(_bare(last), set()).add(file)
     found: dict[str, str] = {}
     hints: dict[str, str] = {}
     for name in lost:
         fitting = next(
             (by_key[k] for k in _keys(name) if k in by_key), by_name.get(_key(name), set())
-        )
+        ) or _marked(name, by_name, by_bare)
         if os.path.islink(os.path.join(folder, name)):  # noqa: PTH114, PTH118 - of each image
             hints[name] = "; it is a link to a file that isn't there"
         elif len(fitting) == 1:
@@ -255,6 +260,19 @@ def _is_file(path: str | Path) -> bool:
 def _key(name: str) -> str:
     path = os.path.normpath(name.strip("\ufeff \t\r\n").replace("\\", "/")).replace(os.sep, "/")
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
+
+
+def _bare(name: str) -> str:
+    """A name without the mark that Label Studio puts before it on upload or download."""
+    return re.sub(r"^(?:[0-9a-f]{8}-|[0-9a-f]{6,8}__)(?=.)", "", name)
+
+
+def _marked(
+    name: str, by_name: Mapping[str, set[str]], by_bare: Mapping[str, set[str]]
+) -> set[str]:
+    """Files that have a mark where the listed name has none, or the other way round."""
+    last = list(_keys(name))[-1]
+    return by_bare.get(last) or by_name.get(_bare(last), set())
 
 
 def _keys(name: str) -> Iterator[str]:

@@ -97,6 +97,7 @@ def test_layouts_of_two_splits(layout: str, tmp_path, make_picture, settings, qu
         ("export/annotations/instances_train.json", "export/train", ""),
         ("annotations/instances_train.json", "Train", ""),
         ("train/train.json", "train/img", "../img/"),
+        ("result.json", "x/photos", "/data/local-files/?d=photos/"),
     ],
 )
 def test_layouts_of_one_part(
@@ -230,6 +231,10 @@ def test_files_that_are_one_split_are_refused(tmp_path: Path, make_picture, sett
         ("https://store.example/a/my%20im.jpg?d=x#top", "my im.jpg"),
         ("/data/local-files/?d=sub/1.jpg", "1.jpg"),
         ("what?.JPG", "what?.jpg"),
+        ("/data/local-files/?d=sub%2F1.jpg", "1a2b3c4d-1.jpg"),
+        ("../../label-studio/data/media/upload/1/1A2B3C4D-1.jpg", "1.jpg"),
+        ("images\\1a2b3c4d-my im.jpg", "my im.jpg"),
+        ("https://store.example/a/1.jpg", "1a2b3c__1.jpg"),
     ],
 )
 def test_files_of_another_spelling_are_found(coco, make_picture, listed: str, there: str):
@@ -261,6 +266,17 @@ def test_files_that_could_be_another_are_not_guessed(coco, tmp_path: Path, capsy
     flags = ["--out", tmp_path / "out", "--workers", 1, "--allow-missing"]
     assert run("shard", coco.root, *flags) == 0
     assert "2 of 3 images are lost" in capsys.readouterr().err
+
+
+def test_another_mark_is_another_file(coco):
+    """Of names that both have one, or where two fit."""
+    for name in ("20240101-1.jpg", "20240102-1.jpg", "20240103-1.jpg", "x.jpg"):
+        coco.object(coco.image(name=name))
+    (coco.root / "train/20240101-1.jpg").unlink()
+    del coco.images[1:3]
+    coco.images[1]["file_name"] = "1.jpg"
+    index, _ = coco.shard()
+    assert index.splits["train"].report["findings"]["missing_file"]["count"] == 2
 
 
 def test_a_link_that_leads_nowhere_is_called_that(coco, tmp_path: Path, capsys):
