@@ -25,6 +25,8 @@ _SPLITS = ("train", "val", "valid", "validation", "test")
 _CIRCLE_POINTS = 64
 _FARTHEST = 2
 """Of YOLO's numbers, which are shares; what is far beyond 1 is pixels."""
+_CLASSES = ("classes.txt", "obj.names", "_darknet.labels")
+"""Lists of the classes, one a line: Label Studio's and LabelImg's, Darknet's and Roboflow's."""
 _NOTHING = (None, "", "~", "null", [])
 """What stands in YAML where nothing is given."""
 
@@ -34,7 +36,7 @@ class Foreign(NamedTuple):
 
     split: str
     source: Path
-    """LabelMe and VOC: the folder of JSON or XML files. YOLO: data.yaml."""
+    """LabelMe and VOC: the folder of JSON or XML files. YOLO: data.yaml, or a list of classes."""
     images: Path
     voc: VocSplit | None = None
     files: tuple[Path, ...] = ()
@@ -68,7 +70,7 @@ def find_foreign(root: Path) -> list[Foreign]:
     if voc:
         return [Foreign(part.split, part.annotations, part.images, part) for part in voc]
     if not _labelme_files(root):
-        return []
+        return _find_yolo(root)
     parts = [root / name for name in _SPLITS if _labelme_files(root / name)]
     inside = sum(len(_labelme_files(part)) for part in parts)
     if not parts or inside < len(_labelme_files(root)):
@@ -98,6 +100,90 @@ def convert(part: Foreign, every: Sequence[Foreign]) -> Converted:
         })  # fmt: skip
         return _convert_labelme(part, names)
     return _convert_yolo(part)
+
+
+def is_yolo(source: Path) -> bool:
+    """Whether a split's source is one of YOLO's."""
+    return source.suffix in (".yaml", ".yml", ".data") or source.name in _CLASSES
+
+
+def _find_yolo(root: Path) -> list[Foreign]:
+    """YOLO's labels without a data.yaml: Darknet's *.data, or a list of the classes alone."""
+    for file in filter(_is_darknet, sorted(root.glob("*.data"))):
+        about = _about(file)
+        keys = [key for key in ("train", "valid", "val", "test") if about.get(key)]
+        # CVAT names a list of validation, whether there is one or not.
+        return [_yolo_split(file, about, key) for key in keys]
+    folders = ("", "labels/", "images/", "*/", "*/labels/", "*/*/")
+    found = dict.fromkeys(
+        file for folder in folders for name in _CLASSES for file in sorted(root.glob(folder + name))
+    )
+    lists = [file for file in found if visible(file, root) and file.is_file()]
+    names = {tuple(_class_names(file)) for file in lists}
+    pictures = [f for f in sorted(root.rglob("*")) if f.suffix.lower() in IMAGES]
+    pictures = [f for f in pictures if visible(f, root) and f.is_file()]
+    labels = (text for text in map(yolo_labels, pictures) if text.is_file())
+    text = next((text for text in labels if has_objects(text)), None)
+    if text is None:
+        return []
+    if len(names) > 1:
+        raise UserError(
+            f"{root}: {lists[0].relative_to(root)} and {lists[-1].relative_to(root)} name other"
+            " classes; write a data.yaml with names:, train: and val: at the top"
+        )
+    if not names:
+        raise UserError(
+            f"{root}: has labels of YOLO's, such as {text.relative_to(root)}, and no data.yaml or"
+            " classes.txt that names the classes; write classes.txt, one name a line"
+        )
+    splits: dict[str, list[Path]] = {}
+    for image in pictures:
+        above = (part.lower() for part in image.relative_to(root).parent.parts)
+        split = next((part for part in above if part in _SPLITS), "train")
+        split = "val" if split.startswith("val") else split
+        splits.setdefault(split, []).append(image)
+    return [Foreign(split, lists[0], root, files=tuple(files)) for split, files in splits.items()]
+
+
+def has_objects(labels: Path) -> bool:
+    """Whether a text is labels of YOLO's; names of classes and lists of images lie among them."""
+    with labels.open(encoding="utf-8-sig", errors="replace") as stream:
+        return bool(re.match(r"\s*\d+(\s+[-+.\deE]+){4}", stream.read(4096)))
+
+
+def _is_darknet(file: Path) -> bool:
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return all(re.search(rf"^\s*{key}\s*=", text, re.MULTILINE) for key in ("names", "train"))
+
+
+def _about(file: Path) -> dict[str, Any]:
+    """What a data.yaml says, Darknet's *.data, or a list of classes."""
+    if file.suffix in (".yaml", ".yml"):
+        return _yaml(file)
+    if file.suffix != ".data":
+        return {"names": dict(enumerate(_class_names(file)))}
+    pairs = (line.partition("=") for line in _lines(file))
+    about: dict[str, Any] = {key.strip(): value.strip() for key, _, value in pairs}
+    listed = about.get("names") or ""
+    tries = [file.parent / listed, *_beside(file, listed)] if listed else []
+    names = next((place for place in tries if place.is_file()), None)
+    if names is None:
+        raise UserError(f"{file}: names: {listed!a}: no such list of classes; mend it")
+    return {**about, "names": dict(enumerate(_class_names(names)))}
+
+
+def _class_names(file: Path) -> list[str]:
+    lines = _lines(file)
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return [line.strip() for line in lines]
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: can't be read as lines of text ({error})") from None
 
 
 def _is_yolo(file: Path) -> bool:
@@ -345,7 +431,7 @@ def yolo_labels(image: Path) -> Path:
 
 
 def _convert_yolo(part: Foreign) -> Converted:
-    about = _yaml(part.source)
+    about = _about(part.source)
     by_number: dict[int, str] = about["names"]
     keypoints = _keypoints(about.get("kpt_shape"), part.source)
     digest = hashlib.sha256(json.dumps([*sorted(by_number.items()), keypoints]).encode())
@@ -397,7 +483,7 @@ def _yolo_line(
     except ValueError:
         raise UserError(f"{place}: expected a class and numbers, got {line[:40]!a}") from None
     if number not in names:
-        raise UserError(f"{place}: class {number} isn't in data.yaml's names")
+        raise UserError(f"{place}: class {number} isn't among the {len(names)} that are named")
     if not all(abs(value) <= _FARTHEST for value in values):
         wrong = next(value for value in values if not abs(value) <= _FARTHEST)
         raise UserError(

@@ -94,7 +94,7 @@ def choose_parts(
     if not found:
         lacking = ", ".join(f"{part.images}/" for part in coco)
         raise UserError(
-            f"{root}: no COCO annotation file with its images, nor LabelMe, YOLO (a data.yaml) or"
+            f"{root}: no COCO annotation file with its images, nor LabelMe, YOLO or"
             " Pascal VOC;"
             f" is {root} the root of a data set?"
             f" For any other layout {_REMEDY}" + (f"; there is no {lacking}" if lacking else "")

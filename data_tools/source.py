@@ -12,13 +12,14 @@ from typing import NamedTuple
 from casc.errors import UserError
 from data_tools.boxes import mend_corners
 from data_tools.coco import Annotations, check_annotations, read_annotations
-from data_tools.foreign import convert, yolo_labels
+from data_tools.foreign import convert, has_objects, is_yolo, yolo_labels
 from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
 from data_tools.report import Finding
 from data_tools.voc_files import visible
 
-_BESIDE_IMAGES = (".txt", ".cache", ".npy", ".yaml", ".yml", ".json", ".xml")
+_BESIDE_IMAGES = (".txt", ".cache", ".npy", ".yaml", ".yml", ".json", ".xml",
+                  ".labels")  # fmt: skip
 """What Ultralytics and labelling tools put among images."""
 _CONTENT_VERSION = 5
 """Raised when the same input gives other shards than before, so that old ones aren't reused."""
@@ -173,14 +174,14 @@ def count_unlisted(source: Source, every: Sequence[Source]) -> int:
     }
     # An export may keep its annotation file among the images.
     listed |= {os.path.abspath(other.file) for other in every}  # noqa: PTH100
-    if source.file.suffix in (".yaml", ".yml"):
+    if is_yolo(source.file):
         images = [source.images / image.file_name for image in source.annotations.images]
         found = _files_in({image.parent for image in images})
         pictures = [f for f in found if f.suffix.lower() not in _BESIDE_IMAGES]
         # Objects of an image that isn't there, or not as a kind of file that is looked for.
         wanted = {yolo_labels(image) for image in [*images, *pictures]}
         texts = _files_in({text.parent for text in wanted})
-        lost = [f for f in texts if f.suffix == ".txt" and f not in wanted and _has_objects(f)]
+        lost = [f for f in texts if f.suffix == ".txt" and f not in wanted and has_objects(f)]
         paths = {os.path.abspath(f) for f in pictures}  # noqa: PTH100
         return len(paths - listed) + len(lost)
     labels = (".json", ".xml") if source.file.is_dir() else ()
@@ -197,12 +198,6 @@ def count_unlisted(source: Source, every: Sequence[Source]) -> int:
 def _files_in(folders: Iterable[Path]) -> list[Path]:
     files = [f for above in folders if above.is_dir() for f in above.iterdir() if f.is_file()]
     return [f for f in files if not f.name.startswith(".")]
-
-
-def _has_objects(labels: Path) -> bool:
-    """Whether a text is labels of YOLO's; names of classes and lists of images lie among them."""
-    with labels.open(encoding="utf-8-sig", errors="replace") as stream:
-        return bool(re.match(r"\s*\d+(\s+[-+.\deE]+){4}", stream.read(4096)))
 
 
 def source_digest(source: Source, images: Sequence[str]) -> str:

@@ -276,6 +276,60 @@ def test_yolo_lists_of_images(tmp_path, make_picture, quiet_run):
     assert report["images"]["unlisted_files"] == 1
 
 
+OBJ_DATA = "classes = 2\ntrain = data/train.txt\nvalid = data/valid.txt\nnames = data/obj.names\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "files", "splits"),
+    [
+        ("images", {"classes.txt": "cat\ndog\n", "notes.json": "{}"}, ("train",)),  # Label Studio
+        ("images", {"labels/classes.txt": "cat\ndog"}, ("train",)),
+        (".", {"classes.txt": "cat\ndog\n"}, ("train",)),  # LabelImg
+        ("images/{}", {"classes.txt": "cat\ndog"}, ("train", "val")),
+        ("{}/images", {"{}/classes.txt": "cat\ndog"}, ("train", "val")),
+        ("{}", {"{}/_darknet.labels": "cat\ndog"}, ("train", "valid")),  # Roboflow
+        ("obj_train_data", {"obj.data": OBJ_DATA, "obj.names": "cat\ndog\n"}, ("train",)),  # CVAT
+    ],
+)
+def test_yolo_without_a_yaml(folder, files, splits, tmp_path, make_picture, quiet_run):
+    root = tmp_path / "set"
+    for split in splits:
+        for name, x in (("a", 3), ("b", 9)):
+            boxed(root, f"{folder}/{split}-{name}.jpg".format(split), x, make_picture)
+        for name, text in files.items():
+            (root / name.format(split)).write_text(text)
+        if "obj.data" in files:
+            names = (f"data/{folder}/{split}-{name}.jpg\n" for name in "ab")
+            (root / f"{split}.txt").write_text("".join(names))
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert [(c.id, c.name) for c in index.categories] == [(0, "cat"), (1, "dog")]
+    assert set(index.splits) == {"val" if split == "valid" else split for split in splits}
+    for split, about in index.splits.items():
+        assert sorted(lefts(found, split).values()) == [3, 9]
+        assert about.report["images"]["unlisted_files"] == 0
+
+
+def test_yolo_whose_classes_are_not_told(tmp_path, make_picture, quiet_run):
+    root = tmp_path / "set"
+    boxed(root, "images/a.jpg", 3, make_picture)
+    with pytest.raises(
+        UserError, match=r"labels of YOLO's, such as labels/a\.txt, .* write classes"
+    ):
+        shard(root, tmp_path / "out", quiet_run)
+    (root / "classes.txt").write_text("cat\n")
+    with pytest.raises(
+        UserError, match=r"a\.txt: line 1: class 1 isn't among the 1 that are named"
+    ):
+        shard(root, tmp_path / "out", quiet_run)
+    (root / "labels/classes.txt").write_text("dog\ncat\n")
+    with pytest.raises(UserError, match=r"classes\.txt and labels/classes\.txt name other classes"):
+        shard(root, tmp_path / "out", quiet_run)
+    for captions in root.rglob("*.txt"):
+        captions.write_text("a cat on a mat")
+    with pytest.raises(UserError, match="no COCO annotation file with its images"):
+        shard(root, tmp_path / "out", quiet_run)
+
+
 def test_yolo_several_folders(tmp_path, make_picture, quiet_run):
     root = tmp_path / "set"
     boxed(root, "one/images/a.jpg", 3, make_picture)

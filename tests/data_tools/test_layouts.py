@@ -270,7 +270,7 @@ def test_files_that_could_be_another_are_not_guessed(coco, tmp_path: Path, capsy
 
 def test_another_mark_is_another_file(coco):
     """Of names that both have one, or where two fit."""
-    for name in ("20240101-1.jpg", "20240102-1.jpg", "20240103-1.jpg", "x.jpg"):
+    for name in ("20240101-1.jpg", "20240102-1.jpg", "20240103-1.jpg", "x.jpg", "y.jpg"):
         coco.object(coco.image(name=name))
     (coco.root / "train/20240101-1.jpg").unlink()
     del coco.images[1:3]
