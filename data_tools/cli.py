@@ -356,6 +356,14 @@ def _verdict(index: Index, splits: Sequence[str], allow_missing: bool) -> int:
                 " --crowds objects takes them for objects",
                 sys.stderr,
             )
+        shared = findings.get("in_other_split")
+        if shared:
+            say(
+                f"{name}: {shared['count']:,} of {images:,} images are in another split too, which"
+                f" makes figures look better than they are ({'; '.join(shared['examples'][:3])});"
+                " take them out of one",
+                sys.stderr,
+            )
         if not counts["trained"]:
             without = counts.get("trained_without_masks", 0)
             what = f" with masks, {without:,} boxes with --model.masks none" if without else ""

@@ -79,6 +79,7 @@ KINDS: dict[str, Kind] = {
     "large_image": Kind("image", "kept", "far larger than others; --max-size makes batches small"),
     "box_not_mask": Kind("annotation", "kept", "box and mask overlap by less than IoU 0.5"),
     "multi_part": Kind("annotation", "kept", "mask of several parts"),
+    "in_other_split": Kind("image", "kept", "the same file is in another split too"),
     "duplicate_file_name": Kind("image", "kept", "a file listed as several images"),
     "unused_category": Kind("category", "kept", "no annotation is of it"),
     "duplicate_category_name": Kind("category", "kept", "a name shared by categories"),

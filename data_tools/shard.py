@@ -20,6 +20,7 @@ from data_tools.folder import enter_index, lock_folder, old_index, remove_stale
 from data_tools.images import Probe, file_digest, probe_image
 from data_tools.journal import Journal
 from data_tools.layouts import Part, choose_parts
+from data_tools.leaks import Images, report_leaks
 from data_tools.parallel import map_tasks
 from data_tools.plan import (
     Item,
@@ -143,8 +144,13 @@ def shard_dataset(
         made = dict(index.splits) if index is not None and fits else {}
         if not fits:
             enter_index(out, Index(categories, made))
+        current: dict[str, Images] = {}
         for source in sources:
-            if source.split in made and _unchanged(source, out, made[source.split], run):
+            digests = (
+                _unchanged(source, out, made[source.split], run) if source.split in made else None
+            )
+            if digests is not None:
+                current[source.split] = Images(source, digests)
                 shards = len(made[source.split].shards)
                 run.say(f"{source.split}: nothing has changed, {shards} shards reused")
                 Journal(out, source.split).remove()  # a run ended between its index and this
@@ -153,16 +159,20 @@ def shard_dataset(
             if made.pop(source.split, None) is not None:
                 # From here on the old entry isn't true any more.
                 enter_index(out, Index(categories, made))
-            made[source.split] = _make_split(source, sources, out, settings, run)
+            made[source.split], digests = _make_split(source, sources, out, settings, run)
+            current[source.split] = Images(source, digests)
             enter_index(out, Index(categories, made))
             Journal(out, source.split).remove()
             remove_stale(out, source.split, made[source.split], run.say)
-        return Index(categories, made)
+        index = Index(categories, report_leaks(out, made, current))
+        if index.splits != made:
+            enter_index(out, index)
+        return index
 
 
 def _make_split(
     source: Source, sources: Sequence[Source], out: Path, settings: Settings, run: Run
-) -> Split:
+) -> tuple[Split, list[str]]:
     for path in (out / source.split).glob(f"*{TEMPORARY}"):
         path.unlink()
     journal = Journal(out, source.split)
@@ -202,7 +212,8 @@ def _make_split(
     for result in results:
         findings += result.findings
     report = _report(source, sources, items, results, findings)
-    return Split(
+    digests = [probe.sha256 for probe in probes]
+    split = Split(
         samples=len(items),
         train_samples=sum(item.train for item in items),
         buckets=tuple(bucket for bucket, _ in made),
@@ -219,8 +230,9 @@ def _make_split(
             for shard, result in zip(planned, results, strict=True)
         ),
         report=report,
-        source=source_digest(source, [probe.sha256 for probe in probes]),
+        source=source_digest(source, digests),
     )
+    return split, digests
 
 
 def _probe_images(source: Source, journal: Journal, channels: int, run: Run) -> list[Probe]:
@@ -339,10 +351,10 @@ def _report(
     return {"images": images, "annotations": objects, "findings": kinds}
 
 
-def _unchanged(source: Source, out: Path, split: Split, run: Run) -> bool:
-    """Whether a split's shards are there, whole, and made of this very input."""
+def _unchanged(source: Source, out: Path, split: Split, run: Run) -> list[str] | None:
+    """The images' digests if a split's shards are there, whole, and made of this very input."""
     if not split.source.startswith(source.digest[:32]):
-        return False
+        return None
     shards = [out / shard.name for shard in split.shards]
     written = map_tasks(
         file_written,
@@ -355,7 +367,7 @@ def _unchanged(source: Source, out: Path, split: Split, run: Run) -> bool:
     expected = [Written(shard.bytes, shard.sha256) for shard in split.shards]
     if list(written) != expected:
         run.say(f"{source.split}: shards are missing or damaged, and made again")
-        return False
+        return None
     paths = [source.images / image.file_name for image in source.annotations.images]
     chunks = [paths[i : i + 64] for i in range(0, len(paths), 64)]
     found = map_tasks(
@@ -367,7 +379,7 @@ def _unchanged(source: Source, out: Path, split: Split, run: Run) -> bool:
         progress=run.progress,
     )
     digests = [digest for chunk in found for digest in chunk]
-    return source_digest(source, digests) == split.source
+    return digests if source_digest(source, digests) == split.source else None
 
 
 def _digest_chunk(paths: Sequence[Path]) -> list[str]:

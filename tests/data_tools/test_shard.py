@@ -23,6 +23,7 @@ from casc.errors import UserError
 from data_tools import shard as shard_module
 from data_tools import write as write_module
 from data_tools.check import check_shards, fault_lines
+from data_tools.cli import main
 from data_tools.plan import Settings, order_key
 from data_tools.report import parse_ids
 from data_tools.shard import Run, shard_dataset
@@ -368,6 +369,46 @@ def test_splits_are_added_to_the_index(varied, another_coco, settings, quiet_run
     with pytest.raises(UserError, match="categories: id 3"):
         shard_dataset(val.root, out, None, settings, quiet_run())
     assert contents(both) == contents(out)
+
+
+def test_images_in_two_splits_are_told(
+    varied, another_coco, settings, quiet_run, make_picture, capsys
+):
+    """By their bytes, under any name; in one run, in a run of each, and when all is reused."""
+    varied.write()
+    other = another_coco("coco")
+    other.split = "val"
+    (other.root / "val").mkdir()
+    same = [(varied.root / "train" / varied.images[i]["file_name"]).read_bytes() for i in (2, 5)]
+    for name, data in (("x.jpg", same[0]), ("7.jpg", same[1]), ("own.jpg", None)):
+        size = (64, 40) if name == "x.jpg" else (60, 50)
+        other.object(other.image(*size, name=name, data=data, id=900 + len(other.images)))
+    other.write()
+
+    def found(index):
+        return {
+            name: s.report["findings"].get("in_other_split") for name, s in index.splits.items()
+        }
+
+    both = varied.root.with_name("both")
+    each = varied.root.with_name("each")
+    made = shard_dataset(varied.root, both, None, settings, quiet_run())
+    assert found(made)["train"] is None
+    about = found(made)["val"]
+    assert (about["count"], about["ids"]) == (2, "900 901")
+    assert about["examples"] == ["900: x.jpg is in train", "901: 7.jpg is in train"]
+    assert read_index(both) == made
+    assert shard_dataset(varied.root, both, None, settings, quiet_run()) == made
+    for split in ("train", "val"):
+        index = shard_dataset(varied.root, each, [split], settings, quiet_run())
+    assert index == made
+    with pytest.raises(SystemExit) as stop:
+        main(["shard", str(varied.root), "--out", str(both), "--workers", "1"])
+    assert stop.value.code == 0
+    assert "val: 2 of 3 images are in another split too" in capsys.readouterr().err
+    (varied.root / "val/x.jpg").write_bytes(make_picture(64, 40, seed=77))
+    index = shard_dataset(varied.root, both, ["val"], settings, quiet_run())
+    assert found(index)["val"]["ids"] == "901"
 
 
 def test_an_index_never_describes_shards_that_are_not_there(
