@@ -226,10 +226,13 @@ def _labelme(file: Path) -> tuple[dict[str, Any], bytes]:
 def _convert_labelme(part: Foreign, names: Sequence[str]) -> Converted:
     images, annotations, others = [], [], []
     digest, numbers = hashlib.sha256(json.dumps(names).encode()), itertools.count(1)
+    there = {f.name.casefold() for f in part.images.rglob("*.*")}
     for image_id, file in enumerate(_labelme_files(part.source), 1):
         about, data = _labelme(file)
         digest.update(f"{file.relative_to(part.source)}\0".encode() + data)
         image = _labelmes_image(file, about)
+        if image.name.casefold() not in there and not _exists(image) and about.get("imageData"):
+            image = file  # which holds it
         path = os.path.relpath(image, part.images).replace(os.sep, "/")
         if path.startswith("..") or not _exists(image):
             path = image.name  # looked for in all folders

@@ -1,7 +1,9 @@
 """Image files: what each is, whether it decodes, and the bytes that go into a shard."""
 
+import base64
 import hashlib
 import io
+import json
 import os
 import stat
 from pathlib import Path
@@ -89,7 +91,7 @@ def probe_image(path: str | Path, channels: int = 3) -> Probe:
 
 
 def read_file(path: str | Path) -> bytes:
-    """Read a file's bytes.
+    """Read a file's bytes; of a JSON file of LabelMe's those of the image in it.
 
     Raises:
         ImageError: when it isn't a plain file of sensible size.
@@ -101,7 +103,15 @@ def read_file(path: str | Path) -> bytes:
     if about.st_size > LARGEST_FILE:
         raise ImageError(f"too large ({about.st_size} bytes)")
     with open(path, "rb", buffering=0) as stream:  # noqa: PTH123
-        return stream.readall()
+        data = stream.readall()
+    return _embedded(data) if str(path).endswith(".json") else data
+
+
+def _embedded(data: bytes) -> bytes:
+    try:
+        return base64.b64decode(json.loads(data)["imageData"], validate=True)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ImageError(f"imageData: no image in base64 ({_one_line(error)})") from None
 
 
 def file_digest(path: Path) -> str:
@@ -246,7 +256,7 @@ def _probe(data: bytes, name: str, channels: int) -> Probe:
         traits.append("sixteen_bit")
     extension = known.get(kind, "png" if channels in (1, 3) else "npy")
     given = os.path.splitext(name)[1].lower().lstrip(".")  # noqa: PTH122 - of each image
-    if kind in known and given not in _ALIASES.get(extension, {extension}):
+    if given != "json" and kind in known and given not in _ALIASES.get(extension, {extension}):
         traits.append("wrong_extension")
     return Probe(
         extension=extension,

@@ -46,6 +46,9 @@ KINDS: dict[str, Kind] = {
     "rescaled": Kind("image", "annotations scaled", "of another size than annotated, same shape"),
     "corners": Kind("annotation", "converted", "box [x, y, x, y], as the masks of the file say"),
     "other_spelling": Kind("image", "found", "its file has a name of another spelling"),
+    "embedded": Kind(
+        "image", "found", "its file isn't there, but in imageData of LabelMe's JSON file"
+    ),
     "exif_applied": Kind("image", "turned", "EXIF orientation"),
     "exif_assumed": Kind("image", "turned", "EXIF orientation; sizes can't confirm it"),
     "exif_ignored": Kind("image", "not turned", "EXIF orientation, annotated unturned"),

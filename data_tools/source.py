@@ -66,10 +66,17 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
         made = convert(next(other for other in foreign if other.split == split), foreign)
         annotations, content = check_annotations(made.data, str(file)), made.digest
         others = [Finding("other_shape", number, kind) for number, kind in made.other_shapes]
+        embedded = [
+            Finding("embedded", image.id, image.file_name)
+            for image in annotations.images
+            if image.file_name.endswith(".json")
+        ]
         annotations = annotations._replace(
             listed_annotations=annotations.listed_annotations + len(others),
             # None of these formats has areas.
-            findings=[f for f in annotations.findings if f.kind != "missing_area"] + others,
+            findings=[f for f in annotations.findings if f.kind != "missing_area"]
+            + others
+            + embedded,
         )
     else:
         annotations = read_annotations(file, skip_invalid=settings.skip_invalid)

@@ -12,6 +12,7 @@ from xml.parsers import expat
 from casc.data.decode import ImageError, exif_orientation, open_image, stored_size
 from casc.errors import UserError
 from data_tools.boxes import mask_box
+from data_tools.images import read_file
 from data_tools.voc_files import VocSplit, file_bytes, images_of
 from data_tools.voc_masks import name_objects, pair, read_numbers
 
@@ -248,7 +249,7 @@ def _size(tree: Element, image: Path) -> tuple[int, int]:
 def image_size(file: Path) -> tuple[int, int]:
     """Give an image file's width and height, upright; 1 and 1 if it can't be read."""
     try:
-        with open_image(file.read_bytes()) as image:
+        with open_image(read_file(file)) as image:
             width, height = stored_size(image)
             return (height, width) if exif_orientation(image) >= 5 else (width, height)
     except (ImageError, OSError):

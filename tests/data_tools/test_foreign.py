@@ -123,6 +123,36 @@ def test_labelmes_relatives(tmp_path, make_picture, quiet_run):
         shard(root, tmp_path / "out", quiet_run)
 
 
+def test_images_in_labelmes_files(tmp_path, make_picture, quiet_run):
+    """Where there is no file of it, whatever imagePath says; a file goes first."""
+    root, pictures = tmp_path / "set", {}
+    for name, path in (("a", "a.jpg"), ("bb", "C:\\me\\bb.jpg"), ("ccc", "ccc.jpg")):
+        labelme(root, name, [shape("cat", RING)], make_picture, path=path)
+        file = root / f"{name}.json"
+        pictures[name] = make_picture(WIDTH, HEIGHT, seed=40 + len(name))
+        about = {"imageData": base64.b64encode(pictures[name]).decode()}
+        about |= {"imageWidth": None, "imageHeight": None} if name == "bb" else {}
+        file.write_text(json.dumps(json.loads(file.read_text()) | about))
+        if name != "ccc":
+            (root / f"{name}.jpg").unlink()
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert set(found) == {("train", name) for name in ("a.json", "bb.json", "ccc.jpg")}
+    assert found["train", "a.json"][0] == pictures["a"]
+    assert found["train", "bb.json"][0] == pictures["bb"]
+    assert found["train", "ccc.jpg"][0] == (root / "ccc.jpg").read_bytes()
+    assert all(entries[0]["train"] for _, entries in found.values())
+    findings = index.splits["train"].report["findings"]
+    assert set(findings) == {"embedded"}
+    assert findings["embedded"]["count"] == 2
+    about = json.loads((root / "a.json").read_text()) | {"imageData": "?"}
+    (root / "a.json").write_text(json.dumps(about))
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert (
+        "imageData: no image"
+        in index.splits["train"].report["findings"]["unreadable"]["examples"][0]
+    )
+
+
 @pytest.mark.parametrize("label", [None, "", " ", ["cat"]])
 def test_a_shape_without_a_label_is_named(tmp_path, make_picture, quiet_run, label):
     shapes = [shape("cat", RING), shape(label, RING)]
