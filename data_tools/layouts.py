@@ -23,6 +23,7 @@ from urllib.parse import unquote
 from casc.errors import UserError
 from data_tools.coco import below
 from data_tools.foreign import Foreign, find_foreign
+from data_tools.others import name_other
 from data_tools.voc_files import visible
 
 _GENERIC = {"", "annotations", "coco", "data", "default", "export", "instances", "labels", "result"}
@@ -93,6 +94,9 @@ def choose_parts(
         return [by_name.get(split, part) for split, part in usual.items()]
     if not found:
         lacking = ", ".join(f"{part.images}/" for part in coco)
+        other = "" if listed else name_other(root)
+        if other:
+            raise UserError(other)
         raise UserError(
             f"{root}: no COCO annotation file with its images, nor LabelMe, YOLO or"
             " Pascal VOC;"

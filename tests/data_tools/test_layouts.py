@@ -1,6 +1,7 @@
 """Data sets as tools export them; their own pixels and boxes say which files were met."""
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
@@ -181,6 +182,50 @@ def test_splits_of_files_with_odd_names(name, split, tmp_path, make_picture, set
     true = export(tmp_path / "data" / name, tmp_path / "data/images", make_picture)
     shard_dataset(tmp_path / "data", tmp_path / "out", None, settings, quiet_run())
     assert stored(tmp_path / "out", split) == true
+
+
+def test_layouts_that_are_not_read_are_named(tmp_path: Path, settings, quiet_run):
+    """As the tools write them; none of COCO, LabelMe, YOLO or VOC."""
+    region = {"shape_attributes": {"name": "polygon"}, "region_attributes": {}}
+    supervisely = {"objects": [{"classTitle": "cat", "geometryType": "polygon"}]}
+    detectron = [{"file_name": "1.jpg", "annotations": [{"bbox_mode": 0, "category_id": 0}]}]
+    anything = {"image": {"file_name": "1.jpg"}, "annotations": [{"crop_box": [0, 0, 9, 9]}]}
+    create = [{"image": "1.jpg", "annotations": [{"label": "cat", "coordinates": {"x": 1}}]}]
+    studio = [{"data": {"image": "/data/upload/1.jpg"}, "annotations": [{"result": []}]}]
+    detections = [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]
+    cases = {
+        "annotations.xml": (
+            "<annotations><version>1.1</version>",
+            "CVAT's own XML; export .* COCO",
+        ),
+        "via.json": ({"1.jpg9": {"regions": [region]}}, r"\(VIA\); choose Export Annotations"),
+        "ds/ann/1.jpg.json": (supervisely, "Supervisely's; export it as COCO"),
+        "train.json": (detectron, "Detectron2's .*convert_to_coco_json"),
+        "sa_1.json": (anything, "Segment Anything's, whose masks have no classes"),
+        "_annotations.createml.json": (create, "CreateML's, which has boxes only"),
+        "project.json": (studio, "Label Studio's own JSON; export it as COCO"),
+        "detections.json": (detections, "list of detections; give the file of annotations"),
+        "annotations/default.json": ({"info": {}, "items": []}, "Datumaro's; .*datum convert"),
+        "data.json": (
+            {"images": [], "annotations": []},
+            "without all of .* categories; give --ann",
+        ),
+        "train.csv": ("ImageId,EncodedPixels\n1.jpg,1 3\n", "table of run lengths"),
+        "segmentation.csv": ("MaskPath,ImageID,LabelName\n", "Open Images' table of masks"),
+        "train/metadata.jsonl": ('{"file_name": "1.jpg"}', "Hugging Face's imagefolder"),
+        "SegmentationClass/1.png": ("", r"objects aren't told apart; .* \(SegmentationObject/\)"),
+        "data.zip": ("PK", "an archive; unpack it"),
+    }
+    for name, (content, told) in cases.items():
+        root = tmp_path / name.replace("/", "-")
+        (root / name).parent.mkdir(parents=True)
+        text = content if isinstance(content, str) else json.dumps(content)
+        (root / name).write_text(text)
+        (root / "1.jpg").write_bytes(b"")
+        with pytest.raises(UserError) as refused:
+            shard_dataset(root, tmp_path / "out", None, settings, quiet_run())
+        assert re.search(f": can't read {re.escape(name)}, .*{told}", str(refused.value)), name
+        assert "\n" not in str(refused.value)
 
 
 def run(*arguments: object) -> int:
