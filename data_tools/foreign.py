@@ -19,7 +19,7 @@ from casc.data.record import MOST_PIXELS
 from casc.errors import UserError
 from data_tools.coco import below
 from data_tools.voc import image_size, read_voc
-from data_tools.voc_files import IMAGES, VocSplit, find_voc, visible
+from data_tools.voc_files import IMAGES, VocSplit, find_voc, images_of, visible
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _CIRCLE_POINTS = 64
@@ -236,7 +236,7 @@ def _convert_labelme(part: Foreign, names: Sequence[str]) -> Converted:
         path = os.path.relpath(image, part.images).replace(os.sep, "/")
         if path.startswith("..") or not _exists(image):
             path = image.name  # looked for in all folders
-        size = {key: about.get(f"image{key.title()}") for key in ("width", "height")}
+        size = {key: _pixels(about, f"image{key.title()}", file) for key in ("width", "height")}
         if None in size.values():
             if not _exists(image):
                 raise UserError(
@@ -267,11 +267,26 @@ def _convert_labelme(part: Foreign, names: Sequence[str]) -> Converted:
     return Converted(_coco(images, annotations, categories), digest.hexdigest(), others)
 
 
+def _pixels(about: dict[str, Any], key: str, file: Path) -> int | None:
+    """A side of the image; None where it isn't given."""
+    value = about.get(key)
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value, re.ASCII):
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is not None and (type(value) is not int or value < 1):
+        raise UserError(f"{file}: {key}: expected a whole number of pixels, got {value!a:.40}")
+    return value
+
+
 def _labelmes_image(file: Path, about: dict[str, Any]) -> Path:
     """Where it is, or else what it is called: what is listed may be a path of another machine."""
     listed = str(about.get("imagePath") or file.with_suffix(".jpg").name).replace("\\", "/")
     named = Path(os.path.normpath(file.parent / listed))
-    return named if _exists(named) else file.parent / named.name
+    # A JSON file is named after its image, which may have become another kind of file since.
+    own = [file.parent / name for name in images_of(file.parent, file.stem)]
+    tries = [named, file.parent / named.name, *own]
+    return next((path for path in tries if _exists(path)), tries[1])
 
 
 def _mask(shape: dict[str, Any], place: str, width: Any, height: Any) -> dict[str, Any]:
@@ -460,6 +475,11 @@ def _convert_yolo(part: Foreign) -> Converted:
                 category, ring, box = _yolo_line(line, place, by_number, keypoints, width, height)
                 made = _annotation(next(numbers), image_id, category, [ring] if ring else [], box)
                 annotations.append(made)
+    if part.split == "train" and ids and not any(yolo_labels(file).is_file() for file in ids):
+        raise UserError(
+            f"{part.source}: none of the {len(ids)} images of train has labels; put them where"
+            f" Ultralytics looks, the first's at {yolo_labels(part.files[0])}"
+        )
     categories = [{"id": i, "name": name} for i, name in by_number.items()]
     return Converted(_coco(images, annotations, categories), digest.hexdigest(), [])
 

@@ -116,7 +116,7 @@ def _with_masks(
     others = [number for number in numbers.masks if number not in paired]
     if not others:
         return entries
-    told = _mask_file(file.parent.with_name("SegmentationClass"), name)
+    told = _mask_file(part.masks and part.masks.with_name("SegmentationClass"), name)
     if told is None:
         raise UserError(
             f"{file}: object {others[0]} is in no XML file, and there is no SegmentationClass/ that"
@@ -184,7 +184,8 @@ def _parse(file: Path, data: bytes) -> Element:
     except (expat.ExpatError, ParseError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: not valid XML ({error})") from None
+        remedy = "; save it as UTF-8" if "encoding" in str(error) else ""
+        raise UserError(f"{file}: not valid XML ({error}){remedy}") from None
 
 
 def _objects(tree: Element, file: Path) -> Iterator[VocObject]:

@@ -360,6 +360,31 @@ def test_yolo_whose_classes_are_not_told(tmp_path, make_picture, quiet_run):
         shard(root, tmp_path / "out", quiet_run)
 
 
+def test_yolo_without_any_labels_is_refused(tmp_path, make_picture, quiet_run):
+    """Where they lie elsewhere, all images would be background."""
+    root = tmp_path / "set"
+    yolo(root, make_picture, [f"1 {spelt(RING)}"])
+    (root / "labels/val").rename(root / "val")
+    assert shard(root, tmp_path / "out", quiet_run)[1]["val", "a.jpg"][1] == []
+    (root / "labels/train").rename(root / "elsewhere")
+    told = r"data\.yaml: none of the 2 images of train has labels; .*first's at .*train/a\.txt"
+    with pytest.raises(UserError, match=told):
+        shard(root, tmp_path / "out", quiet_run)
+
+
+def test_labelmes_image_of_another_kind(tmp_path, make_picture, quiet_run):
+    """The JSON file has its name still; sizes may be texts, or told as nonsense."""
+    root = tmp_path / "set"
+    labelme(root, "a", [shape("cat", RING)], make_picture, path="a.png")
+    about = json.loads((root / "a.json").read_text())
+    (root / "a.json").write_text(json.dumps(about | {"imageWidth": "60", "imageHeight": 50.0}))
+    _, found = shard(root, tmp_path / "out", quiet_run)
+    assert found["train", "a.jpg"][0] == (root / "a.jpg").read_bytes()
+    (root / "a.json").write_text(json.dumps(about | {"imageWidth": "wide"}))
+    with pytest.raises(UserError, match=r"a\.json: imageWidth: expected a whole number .*'wide'"):
+        shard(root, tmp_path / "out", quiet_run)
+
+
 def test_yolo_several_folders(tmp_path, make_picture, quiet_run):
     root = tmp_path / "set"
     boxed(root, "one/images/a.jpg", 3, make_picture)

@@ -131,10 +131,13 @@ PAINTED = {1: (50, 83, 9), 2: (184, 61, 245), 3: (50, 83, 9), 255: (224, 224, 19
 
 @pytest.mark.parametrize("colours", [DEVKIT, RANDOM])
 @pytest.mark.parametrize("boxes", [None, [], [3, 1]])
-def test_painted_masks(colours, boxes, tmp_path, make_picture, quiet_run):
+@pytest.mark.parametrize("name", ["a", "sub/a"])
+def test_painted_masks(colours, boxes, name, tmp_path, make_picture, quiet_run):
     """CVAT's and Datumaro's, whose XML files, where there are any, have boxes in another order."""
     root, mask = tmp_path / "set", numbered(5, 3)
-    add(root / "Annotations", root / "JPEGImages", "a", "", make_picture)
+    for folder in ("Annotations", "JPEGImages", "SegmentationObject", "SegmentationClass"):
+        (root / folder / name).parent.mkdir(parents=True)
+    (root / f"JPEGImages/{name}.jpg").write_bytes(make_picture(WIDTH, HEIGHT))
     if boxes is None:
         shutil.rmtree(root / "Annotations")
         (root / "ImageSets/Segmentation").mkdir(parents=True)
@@ -144,15 +147,13 @@ def test_painted_masks(colours, boxes, tmp_path, make_picture, quiet_run):
         corners = [coco_box(mask == n) for n in boxes]
         things = [("dog", [x, y, x + w, y + h], 0) for x, y, w, h in corners]
         text = xml("a.jpg", [*things, ("cat", [0, 40, 60, 50], 0)] if boxes else [])
-        (root / "Annotations/a.xml").write_text(text)
-    for folder in ("SegmentationObject", "SegmentationClass"):
-        (root / folder).mkdir()
-    (root / "SegmentationObject/a.png").write_bytes(painted(mask, colours))
-    (root / "SegmentationClass/a.png").write_bytes(painted(mask, PAINTED))
+        (root / f"Annotations/{name}.xml").write_text(text)
+    (root / f"SegmentationObject/{name}.png").write_bytes(painted(mask, colours))
+    (root / f"SegmentationClass/{name}.png").write_bytes(painted(mask, PAINTED))
     (root / "labelmap.txt").write_text(LABELMAP)
     index, found = shard(root, tmp_path / "out", quiet_run)
     assert [c.name for c in index.categories] == ["cat", "dog"]
-    entries = found["train", "a.jpg"][1]
+    entries = found["train", f"{name}.jpg"][1]
     alone = [e for e in entries if not e["train"]]
     assert [e["bbox"] for e in alone] == ([[0, 40, 60, 10]] if boxes else [])
     labels = {}
@@ -380,6 +381,7 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "xxxxxxxx"><!ENTITY y "&x;&x;&x;&x;">]>'
         (xml("a.jpg", [("cat", [1, 2, "x", 4], 0)]), r"a\.xml: object 1: bndbox: expected xmin"),
         (xml("a.jpg", [(" ", [1, 2, 3, 4], 0)]), r"a\.xml: object 1: name: missing"),
         (xml("a.jpg", [])[:-5], r"a\.xml: not valid XML"),
+        (xml("a.jpg", [], head='<?xml version="1.0" encoding="gb2312"?>'), "; save it as UTF-8"),
         ("<annotation>" + "<a>" * 100 + "</a>" * 100 + "</annotation>", "nested too deeply"),
     ],
 )
