@@ -83,10 +83,10 @@ def frozen_norms(params: Params, buffers: Params, dtype: torch.dtype) -> Affine:
 
 def _alike(params: Params, norms: Iterable[str]) -> list[list[str]]:
     """Those that train, and those that don't: together, the latter would be given gradients."""
-    groups: list[list[str]] = [[], []]
+    training, others = [], []
     for name in norms:
-        groups[not params[f"{name}.weight"].requires_grad].append(name)
-    return [group for group in groups if group]
+        (training if params[f"{name}.weight"].requires_grad else others).append(name)
+    return [group for group in (training, others) if group]
 
 
 def _scales_and_shifts(

@@ -28,6 +28,8 @@ RoiKernel = Literal["auto", "aten", "native", "triton"]
 # A RoI of sqrt(area) below 2 * 56 pixels reads the finest level; each doubling goes one up.
 FINEST_SIDE = 56.0
 GRID = 2
+# What the device's own operator takes for a grid that depends on the RoI.
+ADAPTIVE = 0
 
 
 def roi_levels(boxes: Tensor, count: int) -> Tensor:
@@ -106,7 +108,7 @@ def _natively(
         pixel = torch.arange(-2, 3, device=rois.device, dtype=rois.dtype).clamp(0, 1)
         rois = torch.where(here[..., None], rois, pixel)
     if sampling == "adaptive":
-        return _native(pyramid.levels, rois, here, scales, cells)
+        return _native(pyramid.levels, rois, here, scales, cells, ADAPTIVE)
     return _native(pyramid.levels, rois, here, scales, cells, GRID)
 
 
@@ -224,7 +226,7 @@ def _native(
     here: Tensor,
     scales: list[float],
     cells: int,
-    grid: int = 0,
+    grid: int,
 ) -> Tensor:
     """RoIs [R, 5], or each level's [L, R, 5] where they aren't selected; `here` [L, R] bool."""
     kernels = roi_kernels(rois.device)
@@ -250,7 +252,7 @@ def _of_level(rois: Tensor, here: Tensor, level: int) -> tuple[Tensor | None, Te
 
 
 @_native.register_fake
-def _(levels, rois, here, scales, cells, grid=0):
+def _(levels, rois, here, scales, cells, grid):
     return levels[0].new_empty((here.shape[1], levels[0].shape[1], cells, cells))
 
 
@@ -265,7 +267,7 @@ def _native_backward(
     scales: list[float],
     shape: list[int],
     cells: int,
-    grid: int = 0,
+    grid: int,
 ) -> list[Tensor]:
     kernels = roi_kernels(rois.device)
     grads = []
@@ -279,7 +281,7 @@ def _native_backward(
 
 
 @_native_backward.register_fake
-def _(grad, rois, here, scales, shape, cells, grid=0):
+def _(grad, rois, here, scales, shape, cells, grid):
     batch, channels, *sides = shape
     return [
         grad.new_empty((batch, channels, sides[2 * i], sides[2 * i + 1]))

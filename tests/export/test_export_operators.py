@@ -107,7 +107,7 @@ def test_bags_and_products_are_sums_of_rows(exported):
 
 def adaptive(fine: Tensor, coarse: Tensor, rois: Tensor, level: Tensor) -> Tensor:
     here = level == torch.arange(2)[:, None]
-    return _native([fine, coarse], rois, here, [0.25, 0.125], 7)
+    return _native([fine, coarse], rois, here, [0.25, 0.125], 7, 0)
 
 
 def adaptive_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:

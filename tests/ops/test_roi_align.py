@@ -164,7 +164,7 @@ def test_the_operators_are_registered_correctly():
     scales = [1 / s for s in STRIDES]
     levels = [x.requires_grad_() for x in levels]
     torch.library.opcheck(
-        torch.ops.casc.roi_align_adaptive.default, (levels, rois, here, scales, 3)
+        torch.ops.casc.roi_align_adaptive.default, (levels, rois, here, scales, 3, 0)
     )
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(30, 4, generator=generator, requires_grad=True)
