@@ -85,6 +85,8 @@ def _nms(
     place = torch.arange(scores.shape[1], device=boxes.device)
     slot = torch.arange(count, device=boxes.device)
     gone = torch.full_like(scores, -1.0)
+    # As a number, torch 2.11 would make a constant of it that the program then lacks.
+    limit = torch.full_like(scores[0, 0], iou)
 
     def goes_on(turn: Tensor, alive: Tensor, index: Tensor, survivors: Tensor) -> Tensor:
         return (turn < index.shape[1]) & (alive >= 0).any()
@@ -97,7 +99,7 @@ def _nms(
         high = torch.minimum(boxes[..., 2:], chosen[..., 2:])
         width, height = (high - low).clamp(min=0).unbind(-1)
         shared = width * height
-        overlaps = shared / (areas.gather(1, best) + areas - shared) > iou
+        overlaps = shared / (areas.gather(1, best) + areas - shared) > limit
         left = torch.where(overlaps | (place == best), gone, alive)
         return (
             turn + 1,

@@ -109,7 +109,16 @@ def hide(targets: Targets, pasted: Tensor, areas: Tensor) -> Targets:
     image = torch.arange(len(pasted), device=pasted.device)[:, None]
     gone = torch.where(areas == 0, pasted[image, y, x], left.pixels == 0)
     valid = targets.valid & ~gone
-    return targets._replace(boxes=boxes * valid[..., None], valid=valid)
+    return Targets(
+        boxes=boxes * valid[..., None],
+        labels=targets.labels,
+        valid=valid,
+        edges=targets.edges,
+        edge_gt=targets.edge_gt,
+        bitmaps=targets.bitmaps,
+        regions=targets.regions,
+        pasted=targets.pasted,
+    )
 
 
 def covered(edges: Tensor, used: Tensor, canvas: tuple[int, int]) -> Tensor:

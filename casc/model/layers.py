@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from casc.device.devices import is_accelerator, traits
+from casc.device.versions import PARTS_AS_BIAS
 from casc.ops.linear import linear as linear_product
 
 Params = dict[str, Tensor]
@@ -71,9 +72,10 @@ def frozen_norms(params: Params, buffers: Params, dtype: torch.dtype) -> Affine:
         By name, scale [C] float32 and shift [C].
     """
     made: Affine = {}
-    for group in _alike(
-        params, (k.removesuffix(_VARIANCE) for k in buffers if k.endswith(_VARIANCE))
-    ):
+    groups = _alike(params, (k.removesuffix(_VARIANCE) for k in buffers if k.endswith(_VARIANCE)))
+    if torch.compiler.is_compiling() and not PARTS_AS_BIAS:
+        groups = [[name] for group in groups for name in group]
+    for group in groups:
         scale, shift = _scales_and_shifts(params, buffers, group, dtype)
         sizes = [len(params[f"{name}.weight"]) for name in group]
         both = zip(scale.split(sizes), shift.split(sizes), strict=True)

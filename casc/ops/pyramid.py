@@ -22,6 +22,10 @@ class Pyramid(NamedTuple):
     strides: tuple[int, ...]
     """Pixels per cell of each level."""
 
+    def with_pixels(self, pixels: Tensor) -> "Pyramid":
+        """The same for the next reader."""
+        return Pyramid(self.levels, pixels, self.strides)
+
 
 def flatten_pyramid(levels: list[Tensor], strides: tuple[int, ...]) -> Pyramid:
     """Lay all levels out as rows of channels, once for every RoIAlign of the step."""
@@ -101,7 +105,7 @@ def patches(
     weight = within.reshape(-1, 1).to(pyramid.pixels.dtype)
     read, pixels = chained_bags(pyramid.pixels, rows, weight)
     within = within.unflatten(-1, (side, side))
-    return read.reshape(cell.numel(), -1), within, pyramid._replace(pixels=pixels)
+    return read.reshape(cell.numel(), -1), within, pyramid.with_pixels(pixels)
 
 
 class Level(NamedTuple):

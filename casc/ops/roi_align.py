@@ -91,8 +91,9 @@ def detach_unread(pyramid: Pyramid, sampling: Sampling, kernel: RoiKernel) -> Py
     What leaves a compiled graph and isn't read gets a gradient of zeros, as large as itself.
     """
     if is_native(sampling, kernel):
-        return pyramid._replace(pixels=pyramid.pixels.detach())
-    return pyramid._replace(levels=[level.detach() for level in pyramid.levels])
+        return pyramid.with_pixels(pyramid.pixels.detach())
+    detached = [level.detach() for level in pyramid.levels]
+    return Pyramid(detached, pyramid.pixels, pyramid.strides)
 
 
 def _natively(

@@ -40,7 +40,7 @@ def chained_align(
     """`align`, and the pyramid for the next reader, as `chained_bags` does it."""
     grid = sample_grid(pyramid, boxes.detach(), image, cells)
     made, pixels = _Chained.apply(pyramid.pixels, *grid, cells, _sides(pyramid))
-    return made, pyramid._replace(pixels=pixels)
+    return made, pyramid.with_pixels(pixels)
 
 
 def _sides(pyramid: Pyramid) -> list[int]:

@@ -64,7 +64,7 @@ def roi_linear(
         return linear(rows.flatten(1), turned, bias), pyramid
     index, weight = fixed_taps(pyramid, boxes.detach(), image, cells)
     made, pixels = _Chained.apply(pyramid.pixels, index, weight, matrix, bias)
-    return made, pyramid._replace(pixels=pixels)
+    return made, pyramid.with_pixels(pixels)
 
 
 class _Chained(torch.autograd.Function):
