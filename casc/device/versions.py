@@ -8,8 +8,8 @@
   the device module's own (`graph_class` of casc/device/devices.py).
 - The time-out of a process group that exists. From 2.14: `dist.set_timeout`. Before:
   `distributed_c10d._set_pg_timeout`.
-- `_replace` of a named tuple that a compiled function returns. Before 2.14 Dynamo may fail on it: what
-  is compiled makes a new one by its fields.
+- `_replace` of a named tuple that a compiled function returns. Before 2.14 Dynamo may fail on it:
+  what is compiled makes a new one by its fields.
 - A convolution's bias that is a part of a computed vector. Before 2.14 Inductor may fail on it.
 - How many kernels Inductor launches as one. From 2.14: `combo_kernel_max_num_nodes`. Before: 8.
 """
