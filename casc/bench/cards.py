@@ -44,12 +44,18 @@ def check_build() -> None:
     """Check that this torch can lower for such a card; it needs none to be there.
 
     Raises:
-        UserError: torch was built without CUDA, or Triton isn't installed.
+        UserError: torch was built without CUDA or is too old, or Triton isn't installed.
     """
     import torch
+
+    from casc.device.versions import LOWERS_WITHOUT_A_CARD
 
     if torch.version.cuda is None or find_spec("triton") is None:
         raise UserError(
             f"torch {torch.__version__} has no CUDA or no Triton, which write what is counted;"
             " install a torch that is built for CUDA (no card is needed)"
+        )
+    if not LOWERS_WITHOUT_A_CARD:
+        raise UserError(
+            f"torch {torch.__version__} asks for a card's driver to lower; install torch 2.14"
         )

@@ -11,6 +11,8 @@
 - `_replace` of a named tuple that a compiled function returns. Before 2.14 Dynamo may fail on it:
   what is compiled makes a new one by its fields.
 - A convolution's bias that is a part of a computed vector. Before 2.14 Inductor may fail on it.
+- Lowering for a card that isn't there, and Triton's interpreter under `torch.library.triton_op`.
+  From 2.14. Before, the one asks for a driver and the other is refused.
 - How many kernels Inductor launches as one. From 2.14: `combo_kernel_max_num_nodes`. Before: 8.
 """
 
@@ -28,6 +30,8 @@ import torch.distributed as dist
 ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 PARTS_AS_BIAS = ISOLATES
 """Whether Inductor takes a part of a computed vector for a convolution's bias."""
+LOWERS_WITHOUT_A_CARD = ISOLATES
+"""Whether Inductor lowers for a GPU without its driver, which `casc bench graph` does."""
 _copies = itertools.count()
 
 

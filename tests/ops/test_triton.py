@@ -17,12 +17,15 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from casc.device.versions import ISOLATES
+
 HERE = Path(__file__).parent
 TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton isn't installed")
 
 
 @needs_triton
+@pytest.mark.skipif(not ISOLATES, reason="this torch takes no kernel that is interpreted")
 @pytest.mark.parametrize("what", ["nms", "roi_align"])
 def test_numbers_by_the_interpreter(what):
     # Whether a kernel is interpreted is decided when its file is imported.
