@@ -487,7 +487,8 @@ def _is_any_id(value: object) -> bool:
 
 
 def _is_image_id(value: object) -> bool:
-    return (as_id(value) or 0) >= 0 and as_id(value) is not None
+    number = as_id(value)
+    return number is not None and number >= 0
 
 
 def _is_name(value: object) -> bool:

@@ -18,10 +18,9 @@ from data_tools.plan import PlannedShard, Settings
 from data_tools.report import Finding
 from data_tools.voc_files import visible
 
-_BESIDE_IMAGES = (".txt", ".cache", ".npy", ".yaml", ".yml", ".json", ".xml",
-                  ".labels")  # fmt: skip
+_BESIDE_IMAGES = (".txt", ".cache", ".npy", ".yaml", ".yml", ".json", ".xml", ".labels")
 """What Ultralytics and labelling tools put among images."""
-_CONTENT_VERSION = 5
+_CONTENT_VERSION = 6
 """Raised when the same input gives other shards than before, so that old ones aren't reused."""
 
 

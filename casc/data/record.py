@@ -15,11 +15,11 @@ def as_id(value: object) -> int | None:
     Whole numbers may have gone through a table of floats or texts. A text that isn't a number, such
     as a UUID, gives the first 52 bits of its SHA-256: the same in every file, and whole in JSON.
     """
-    if isinstance(value, str) and re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
-        value = int(value)
-    elif isinstance(value, str) and value.strip():
-        digest = hashlib.sha256(value.encode("utf-8", "surrogatepass"))
+    if is_text_id(value) and str(value).strip():
+        digest = hashlib.sha256(str(value).encode("utf-8", "surrogatepass"))
         value = int(digest.hexdigest()[:13], 16)
+    elif isinstance(value, str) and value.strip():
+        value = int(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
     return value if type(value) is int and -(2**63) <= value < 2**63 else None
