@@ -90,10 +90,10 @@ def read_annotations(path: Path, *, skip_invalid: bool = False) -> Annotations:
     except TypeError:
         raise _no_object(str(path)) from None
     except ValueError as error:  # bad JSON, bad UTF-8, numbers of thousands of digits
-        raise UserError(_encoding_fault(path) or f"{path}: not valid JSON ({error})") from None
+        raise UserError(encoding_fault(path) or f"{path}: not valid JSON ({error})") from None
 
 
-def _encoding_fault(path: Path) -> str:
+def encoding_fault(path: Path) -> str:
     """What a file that isn't JSON in UTF-8 is, with what to do; empty if that can't be told."""
     with path.open("rb") as stream:
         head = stream.read(4)

@@ -18,8 +18,9 @@ from casc.data.decode import decode_image
 from casc.data.record import MOST_PIXELS
 from casc.errors import UserError
 from data_tools.coco import below
+from data_tools.texts import decode, searchable
 from data_tools.voc import image_size, read_voc
-from data_tools.voc_files import IMAGES, VocSplit, find_voc, images_of, visible
+from data_tools.voc_files import IMAGES, VocSplit, ending, find_voc, images_of, visible
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _CIRCLE_POINTS = 64
@@ -147,12 +148,13 @@ def _find_yolo(root: Path) -> list[Foreign]:
 
 def has_objects(labels: Path) -> bool:
     """Whether a text is labels of YOLO's; names of classes and lists of images lie among them."""
-    with labels.open(encoding="utf-8-sig", errors="replace") as stream:
-        return bool(re.match(r"\s*\d+(\s+[-+.\deE]+){4}", stream.read(4096)))
+    with labels.open("rb") as stream:
+        head = decode(stream.read(4096), errors="replace")
+    return bool(re.match(r"\s*\d+(\s+[-+.\deE]+){4}", head))
 
 
 def _is_darknet(file: Path) -> bool:
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    text = searchable(file.read_bytes()) if file.is_file() else ""
     return all(re.search(rf"^\s*{key}\s*=", text, re.MULTILINE) for key in ("names", "train"))
 
 
@@ -180,28 +182,34 @@ def _class_names(file: Path) -> list[str]:
 
 
 def _lines(file: Path) -> list[str]:
+    return _text(file).splitlines()
+
+
+def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: can't be read as lines of text ({error})") from None
+        return decode(file.read_bytes())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: isn't in UTF-8 ({error}); save it as that") from None
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror})") from None
 
 
 def _is_yolo(file: Path) -> bool:
-    text = file.read_text(encoding="utf-8", errors="replace")
+    text = searchable(file.read_bytes())
     return all(re.search(rf"^{key}:", text, re.MULTILINE) for key in ("names", "train"))
 
 
 def _labelme_files(folder: Path) -> list[Path]:
-    files = sorted(folder.rglob("*.json"))
+    files = sorted(folder.rglob("*.[jJ][sS][oO][nN]"))
     return [file for file in files if visible(file, folder) and _is_labelme(file)]
 
 
 def _is_labelme(file: Path) -> bool:
     try:
-        text = file.read_bytes()
+        text = searchable(file.read_bytes())
     except OSError:
         return False
-    return b'"shapes"' in text and b'"imagePath"' in text
+    return '"shapes"' in text and '"imagePath"' in text
 
 
 def _label(shape: dict[str, Any], place: str) -> str:
@@ -215,6 +223,8 @@ def _labelme(file: Path) -> tuple[dict[str, Any], bytes]:
     data = file.read_bytes()
     try:
         found = json.loads(data)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: isn't in UTF-8 ({error}); save it as that") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error})") from None
     shapes = found.get("shapes") if isinstance(found, dict) else None
@@ -339,8 +349,8 @@ def _yaml(file: Path) -> dict[str, Any]:
     except ImportError:
         raise UserError(f"{file}: reading YOLO's needs PyYAML: pip install pyyaml") from None
     try:
-        found = yaml.load(file.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        found = yaml.load(_text(file), yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML ({str(error).splitlines()[0]})") from None
     names = found.get("names") if isinstance(found, dict) else None
     if not isinstance(names, (list, dict)):
@@ -399,14 +409,8 @@ def _yolo_list(file: Path, bases: Sequence[Path]) -> list[Path]:
     With ./ in front they are below its folder, as Ultralytics reads them; else they may also be
     below one of `bases`.
     """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file}: can't be read as a list of images, one path a line ({error})"
-        ) from None
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(file), 1):
         name = line.strip().replace("\\", "/")
         if not name:
             continue
@@ -442,10 +446,10 @@ def _exists(path: Path) -> bool:
 
 def yolo_labels(image: Path) -> Path:
     """Where an image's objects are: labels/ in place of the last images/ of its path, .txt."""
-    *above, name = image.with_suffix(".txt").parts
+    *above, name = image.with_suffix("").parts
     if "images" in above:
         above[len(above) - 1 - above[::-1].index("images")] = "labels"
-    return Path(*above, name)
+    return ending(Path(*above, name), ".txt")
 
 
 def _convert_yolo(part: Foreign) -> Converted:
@@ -467,7 +471,7 @@ def _convert_yolo(part: Foreign) -> Converted:
             digest.update(f"{below}\0again".encode())
             continue
         text = yolo_labels(file)
-        lines = text.read_text(encoding="utf-8-sig").splitlines() if text.is_file() else []
+        lines = _lines(text) if text.is_file() else []
         digest.update(f"{below}\0{lines}\0{width} {height}".encode())
         for number, line in enumerate(lines, 1):
             if line.split():

@@ -104,7 +104,7 @@ def read_file(path: str | Path) -> bytes:
         raise ImageError(f"too large ({about.st_size} bytes)")
     with open(path, "rb", buffering=0) as stream:  # noqa: PTH123
         data = stream.readall()
-    return _embedded(data) if str(path).endswith(".json") else data
+    return _embedded(data) if str(path).lower().endswith(".json") else data
 
 
 def _embedded(data: bytes) -> bytes:

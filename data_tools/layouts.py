@@ -21,7 +21,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from casc.errors import UserError
-from data_tools.coco import below
+from data_tools.coco import below, encoding_fault
 from data_tools.foreign import Foreign, find_foreign
 from data_tools.others import name_other
 from data_tools.voc_files import visible
@@ -68,7 +68,8 @@ def choose_parts(
     found = [part for part in listed if part.images.is_dir()]
     without = [part for part in listed if not part.images.is_dir()]
     faults = {
-        part.split: f"{part.file}: the folder of its images wasn't found; {_REMEDY}"
+        part.split: encoding_fault(part.file)
+        or f"{part.file}: the folder of its images wasn't found; {_REMEDY}"
         for part in without
     }
     if not found:
@@ -94,7 +95,8 @@ def choose_parts(
         return [by_name.get(split, part) for split, part in usual.items()]
     if not found:
         lacking = ", ".join(f"{part.images}/" for part in coco)
-        other = "" if listed else name_other(root)
+        unread = next(filter(None, (encoding_fault(part.file) for part in without)), "")
+        other = unread if listed else name_other(root)
         if other:
             raise UserError(other)
         raise UserError(
@@ -232,9 +234,15 @@ def _candidates(root: Path) -> list[Path]:
 def _is_coco(file: Path) -> bool:
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m:
-            keys = (b'"images"', b'"annotations"', b'"categories"')
-            named = m.find(b'"file_name"') >= 0 or m.find(b'"coco_url"') >= 0
-            return named and all(m.find(key) >= 0 for key in keys)
+            # In UTF-16 and UTF-32, which are refused by name, there are NULs in between.
+            zeros = m[:8].count(0)
+            gap = "\0" * (0 if not zeros else 1 if zeros < 5 else 3)
+
+            def there(key: str) -> bool:
+                return m.find(gap.join(f'"{key}"').encode()) >= 0
+
+            named = there("file_name") or there("coco_url")
+            return named and all(map(there, ("images", "annotations", "categories")))
     except (OSError, ValueError):  # a folder, or an empty file
         return False
 

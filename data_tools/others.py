@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+from data_tools.texts import searchable
 from data_tools.voc_files import visible
 
 _HEAD = 2**16
@@ -73,6 +74,6 @@ def name_other(root: Path) -> str:
 def _head(file: Path) -> str:
     try:
         with file.open("rb") as stream:
-            return stream.read(_HEAD).decode("utf-8", "replace")
+            return searchable(stream.read(_HEAD))
     except OSError:
         return ""

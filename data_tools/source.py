@@ -68,7 +68,7 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
         embedded = [
             Finding("embedded", image.id, image.file_name)
             for image in annotations.images
-            if image.file_name.endswith(".json")
+            if image.file_name.lower().endswith(".json")
         ]
         annotations = annotations._replace(
             listed_annotations=annotations.listed_annotations + len(others),
@@ -187,7 +187,9 @@ def count_unlisted(source: Source, every: Sequence[Source]) -> int:
         # Objects of an image that isn't there, or not as a kind of file that is looked for.
         wanted = {yolo_labels(image) for image in [*images, *pictures]}
         texts = _files_in({text.parent for text in wanted})
-        lost = [f for f in texts if f.suffix == ".txt" and f not in wanted and has_objects(f)]
+        lost = [
+            f for f in texts if f.suffix.lower() == ".txt" and f not in wanted and has_objects(f)
+        ]
         paths = {os.path.abspath(f) for f in pictures}  # noqa: PTH100
         return len(paths - listed) + len(lost)
     labels = (".json", ".xml") if source.file.is_dir() else ()
@@ -198,7 +200,7 @@ def count_unlisted(source: Source, every: Sequence[Source]) -> int:
         for name in names
         if not name.startswith(".")
     )
-    return sum(path not in listed and Path(path).suffix not in labels for path in walked)
+    return sum(path not in listed and Path(path).suffix.lower() not in labels for path in walked)
 
 
 def _files_in(folders: Iterable[Path]) -> list[Path]:

@@ -13,7 +13,8 @@ from casc.data.decode import ImageError, exif_orientation, open_image, stored_si
 from casc.errors import UserError
 from data_tools.boxes import mask_box
 from data_tools.images import read_file
-from data_tools.voc_files import VocSplit, file_bytes, images_of
+from data_tools.texts import decode
+from data_tools.voc_files import VocSplit, ending, file_bytes, images_of
 from data_tools.voc_masks import name_objects, pair, read_numbers
 
 _MOST_DEPTH = 64
@@ -58,7 +59,7 @@ def read_voc(
         first = min(first, other.first)
         for name in other.names:
             tree, _ = _tree(other, name)
-            for thing in _objects(tree, other.annotations / f"{name}.xml"):
+            for thing in _objects(tree, ending(other.annotations / name, ".xml")):
                 labels.add(thing.label)
                 first = min(first, *thing.corners[:2]) if thing.boxed else 0
     offset = 1 if first >= 1 else 0
@@ -74,7 +75,7 @@ def read_voc(
         size = _size(tree, mask if mask and not place.is_file() else place)
         digest.update(f"{image}\0{size}".encode())
         images.append({"id": image_id, "file_name": image, "width": size[0], "height": size[1]})
-        things = list(_objects(tree, part.annotations / f"{name}.xml"))
+        things = list(_objects(tree, ending(part.annotations / name, ".xml")))
         found = [_entry(thing, offset) for thing in things]
         found = _with_masks(part, name, size, found, digest)
         for entry in found:
@@ -139,7 +140,8 @@ def _with_masks(
 
 def _mask_file(folder: Path | None, name: str) -> Path | None:
     """An image's picture of masks; None without one."""
-    files = [folder / f"{n}.png" for n in (name, name.rsplit("/", 1)[-1])] if folder else []
+    names = (name, name.rsplit("/", 1)[-1])
+    files = [ending(folder / n, ".png") for n in names] if folder else []
     return next((file for file in files if file.is_file()), None)
 
 
@@ -147,7 +149,7 @@ def _tree(part: VocSplit, name: str) -> tuple[Element, bytes]:
     """What is known of an image, and the file's bytes; nothing where there are masks alone."""
     if part.masks == part.annotations:
         return Element("annotation"), b""
-    file = part.annotations / f"{name}.xml"
+    file = ending(part.annotations / name, ".xml")
     if not file.is_file():
         raise UserError(f"{file}: not found; the list of {part.split}'s images names it")
     data = file_bytes(file)
@@ -156,7 +158,7 @@ def _tree(part: VocSplit, name: str) -> tuple[Element, bytes]:
 
 def _parse(file: Path, data: bytes) -> Element:
     builder = TreeBuilder()
-    parser = expat.ParserCreate()
+    parser = expat.ParserCreate("utf-8")
     depth = 0
 
     def refuse(*_: object) -> None:
@@ -179,13 +181,29 @@ def _parse(file: Path, data: bytes) -> Element:
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler = builder.data
     try:
-        parser.Parse(data, True)
+        parser.Parse(_text(data).encode(), True)
         return builder.close()
+    except (LookupError, UnicodeError) as error:
+        raise UserError(
+            f"{file}: not in the encoding that it should be ({error}); save it as UTF-8"
+        ) from None
     except (expat.ExpatError, ParseError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        remedy = "; save it as UTF-8" if "encoding" in str(error) else ""
-        raise UserError(f"{file}: not valid XML ({error}){remedy}") from None
+        raise UserError(f"{file}: not valid XML ({error})") from None
+
+
+def _text(data: bytes) -> str:
+    """A file's text. Of encodings expat knows but four, and what a file declares isn't always so.
+
+    .NET's writers of strings declare UTF-16, whatever the text becomes.
+    """
+    known = re.match(rb"""\s*<\?xml[^>]*encoding\s*=\s*["']([\w.-]+)""", data)
+    declared = known[1].decode().lower() if known else "utf-8"
+    if declared.startswith(("utf", "ucs", "iso-10646")):
+        return decode(data)
+    # What is called GB2312 is mostly what came after it.
+    return data.decode({"gb2312": "gb18030", "gbk": "gb18030"}.get(declared, declared))
 
 
 def _objects(tree: Element, file: Path) -> Iterator[VocObject]:

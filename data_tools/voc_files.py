@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from casc.errors import UserError
+from data_tools.texts import decode, searchable
 from data_tools.voc_masks import Classes, find_classes, voc_classes
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -25,6 +26,7 @@ _DEEPEST = 3
 _SAMPLE = 5
 """Names of files that folders of images are tried with."""
 _MOST_BYTES = 2**26
+_XML, _PNG = "*.[xX][mM][lL]", "*.[pP][nN][gG]"
 
 
 class VocSplit(NamedTuple):
@@ -92,7 +94,7 @@ def _xml_folder(base: Path) -> Path | None:
 def _mask_folder(base: Path) -> Path | None:
     """The folder of masks, where there are no XML files beside."""
     folder = base / "SegmentationObject"
-    return folder if _below(folder, "*.png") else None
+    return folder if _below(folder, _PNG) else None
 
 
 def _split(name: str) -> str:
@@ -101,7 +103,7 @@ def _split(name: str) -> str:
 
 def _listed(base: Path, folder: Path) -> list[VocSplit]:
     masks = _mask_folder(base)
-    present = _below(folder, "*.png") if folder == masks else _xml(folder, deep=True)
+    present = _below(folder, _PNG) if folder == masks else _xml(folder, deep=True)
     known = {name: name for name in present}
     for name in present:  # what is listed without its folder
         known.setdefault(name.rsplit("/", 1)[-1], name)
@@ -116,7 +118,7 @@ def _listed(base: Path, folder: Path) -> list[VocSplit]:
             name = file.stem.lower()
             # CVAT's default: of images without XML files it tells those without objects.
             if name in {*_SETS, "trainval"} or (name == "default" and folder == masks):
-                lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+                lines = decode(file.read_bytes(), errors="replace").splitlines()
                 names = tuple(_named(line, known) for line in lines if line.split())
                 found[_split(name)] = names
         for whole in ("trainval", "default"):
@@ -185,16 +187,22 @@ def visible(file: Path, root: Path) -> bool:
 
 def _xml(folder: Path, deep: bool = False) -> tuple[str, ...]:
     """Paths of the files of VOC's in a folder, below it too if asked, without .xml."""
-    names = _below(folder, "*.xml", deep)
+    names = _below(folder, _XML, deep)
     # Others' XML lies about too: the first few tell.
-    heads = (file_bytes(folder / f"{name}.xml")[:4096] for name in names[:5])
-    return names if any(re.search(rb"<annotation[\s>]", head) for head in heads) else ()
+    heads = (file_bytes(ending(folder / name, ".xml"))[:4096] for name in names[:5])
+    return names if any(re.search(r"<annotation[\s>]", searchable(head)) for head in heads) else ()
 
 
 def _below(folder: Path, pattern: str, deep: bool = True) -> tuple[str, ...]:
     files = sorted(folder.rglob(pattern) if deep else folder.glob(pattern))
     shown = (file.relative_to(folder) for file in files if visible(file, folder))
-    return tuple(file.with_name(file.name[:-4]).as_posix() for file in shown)
+    return tuple(dict.fromkeys(file.with_name(file.name[:-4]).as_posix() for file in shown))
+
+
+def ending(path: Path, suffix: str) -> Path:
+    """The file whose name this is without its suffix, which may be in upper case."""
+    tries = [path.with_name(path.name + end) for end in (suffix, suffix.upper())]
+    return next((file for file in tries if file.is_file()), tries[0])
 
 
 def file_bytes(file: Path) -> bytes:

@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 from casc.data.decode import ImageError, open_image
 from casc.errors import UserError
 from data_tools.boxes import LEAST_IOU, box_iou
+from data_tools.texts import decode
 
 _VOC = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -194,7 +195,7 @@ def _numbered(pixels: np.ndarray, file: Path) -> np.ndarray:
 
 
 def _lines(file: Path) -> list[str]:
-    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    text = decode(file.read_bytes(), errors="replace")
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 

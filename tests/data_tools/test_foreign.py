@@ -87,6 +87,48 @@ def test_labelme(tmp_path, make_picture, quiet_run):
     assert report["images"]["unlisted_files"] == 0
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("kind", ["labelme", "yolo", "obj"])
+def test_texts_as_windows_writes_them(kind, encoding, tmp_path, make_picture, quiet_run):
+    root = tmp_path / "set"
+    if kind == "labelme":
+        labelme(root, "a", [shape("Kätzchen", RING)], make_picture)
+        (root / "a.json").rename(root / "a.JSON")
+        texts = [root / "a.JSON"]
+    else:
+        files = {"labels/a.TXT": f"0 {spelt(RING)}\n", "labels/classes.txt": "Kätzchen\n"}
+        if kind == "obj":
+            files |= {"obj.data": "train = list.txt\nnames = labels/classes.txt\n"}
+            files |= {"list.txt": "images/a.jpg\n"}
+        else:
+            files |= {"data.yaml": "train: images\nnames: [Kätzchen]\n"}
+        for name, text in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text, encoding="utf-8")
+        (root / "images").mkdir()
+        (root / "images/a.jpg").write_bytes(make_picture(WIDTH, HEIGHT))
+        texts = [root / name for name in files]
+    for file in texts:
+        file.write_bytes(file.read_text(encoding="utf-8").encode(encoding))
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert [c.name for c in index.categories] == ["Kätzchen"]
+    [[_, [entry]]] = found.values()
+    assert entry["area"] == area(RING)
+    assert index.splits["train"].report["images"]["unlisted_files"] == 0
+
+
+@pytest.mark.parametrize("name", ["a.json", "labels/train/a.txt", "data.yaml"])
+def test_texts_of_other_encodings_are_named(name, tmp_path, make_picture, quiet_run):
+    if name == "a.json":
+        labelme(tmp_path / "set", "a", [shape("cat", RING)], make_picture)
+    else:
+        yolo(tmp_path / "set", make_picture, [f"0 {spelt(RING)}"])
+    file = tmp_path / "set" / name
+    file.write_bytes(file.read_bytes().replace(b"cat", "猫".encode("gbk") + b"\xff") + b"# \xff")
+    with pytest.raises(UserError, match=rf"{name}: isn't in UTF-8 .*save it as that"):
+        shard(tmp_path / "set", tmp_path / "out", quiet_run)
+
+
 def test_labelme_in_parts_shares_its_classes(tmp_path, make_picture, quiet_run):
     labelme(tmp_path / "set/train", "a", [shape("dog", RING)], make_picture)
     labelme(tmp_path / "set/val", "b", [shape("cat", RING)], make_picture)
@@ -410,7 +452,7 @@ def test_yolo_several_folders(tmp_path, make_picture, quiet_run):
         ("[list.txt, [3]]", "", r"data\.yaml: train: expected a folder .* got \['3'\]"),
         ("list.txt", "\n", r"data\.yaml: train: there is no image in .*list\.txt"),
         ("list.txt", "a.jpg\nclip.mp4", r"list\.txt: line 2: expected an image's path"),
-        ("list.txt", "\udcff", r"list\.txt: can't be read as a list of images"),
+        ("list.txt", "\udcff", r"list\.txt: isn't in UTF-8 .*; save it as that"),
     ],
 )
 def test_a_yolo_list_that_cant_be_followed(tmp_path, quiet_run, train, listed, named):

@@ -220,12 +220,31 @@ def test_layouts_that_are_not_read_are_named(tmp_path: Path, settings, quiet_run
         root = tmp_path / name.replace("/", "-")
         (root / name).parent.mkdir(parents=True)
         text = content if isinstance(content, str) else json.dumps(content)
-        (root / name).write_text(text)
         (root / "1.jpg").write_bytes(b"")
-        with pytest.raises(UserError) as refused:
-            shard_dataset(root, tmp_path / "out", None, settings, quiet_run())
-        assert re.search(f": can't read {re.escape(name)}, .*{told}", str(refused.value)), name
-        assert "\n" not in str(refused.value)
+        for encoding in ("utf-8", "utf-16"):
+            (root / name).write_text(text, encoding=encoding)
+            with pytest.raises(UserError) as refused:
+                shard_dataset(root, tmp_path / "out", None, settings, quiet_run())
+            assert re.search(f": can't read {re.escape(name)}, .*{told}", str(refused.value)), name
+            assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("name", ["result.json", "annotations/instances_train.json", "train.JSON"])
+def test_annotations_in_utf_16_are_refused_by_name(
+    name: str, encoding: str, tmp_path: Path, make_picture, settings, quiet_run
+):
+    root = tmp_path / "data"
+    true = export(root / name, root / "train", make_picture)
+    text = (root / name).read_text()
+    (root / name).write_bytes(text.encode(encoding))
+    kind = encoding[:6].upper()
+    with pytest.raises(UserError, match=rf"{name}: is {kind}; save it as UTF-8, as by iconv -f"):
+        shard_dataset(root, tmp_path / "out", None, settings, quiet_run())
+    # As PowerShell saves it.
+    (root / name).write_text(text, encoding="utf-8-sig")
+    shard_dataset(root, tmp_path / "out", None, settings, quiet_run())
+    assert stored(tmp_path / "out", "train") == true
 
 
 def run(*arguments: object) -> int:

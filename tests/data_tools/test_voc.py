@@ -371,6 +371,54 @@ def test_outlines_of_labelmes_web_tool(tmp_path, make_picture, quiet_run):
     assert (entry["segmentation"], entry["bbox"]) == ([RING], [8, 5, 22.5, 35])
 
 
+@pytest.mark.parametrize(
+    ("declared", "encoding", "mark"),
+    [
+        (None, "utf-8", "\ufeff"),
+        ("utf-16", "utf-16-le", "\ufeff"),
+        ("UTF-16", "utf-16-be", "\ufeff"),
+        (None, "utf-16-le", "\ufeff"),
+        ("utf-16", "utf-16-le", ""),
+        ("utf-8", "utf-16-le", "\ufeff"),
+        ("utf-16", "utf-8", ""),
+        ("utf-16", "utf-8", "\ufeff"),
+        ("ISO-8859-1", "latin-1", ""),
+        ("windows-1251", "cp1251", ""),
+        ("gb2312", "gbk", ""),
+        ("Shift_JIS", "shift_jis", ""),
+    ],
+)
+def test_encodings_that_xml_files_have(declared, encoding, mark, tmp_path, make_picture, quiet_run):
+    """Whether they are the declared ones or not: .NET's strings declare UTF-16 in UTF-8."""
+    label = {"cp1251": "кот", "gbk": "貓", "shift_jis": "猫"}.get(encoding, "Kätzchen")
+    head = f'<?xml version="1.0" encoding="{declared}"?>\n' if declared else ""
+    text = xml("a.jpg", [(label, [1, 1, 9, 9], 0)], head=mark + head)
+    add(tmp_path / "set/Annotations", tmp_path / "set/JPEGImages", "a", "", make_picture)
+    (tmp_path / "set/Annotations/a.xml").write_bytes(text.encode(encoding))
+    index, found = shard(tmp_path / "set", tmp_path / "out", quiet_run)
+    assert [c.name for c in index.categories] == [label]
+    assert [entry["bbox"] for entry in found["train", "a.jpg"][1]] == [[0, 0, 9, 9]]
+
+
+@pytest.mark.parametrize("upper", ["ab", "b"])
+def test_names_that_end_in_upper_case(upper, tmp_path, make_picture, quiet_run):
+    root, mask = tmp_path / "set", numbered(3, 1)
+    (root / "SegmentationObject").mkdir(parents=True)
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    for name, split in (("a", "train"), ("b", "val")):
+        text = xml(f"{name}.jpg", [("cat", inclusive(mask == 1), 0)])
+        add(root / "Annotations", root / "JPEGImages", name, text, make_picture)
+        (root / f"SegmentationObject/{name}.png").write_bytes(painted(mask, DEVKIT))
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text(f"{name}\n")
+        for file in (f"Annotations/{name}.xml", f"SegmentationObject/{name}.png"):
+            if name in upper:
+                (root / file).rename((root / file).with_suffix(file[-4:].upper()))
+    _, found = shard(root, tmp_path / "out", quiet_run)
+    assert set(found) == {("train", "a.jpg"), ("val", "b.jpg")}
+    for _, [entry] in found.values():
+        np.testing.assert_array_equal(coco_mask.decode(entry["segmentation"]), mask == 1)
+
+
 BOMB = '<!DOCTYPE a [<!ENTITY x "xxxxxxxx"><!ENTITY y "&x;&x;&x;&x;">]>'
 
 
@@ -381,7 +429,9 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "xxxxxxxx"><!ENTITY y "&x;&x;&x;&x;">]>'
         (xml("a.jpg", [("cat", [1, 2, "x", 4], 0)]), r"a\.xml: object 1: bndbox: expected xmin"),
         (xml("a.jpg", [(" ", [1, 2, 3, 4], 0)]), r"a\.xml: object 1: name: missing"),
         (xml("a.jpg", [])[:-5], r"a\.xml: not valid XML"),
-        (xml("a.jpg", [], head='<?xml version="1.0" encoding="gb2312"?>'), "; save it as UTF-8"),
+        (xml("a.jpg", [], head='<?xml version="1.0" encoding="klingon"?>'), "; save it as UTF-8"),
+        (xml("a.jpg", [], head='<?xml version="1.0" encoding="hex"?>'), "; save it as UTF-8"),
+        (xml("Ä.jpg", [], head='<?xml version="1.0" encoding="ascii"?>'), "; save it as UTF-8"),
         ("<annotation>" + "<a>" * 100 + "</a>" * 100 + "</annotation>", "nested too deeply"),
     ],
 )
