@@ -20,7 +20,16 @@ from casc.errors import UserError
 from data_tools.coco import below
 from data_tools.texts import decode, searchable
 from data_tools.voc import image_size, read_voc
-from data_tools.voc_files import IMAGES, VocSplit, ending, find_voc, images_of, visible
+from data_tools.voc_files import (
+    IMAGES,
+    IN_NO_SPLIT,
+    VocSplit,
+    ending,
+    find_voc,
+    images_of,
+    is_split,
+    visible,
+)
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _CIRCLE_POINTS = 64
@@ -69,14 +78,23 @@ def find_foreign(root: Path) -> list[Foreign]:
             ]
     voc = find_voc(root)
     if voc:
-        return [Foreign(part.split, part.annotations, part.images, part) for part in voc]
+        return [
+            Foreign(part.split, part.annotations, part.images, part, fault=part.fault)
+            for part in voc
+        ]
     if not _labelme_files(root):
         return _find_yolo(root)
     parts = [root / name for name in _SPLITS if _labelme_files(root / name)]
-    inside = sum(len(_labelme_files(part)) for part in parts)
-    if not parts or inside < len(_labelme_files(root)):
+    within = {file for part in parts for file in _labelme_files(part)}
+    others = [file for file in _labelme_files(root) if file not in within]
+    if not is_split([part.name for part in parts], not others):
         return [Foreign("train", root, root)]
-    return [Foreign(part.name, part, part) for part in parts]
+    found = [Foreign(part.name, part, part) for part in parts]
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        fault = f"{others[0]}{more}: {IN_NO_SPLIT}"
+        found.append(Foreign(others[0].stem, root, root, fault=fault))
+    return found
 
 
 def convert(part: Foreign, every: Sequence[Foreign]) -> Converted:

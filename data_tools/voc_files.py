@@ -7,7 +7,7 @@ XML files alone, beside the images or in a folder of their own, or the masks wit
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,10 @@ _DEEPEST = 3
 _SAMPLE = 5
 """Names of files that folders of images are tried with."""
 _MOST_BYTES = 2**26
+IN_NO_SPLIT = (
+    "in no folder that is called by a split (train, val, test); move the files that are to be taken"
+    " into one"
+)
 _XML, _PNG = "*.[xX][mM][lL]", "*.[pP][nN][gG]"
 
 
@@ -45,6 +49,8 @@ class VocSplit(NamedTuple):
     """Whether a file lists these classes, so that all of them count."""
     first: int
     """What pixels are counted from, as far as it can be told: Datumaro, of CVAT, counts from 0."""
+    fault: str = ""
+    """Why it is left out, where others of the data set are taken."""
 
 
 def find_voc(root: Path) -> list[VocSplit]:
@@ -60,14 +66,19 @@ def find_voc(root: Path) -> list[VocSplit]:
         places = sorted(below for place in places for below in _folders(place))
         if not bases:
             continue
-        splits, sets = {_split(base.name) for base in bases}, {*_SETS.values()}
-        if depth and len(splits) == len(bases) and splits <= sets:
-            return [
-                part._replace(split=_split(base.name))
+        named = [base for base in bases if base.name.lower() in _SETS]
+        splits = {_split(base.name) for base in named}
+        if depth and len(splits) == len(named) and is_split(splits, len(named) == len(bases)):
+            parts = [
+                (base, part._replace(split=_split(base.name) if base in named else base.name))
                 for base, folder in bases.items()
                 for part in _listed(base, folder)[:1]
             ]
-        if len(bases) > 1 and bases == {base: base for base in bases} and not splits & sets:
+            return [
+                part if base in named else part._replace(fault=f"{base}: {IN_NO_SPLIT}")
+                for base, part in parts
+            ]
+        if len(bases) > 1 and bases == {base: base for base in bases} and not named:
             return _listed(root, root)  # XML files beside their images in a folder of each class
         if len(bases) > 1:
             names = ", ".join(base.relative_to(root).as_posix() for base in bases)
@@ -95,6 +106,14 @@ def _mask_folder(base: Path) -> Path | None:
     """The folder of masks, where there are no XML files beside."""
     folder = base / "SegmentationObject"
     return folder if _below(folder, _PNG) else None
+
+
+def is_split(splits: Collection[str], whole: bool) -> bool:
+    """Whether folders of these splits are parts of a data set, though more lies beside them.
+
+    A single one may be that of a class: VOC has trains.
+    """
+    return len(splits) > 1 or (len(splits) == 1 and whole)
 
 
 def _split(name: str) -> str:
@@ -129,12 +148,18 @@ def _listed(base: Path, folder: Path) -> list[VocSplit]:
         if found:
             order = sorted(found, key=[*_SETS.values()].index)
             return [VocSplit(s, folder, images, masks, found[s], *about) for s in order]
-    if all(name.split("/")[0].lower() in _SETS for name in present):
-        found = {}
-        for name in present:
-            split = _split(name.split("/")[0])
-            found[split] = (*found.get(split, ()), name)
-        return [VocSplit(s, folder, images, masks, n, *about) for s, n in found.items()]
+    groups: dict[str, list[str]] = {}
+    for name in present:
+        groups.setdefault(_SETS.get(name.split("/")[0].lower(), ""), []).append(name)
+    others = groups.pop("", [])
+    if is_split(groups, not others):
+        parts = [VocSplit(s, folder, images, masks, tuple(n), *about) for s, n in groups.items()]
+        if others:
+            first = f"{folder}/{others[0]}.xml"
+            more = f" and {len(others) - 1} more" if others[1:] else ""
+            fault = f"{first}{more}: {IN_NO_SPLIT}"
+            parts.append(VocSplit(others[0], folder, images, masks, tuple(others), *about, fault))
+        return parts
     return [VocSplit("train", folder, images, masks, present, *about)]
 
 

@@ -139,6 +139,18 @@ def test_labelme_in_parts_shares_its_classes(tmp_path, make_picture, quiet_run):
     }  # fmt: skip
 
 
+def test_what_lies_beside_labelmes_splits_is_left_out(tmp_path, make_picture, quiet_run):
+    """It made one split of all, in which validation was trained on."""
+    for place, name in (("train", "a"), ("val", "bb"), ("extra", "ccc"), (".", "dddd")):
+        labelme(tmp_path / "set" / place, name, [shape("cat", RING)], make_picture)
+    said = []
+    working = quiet_run()._replace(say=said.append)
+    index = shard_dataset(tmp_path / "set", tmp_path / "out", None, Settings(), working)
+    assert {split: about.samples for split, about in index.splits.items()} == {"train": 1, "val": 1}
+    [told] = [line for line in said if "left out" in line]
+    assert "dddd.json and 1 more: in no folder that is called by a split" in told
+
+
 def test_labelmes_relatives(tmp_path, make_picture, quiet_run):
     """X-AnyLabeling: rectangles of four corners, turned ones too; others: JSON apart from images,
     without a size or a path."""

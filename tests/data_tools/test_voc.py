@@ -298,6 +298,54 @@ def test_several_years_are_not_passed_over(above, tmp_path, make_picture, quiet_
 
 
 @pytest.mark.parametrize(
+    ("place", "more"),
+    [
+        ("{}/{}", "extra/{}"),
+        ("{}/{}", "{}"),
+        ("{}/{}", "all/Annotations/{}"),
+        ("{}/Annotations/{}", "extra/{}"),
+        ("deep/{}/{}", "deep/extra/{}"),
+        ("Annotations/{}/{}", "Annotations/extra/{}"),
+    ],
+)
+def test_what_lies_beside_the_splits_is_left_out(place, more, tmp_path, make_picture, quiet_run):
+    """And is no part of training or validation."""
+    root, said = tmp_path / "set", []
+    splits = {"train": "train", "valid": "val", "test": "test"}
+    files = {
+        f"{split}-{n}": (root / place.format(split, n)).parent for split in splits for n in "ab"
+    }
+    files |= {f"more-{n}": (root / more.format(n)).parent for n in "ab"}
+    for name, folder in files.items():
+        text = xml(f"{name}.jpg", [("cat" if "more" not in name else "dog", [1, 1, 9, 9], 0)])
+        add(folder, folder, name, text, make_picture)
+    shard_dataset(root, tmp_path / "out", None, Settings(), quiet_run()._replace(say=said.append))
+    index = read_index(tmp_path / "out")
+    assert {s: about.samples for s, about in index.splits.items()} == dict.fromkeys(
+        splits.values(), 2
+    )
+    assert [c.name for c in index.categories] == ["cat"]
+    [told] = [line for line in said if " is left out: " in line]
+    assert str((root / more.format("a")).parent).removesuffix("/Annotations") in told
+    assert told.endswith("; move the files that are to be taken into one")
+    for name in ("more-a", "more-b"):
+        for suffix in (".xml", ".jpg"):
+            to = (root / place.format("train", name)).with_suffix(suffix)
+            (files[name] / f"{name}{suffix}").rename(to)
+    index, found = shard(root, tmp_path / "again", quiet_run)
+    assert sum(split == "train" for split, _ in found) == 4
+    assert [c.name for c in index.categories] == ["cat", "dog"]
+
+
+def test_a_class_may_be_called_train(tmp_path, make_picture, quiet_run):
+    for name in ("train", "cat"):
+        text = xml("a.jpg", [(name, [1, 1, 9, 9], 0)])
+        add(tmp_path / "set" / name, tmp_path / "set" / name, name, text, make_picture)
+    with pytest.raises(UserError, match=r"several data sets of VOC's \(cat, train\); give one"):
+        shard(tmp_path / "set", tmp_path / "out", quiet_run)
+
+
+@pytest.mark.parametrize(
     ("annotations", "images"),
     [
         ("{}", "{}"),
