@@ -143,12 +143,13 @@ def _make(
         entry["box_only"] = True
     if reasons and set(reasons) <= _IGNORED:
         entry["region"] = True
-    if mask.rings is not None:
+    # What isn't trained on is evaluated only, from the segmentation itself: crowds cost most.
+    if mask.trace is not None and not reasons:
+        rings, iou = mask.trace()
         entry["rings"] = [
-            [int(v) if v.is_integer() else v for v in ring.reshape(-1).tolist()]
-            for ring in mask.rings
+            [int(v) if v.is_integer() else v for v in ring.reshape(-1).tolist()] for ring in rings
         ]
-        entry["mask_iou"] = mask.iou
+        entry["mask_iou"] = iou
     return Made(entry, findings)
 
 
@@ -160,8 +161,8 @@ class _Mask(NamedTuple):
     """In annotated pixels, as pycocotools counts them."""
     box: Box | None = None
     """In stored pixels; None where there is no mask."""
-    rings: list[np.ndarray] | None = None
-    iou: float | None = None
+    trace: Callable[[], tuple[list[np.ndarray], float]] | None = None
+    """Where training needs other outlines: gives rings, and their IoU with the mask."""
 
 
 class _Polygons(NamedTuple):
@@ -255,19 +256,20 @@ def _polygon_mask(polygons: _Polygons, frame: Frame, tolerance: float | None, fi
     if not any(polygons.overlapping):
         return made
     find("self_overlap")
-    if not pixels:
-        return made
-    rings: list[np.ndarray] = []
-    for part, backward, overlaps in zip(
-        parts, polygons.backward, polygons.overlapping, strict=True
-    ):
-        ring = np.reshape(part, (-1, 2)).astype(np.float64)
-        if overlaps:
-            rings += _trace(_decode([part], width, height), tolerance, find)
-        else:
-            rings.append(ring[::-1] if backward else ring)
-    iou = mask_iou(_decode(parts, width, height), fill_rings(rings, height, width))
-    return made._replace(rings=rings, iou=round(iou, 6))
+
+    def trace() -> tuple[list[np.ndarray], float]:
+        rings: list[np.ndarray] = []
+        for part, backward, overlaps in zip(
+            parts, polygons.backward, polygons.overlapping, strict=True
+        ):
+            ring = np.reshape(part, (-1, 2)).astype(np.float64)
+            if overlaps:
+                rings += _trace(_decode([part], width, height), tolerance, find)
+            else:
+                rings.append(ring[::-1] if backward else ring)
+        return rings, _agreement(_decode(parts, width, height), rings)
+
+    return made._replace(trace=trace)
 
 
 def _trace(mask: np.ndarray, tolerance: float | None, find: Any) -> list[np.ndarray]:
@@ -290,21 +292,28 @@ def _rle_mask(rle: Mapping[str, Any], frame: Frame, tolerance: float | None, fin
     except ValueError as error:
         find("bad_rle", str(error))
         return _empty_mask(frame)
-    find("rle_mask")
-    mask = _decode({"counts": counts}, frame.width, frame.height)
     area = sum(counts[1::2])
     segmentation: Any = dict(rle)
+    mask = None
     if (frame.stored_height, frame.stored_width) != (frame.height, frame.width):
-        mask = _resize_mask(mask, frame)
+        mask = _resize_mask(_decode({"counts": counts}, frame.width, frame.height), frame)
         packed: Any = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         segmentation = {"size": list(mask.shape), "counts": packed["counts"].decode("ascii")}
-    if not mask.any():
+    if not (area if mask is None else mask.any()):
         return _Mask(segmentation, empty=True, area=lambda: area)
+
+    def trace() -> tuple[list[np.ndarray], float]:
+        find("rle_mask")
+        pixels = _decode({"counts": counts}, frame.width, frame.height) if mask is None else mask
+        rings = _trace(pixels, tolerance, find)
+        return rings, _agreement(pixels, rings)
+
     box = mask_box(segmentation, frame.stored_width, frame.stored_height)
-    rings = _trace(mask, tolerance, find)
-    filled = fill_rings(rings, *mask.shape)
-    iou = round(mask_iou(mask, filled), 6)
-    return _Mask(segmentation, empty=False, area=lambda: area, box=box, rings=rings, iou=iou)
+    return _Mask(segmentation, empty=False, area=lambda: area, box=box, trace=trace)
+
+
+def _agreement(mask: np.ndarray, rings: list[np.ndarray]) -> float:
+    return round(mask_iou(mask, fill_rings(rings, *mask.shape)), 6)
 
 
 def _resize_mask(mask: np.ndarray, frame: Frame) -> np.ndarray:

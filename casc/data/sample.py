@@ -11,8 +11,9 @@ digits: the image's own bytes, and a JSON with its annotations:
         box_only: true where training without masks has it all the same
         region: true where it may become a region to ignore
         box: [x0, y0, x1, y1] in pixels
-        rings: only where segmentation is an RLE: the mask's boundaries [[x, y, ...], ...]
-        mask_iou: of the rings with the RLE
+        rings: only where it is trained on and the segmentation is an RLE, or outlines that overlap
+            themselves: the mask's boundaries [[x, y, ...], ...]
+        mask_iou: of the rings with the mask
 
 Legend: g trainable objects of an image, e polygon edges of an object, h x w stored size,
 r regions to ignore.
