@@ -148,6 +148,12 @@ def _gather(
     for key, entry, where in elements:
         place = f"{key}[{counts[key]}]"
         counts[key] += 1
+        if isinstance(entry, dict) and "segments_info" in entry and "bbox" not in entry:
+            raise UserError(
+                f"{file}: is of COCO's panoptic form (segments_info, masks in PNG files), which"
+                " isn't read; give the file of instances (instances_*.json), or make one by"
+                " panopticapi's converters/panoptic2detection_coco_format.py"
+            )
         try:
             if not isinstance(entry, dict):
                 raise _error(file, place, "an object", entry)
@@ -211,7 +217,7 @@ def _categories(
     for i, entry in enumerate(entries):
         place = f"categories[{i}]"
         category = Category(
-            id=int(_field(entry, "id", file, place, _is_id, "an integer")),
+            id=as_id(_field(entry, "id", file, place, _is_id, "an integer")) or 0,
             name=_field(entry, "name", file, place, _is_text, _NAME),
         )
         known = by_id.setdefault(category.id, category)
@@ -309,7 +315,7 @@ class _Objects:
         for (_, rows), lacks in zip(self._lacks, lacking, strict=True):
             if lacks:
                 rows.append(row)
-        about = as_id(entry["id"]) or 0, as_id(entry["image_id"]) or 0, int(entry["category_id"])
+        about = [as_id(entry[key]) or 0 for key in ("id", "image_id", "category_id")]
         self._rows.extend((*where, *about))
         self.categories.add(about[2])
 
@@ -474,12 +480,8 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_id(value: object) -> bool:
-    """Whole numbers, also those that went through a table of floats, 1.0, or of texts, "1"."""
-    if isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d{0,18}", value, re.ASCII):
-        value = int(value)
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        value = int(value)
-    return _is_integer(value)
+    """Whole numbers. No other texts: a class's name in place of its id would be lost silently."""
+    return as_id(value) is not None and not is_text_id(value)
 
 
 def _is_any_id(value: object) -> bool:

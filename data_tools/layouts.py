@@ -228,21 +228,24 @@ def _candidates(root: Path) -> list[Path]:
     files = dict.fromkeys(
         file for folder in folders for file in sorted(root.glob(f"{folder}*.[jJ][sS][oO][nN]"))
     )
-    return [file for file in files if visible(file, root) and _is_coco(file)]
+    found = [file for file in files if visible(file, root) and _is_coco(file)]
+    # Panoptic segments, which aren't read, lie beside the instances of the same images.
+    return [file for file in found if len(found) > 1 and not _has(file, "segments_info")] or found
 
 
 def _is_coco(file: Path) -> bool:
+    return (_has(file, "file_name") or _has(file, "coco_url")) and all(
+        _has(file, key) for key in ("images", "annotations", "categories")
+    )
+
+
+def _has(file: Path, key: str) -> bool:
+    """Whether a key is in a file; in UTF-16 and UTF-32, which are refused by name, too."""
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m:
-            # In UTF-16 and UTF-32, which are refused by name, there are NULs in between.
             zeros = m[:8].count(0)
             gap = "\0" * (0 if not zeros else 1 if zeros < 5 else 3)
-
-            def there(key: str) -> bool:
-                return m.find(gap.join(f'"{key}"').encode()) >= 0
-
-            named = there("file_name") or there("coco_url")
-            return named and all(map(there, ("images", "annotations", "categories")))
+            return m.find(gap.join(f'"{key}"').encode()) >= 0
     except (OSError, ValueError):  # a folder, or an empty file
         return False
 

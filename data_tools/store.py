@@ -206,7 +206,7 @@ def normal(entry: Mapping[str, Any]) -> dict[str, Any]:
     annotation: dict[str, Any] = {
         "id": as_id(entry["id"]),
         "image_id": as_id(entry["image_id"]),
-        "category_id": int(entry["category_id"]),
+        "category_id": as_id(entry["category_id"]),
         "bbox": entry["bbox"],
         "area": entry.get("area") if is_area(entry.get("area")) else None,
         "iscrowd": int(entry.get("iscrowd") or 0),

@@ -12,14 +12,15 @@ from casc.errors import UserError
 def as_id(value: object) -> int | None:
     """The number for an id of an image or annotation in COCO's format; None if it is none.
 
-    Whole numbers may have gone through a table of floats or texts. A text that isn't a number, such
-    as a UUID, gives the first 52 bits of its SHA-256: the same in every file, and whole in JSON.
+    Whole numbers may have gone through a table of floats or texts, or of both ("007", " 7", "7.0").
+    A text that isn't a number, such as a UUID, gives the first 52 bits of its SHA-256: the same in
+    every file, and whole in JSON.
     """
     if is_text_id(value) and str(value).strip():
         digest = hashlib.sha256(str(value).encode("utf-8", "surrogatepass"))
         value = int(digest.hexdigest()[:13], 16)
     elif isinstance(value, str) and value.strip():
-        value = int(value)
+        value = int(value.partition(".")[0])
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
     return value if type(value) is int and -(2**63) <= value < 2**63 else None
@@ -27,7 +28,9 @@ def as_id(value: object) -> int | None:
 
 def is_text_id(value: object) -> bool:
     """Whether `as_id` makes up the number."""
-    return isinstance(value, str) and not re.fullmatch(r"-?\d{1,19}", value, re.ASCII)
+    return isinstance(value, str) and not re.fullmatch(
+        r"\s*[-+]?\d{1,19}(\.0*)?\s*", value, re.ASCII
+    )
 
 
 class AnnotationRecord(TypedDict):

@@ -122,7 +122,7 @@ NAN, INF = float("nan"), float("inf")
         ("annotations.1.id", 1.5, "f: annotations[1].id"),
         ("annotations.1.id", 2**64, "f: annotations[1].id"),
         ("annotations.1.image_id", None, "f: annotations[1].image_id"),
-        ("annotations.1.category_id", "07", "f: annotations[1].category_id"),
+        ("annotations.1.category_id", "cat", "f: annotations[1].category_id"),
         ("annotations.1.bbox", [1, 2], "f: annotations[1].bbox: expected 4 finite numbers"),
         ("annotations.1.bbox", ..., "f: annotations[1].bbox: missing"),
         ("annotations.1.bbox", [1, 2, 3, NAN], "got [1, 2, 3, nan]"),
@@ -304,15 +304,23 @@ def test_ids_of_many_digits_and_of_tables_of_floats():
     assert found.categories == (Category(3, "ant"), Category(7, "cat"))
 
 
-def test_ids_that_are_texts_of_numbers():
+@pytest.mark.parametrize("spelt", ["{}", "00{}", "{}.0", " {}", "+{}\n"])
+@pytest.mark.parametrize("other", ["{}", "00{}"])
+def test_ids_that_are_texts_of_numbers(spelt: str, other: str):
+    """Of any spelling, and of another where they are referred to."""
     data = make_data()
-    data["images"][1]["id"] = "2"
-    data["annotations"][1] |= {"id": "12", "image_id": "2", "category_id": "3"}
-    data["categories"][1]["id"] = "3"
+    data["images"][1]["id"] = spelt.format(2)
+    data["annotations"][0] |= {"id": 11, "image_id": other.format(1), "category_id": 7}
+    data["annotations"][1] |= {"id": "12", "image_id": other.format(2), "category_id": "3"}
+    data["annotations"].append(make_annotation(id=spelt.format(13), image_id=2, category_id=3.0))
+    data["categories"][0]["id"] = other.format(7)
+    data["categories"][1]["id"] = spelt.format(3)
     found = check_annotations(data, "f")
     assert [image.id for image in found.images] == [1, 2]
-    assert [(a["id"], a["category_id"]) for a in found.by_image[2]] == [(12, 3)]
+    assert [(a["id"], a["category_id"]) for a in found.by_image[2]] == [(12, 3), (13, 3)]
+    assert [(a["id"], a["category_id"]) for a in found.by_image[1]] == [(11, 7)]
     assert found.categories == (Category(3, "ant"), Category(7, "cat"))
+    assert found.findings == []
 
 
 def test_ids_that_are_texts(tmp_path: Path):

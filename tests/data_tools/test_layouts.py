@@ -229,6 +229,27 @@ def test_layouts_that_are_not_read_are_named(tmp_path: Path, settings, quiet_run
             assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["annotations/panoptic_train2017.json", "panoptic.json"])
+def test_panoptic_segments_are_refused_by_name(
+    name: str, tmp_path: Path, make_picture, settings, quiet_run
+):
+    root = tmp_path / "data"
+    true = export(root / name, root / "images", make_picture)
+    whole = (root / name).read_text()
+    data = json.loads(whole)
+    about = {"bbox": [1, 2, 3, 4], "area": 9, "category_id": 1, "iscrowd": 0, "id": 8}
+    data["annotations"] = [
+        {"image_id": i, "file_name": f"{i}.png", "segments_info": [about]} for i in true
+    ]
+    (root / name).write_text(json.dumps(data))
+    with pytest.raises(UserError, match=rf"{name}: is of COCO's panoptic .*; give .*instances_\*"):
+        shard_dataset(root, tmp_path / "out", None, settings, quiet_run())
+    # As it says.
+    (root / name).with_name("train.json").write_text(whole)
+    shard_dataset(root, tmp_path / "out", None, settings, quiet_run())
+    assert stored(tmp_path / "out", "train") == true
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-le"])
 @pytest.mark.parametrize("name", ["result.json", "annotations/instances_train.json", "train.JSON"])
 def test_annotations_in_utf_16_are_refused_by_name(

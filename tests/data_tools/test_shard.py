@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from casc.data.index import read_index
 from casc.data.sample import annotation_edges, iter_tar, read_sample
 from casc.errors import UserError
 from data_tools import shard as shard_module
+from data_tools import source as source_module
 from data_tools import write as write_module
 from data_tools.check import check_shards, fault_lines
 from data_tools.cli import main
@@ -252,6 +254,38 @@ def test_an_interrupted_run_is_taken_up(
     assert heard[0] == "train: going on with an interrupted run, 12 images known"
     if stop_at:
         assert heard[1] == f"train: {stop_at} of 6 shards reused"
+
+
+@pytest.mark.parametrize("stop_at", [None, 3])
+@pytest.mark.parametrize("val_share", [0.0, 0.5])
+def test_shards_of_an_older_version_are_not_reused(
+    varied, settings, quiet_run, monkeypatch, stop_at: int | None, val_share: float
+):
+    """Neither those of the index nor an interrupted run's: the same input made others then."""
+    varied.write()
+    out, settings = varied.root.with_name("out"), settings._replace(val_share=val_share)
+    written: list[str] = []
+
+    def older(task):
+        if len(written) == stop_at:
+            raise StopError
+        result = write_module.write_shard(task)
+        written.append(task.path.name)
+        return result
+
+    monkeypatch.setattr(shard_module, "write_shard", older)
+    monkeypatch.setattr(source_module, "_CONTENT_VERSION", source_module._CONTENT_VERSION - 1)
+    with contextlib.nullcontext() if stop_at is None else pytest.raises(StopError):
+        shard_dataset(varied.root, out, None, settings, quiet_run())
+    assert written
+    monkeypatch.undo()
+
+    monkeypatch.setattr(shard_module, "write_shard", counting := Counting())
+    heard: list[str] = []
+    index = shard_dataset(varied.root, out, None, settings, spied(quiet_run(), heard))
+    assert counting.calls == sum(len(split.shards) for split in index.splits.values())
+    assert not any("reused" in line for line in heard)
+    assert sound(out)
 
 
 class Counting:
