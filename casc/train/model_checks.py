@@ -30,7 +30,7 @@ def check_model(model: DetectorConfig) -> None:
                 f"--model.{part}.positive-fraction {head.positive_fraction}: leaves no room for an"
                 f" object among --model.{part}.samples {head.samples}; use larger ones"
             )
-    _check_convolutions(model)
+    _check_unused(model)
     if model.mask_head.scoring and model.masks == "none":
         raise UserError(
             "--model.mask-head.scoring: --model.masks none has no masks to score; use"
@@ -117,8 +117,8 @@ def _check_positive(model: DetectorConfig) -> None:
             raise UserError(f"--model.{flag} {value}: must not be negative")
 
 
-def _check_convolutions(model: DetectorConfig) -> None:
-    """Refuse settings of convolutions that a box head hasn't got."""
+def _check_unused(model: DetectorConfig) -> None:
+    """Refuse settings of what a box head hasn't got."""
     box, usual = model.box_head, BoxHeadConfig()
     for flag, given, default in (
         ("norm", box.norm, usual.norm),
@@ -129,3 +129,8 @@ def _check_convolutions(model: DetectorConfig) -> None:
                 f"--model.box-head.{flag} {given}: is of convolutions, of which the heads have"
                 f" none; give --model.box-head.convs, such as 4, or use {default}"
             )
+    if box.loss != "smooth_l1" and box.beta != usual.beta:
+        raise UserError(
+            f"--model.box-head.beta {box.beta}: is of --model.box-head.loss smooth_l1, {box.loss}"
+            f" has none; use that loss, or leave it at {usual.beta}"
+        )

@@ -230,6 +230,12 @@ def _check_vit(backbone: ViTConfig) -> None:
             f"--model.backbone.channels {backbone.channels}: must be a multiple of 4 and of"
             f" --model.backbone.heads {backbone.heads}"
         )
+    grid, usual = backbone.relative_grid, ViTConfig().relative_grid
+    if not backbone.relative and grid != usual:
+        raise UserError(
+            f"--model.backbone.relative-grid {grid}: there are no relative positions; use"
+            f" --model.backbone.relative, or leave it at {usual}"
+        )
     unknown = [block for block in backbone.global_blocks if not 0 <= block < backbone.depth]
     if unknown:
         raise UserError(

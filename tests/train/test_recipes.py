@@ -381,6 +381,10 @@ def test_eight_cards_follow_the_references_schedule():
         ),
         ({"model.box_head.norm": "gn"}, "--model.box-head.norm gn: .*--model.box-head.convs"),
         ({"model.box_head.conv_channels": 64}, "--model.box-head.conv-channels 64: .*use 256"),
+        (
+            {"model.box_head.loss": "giou", "model.box_head.beta": 0.1},
+            "--model.box-head.beta 0.1: .*loss smooth_l1, giou has none; .*leave it at 1.0",
+        ),
         ({"model.rpn.positive_fraction": 0.0}, "--model.rpn.positive-fraction 0.0: .*no room"),
         ({"model.box_head.samples": 3}, "--model.box-head.positive-fraction 0.25: .*samples 3"),
         ({"model.inference.classes": (3, 80)}, "--model.inference.classes 80: .*labels 0 to 79"),
@@ -396,6 +400,10 @@ def test_eight_cards_follow_the_references_schedule():
         (
             {"model.backbone": ViTConfig(grid=10**6), "init": "random"},
             "--model.backbone.grid 1000000: must be 1 to 4096",
+        ),
+        (
+            {"model.backbone": ViTConfig(relative=False, relative_grid=32), "init": "random"},
+            "--model.backbone.relative-grid 32: .*--model.backbone.relative, or leave it at 64",
         ),
         (
             {"model.backbone": ViTConfig(relative_grid=10**7), "init": "random"},
