@@ -1,5 +1,8 @@
 """Any annotation file and its shards are the same ground truth, which is pycocotools' own."""
 
+import contextlib
+import copy
+import io
 import json
 from typing import Any
 
@@ -8,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from casc.data.index import Category
 from casc.data.record import AnnotationRecord
@@ -163,6 +168,83 @@ def test_what_is_trained_on_is_what_pycocotools_reads(data: dict[str, Any]):
             # Pycocotools rounds outlines to a fifth of a pixel: they may differ along them only.
             wrong = filled(annotation_edges(entry)) != true
             assert not wrong.any() or distance(annotation_edges(entry))[wrong].max() <= 1
+
+
+def with_empty_runs(mask: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """Run lengths of a mask by brute force, among them some of 0, which tools write in the middle.
+
+    Two begin the list, which is an empty mask's place for a pixel.
+    """
+    pixels = mask.reshape(-1, order="F")
+    ends = np.flatnonzero(np.diff(pixels.astype(int), prepend=0, append=pixels[-1] ^ 1))
+    counts = [int(n) for n in np.diff(ends, prepend=0)]
+    for _ in range(3):
+        at = int(rng.integers(0, len(counts)))
+        first = int(rng.integers(0, counts[at] + 1))
+        counts[at : at + 1] = [first, 0, counts[at] - first]
+    return [0, 0, *counts]
+
+
+def packed_by_hand(counts: list[int]) -> str:
+    """COCO's packing, whatever the counts: 5 bits a character, each less the last but one."""
+    text = ""
+    for i, count in enumerate(counts):
+        left, more = count - (counts[i - 2] if i > 2 else 0), True
+        while more:
+            bits, left = left & 31, left >> 5
+            more = left != (-1 if bits & 16 else 0)
+            text += chr((bits | 32 * more) + 48)
+    return text
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_runs_of_no_pixel_give_pycocotools_own_figures(compressed: bool):
+    """Against COCOeval on the file itself."""
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(8):
+        annotations, results = [], []
+        for i in range(1, 7):
+            mask = np.zeros((HEIGHT, WIDTH), bool)
+            for x, y in zip(rng.integers(0, 28, 2), rng.integers(0, 22, 2), strict=True):
+                mask[y : y + rng.integers(3, 10), x : x + rng.integers(3, 12)] = True
+            counts = with_empty_runs(mask, rng)
+            packed: Any = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+            about = {"image_id": 1 + i % 2, "category_id": 1 + i % 3 // 2 * 2}
+            about["bbox"] = coco_mask.toBbox(packed).tolist()
+            written = packed_by_hand(counts) if compressed else counts
+            shape: Any = {"size": [HEIGHT, WIDTH], "counts": written}
+            np.testing.assert_array_equal(raster(shape), mask)
+            more = {"id": i, "area": int(mask.sum()), "iscrowd": int(i == 6)}
+            annotations.append({**about, **more, "segmentation": shape})
+            near = np.roll(mask, int(rng.integers(0, 3)), 0)
+            found: Any = coco_mask.encode(np.asfortranarray(near.astype(np.uint8)))
+            found = {"size": [HEIGHT, WIDTH], "counts": found["counts"].decode()}
+            results.append({**about, "score": float(rng.uniform()), "segmentation": found})
+        sizes = {"width": WIDTH, "height": HEIGHT}
+        images = [{"id": i, "file_name": f"{i}.jpg", **sizes} for i in (1, 2)]
+        categories = [{"id": c.id, "name": c.name} for c in CATEGORIES]
+        data: Any = {"images": images, "annotations": annotations, "categories": categories}
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO()
+            truth.dataset = copy.deepcopy(data)
+            truth.createIndex()
+            own = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), "segm")  # type: ignore[arg-type]
+            own.evaluate()
+            own.accumulate()
+            own.summarize()
+        figures = [None if value < 0 else float(value) for value in own.stats]
+        shards, entries = through_shards(data)
+        for known in (data, shards):
+            assert list(evaluate(known, results).figures["segm"].values()) == figures
+        seen.add(figures[0])
+        for entry, listed in zip(
+            sorted(entries, key=lambda entry: entry["id"]), annotations, strict=True
+        ):
+            assert entry["train"] == (not listed["iscrowd"])
+            if entry["train"]:
+                true = raster(listed["segmentation"])
+                np.testing.assert_array_equal(filled(annotation_edges(entry)), true)
+    assert len(seen) > 4
 
 
 RING = [5, 5, 25, 5, 25, 25, 5, 25, 5, 5, 10, 10, 20, 10, 20, 20, 10, 20, 10, 10]
