@@ -82,19 +82,35 @@ def find_foreign(root: Path) -> list[Foreign]:
             Foreign(part.split, part.annotations, part.images, part, fault=part.fault)
             for part in voc
         ]
-    if not _labelme_files(root):
-        return _find_yolo(root)
-    parts = [root / name for name in _SPLITS if _labelme_files(root / name)]
-    within = {file for part in parts for file in _labelme_files(part)}
-    others = [file for file in _labelme_files(root) if file not in within]
-    if not is_split([part.name for part in parts], not others):
-        return [Foreign("train", root, root)]
-    found = [Foreign(part.name, part, part) for part in parts]
+    return _find_labelme(root) or _find_yolo(root)
+
+
+def _find_labelme(root: Path) -> list[Foreign]:
+    """LabelMe's files by the folders that are called by a split, wherever these are."""
+    found: dict[Path | None, list[Path]] = {}
+    for file in _labelme_files(root):
+        above = [folder for folder in file.parents if root in folder.parents][::-1]
+        part = next((folder for folder in above if folder.name.lower() in _SPLITS), None)
+        found.setdefault(part, []).append(file)
+    others = found.pop(None, [])
+    folders: dict[str, Path] = {}
+    for folder in filter(None, found):
+        split = "val" if folder.name.lower().startswith("val") else folder.name.lower()
+        first = folders.setdefault(split, folder)
+        if first != folder:
+            raise UserError(f"{first} and {folder}: are one split; put their files into one folder")
+    if not is_split(folders, not others):
+        return [Foreign("train", root, root)] if folders or others else []
+    parts = [
+        # The images of a folder further down may be in another: they are looked for in all.
+        Foreign(split, folder, folder if folder.parent == root else root)
+        for split, folder in folders.items()
+    ]
     if others:
         more = f" and {len(others) - 1} more" if others[1:] else ""
         fault = f"{others[0]}{more}: {IN_NO_SPLIT}"
-        found.append(Foreign(others[0].stem, root, root, fault=fault))
-    return found
+        parts.append(Foreign(others[0].stem, root, root, fault=fault))
+    return parts
 
 
 def convert(part: Foreign, every: Sequence[Foreign]) -> Converted:

@@ -139,6 +139,40 @@ def test_labelme_in_parts_shares_its_classes(tmp_path, make_picture, quiet_run):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("folders", "images"),
+    [
+        ("Train Valid", None),
+        ("deep/train deep/val", None),
+        ("json/train json/val", "images/{}"),
+        ("train/json validation/json", None),
+        ("TRAIN/json Val/json", "{}/images"),
+    ],
+)
+def test_labelmes_splits_are_told_by_any_folder(folders, images, tmp_path, make_picture, quiet_run):
+    """They made one split, in which validation was trained on."""
+    root = tmp_path / "set"
+    for folder, name in zip(folders.split(), ("a", "bb"), strict=True):
+        labelme(root / folder, name, [shape("cat", RING)], make_picture)
+        if images:
+            to = root / images.format(folder.split("/")["json" in folder.split("/")[0]])
+            to.mkdir(parents=True)
+            (root / folder / f"{name}.jpg").rename(to / f"{name}.jpg")
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert {(split, Path(file).name) for split, file in found} == {
+        ("train", "a.jpg"), ("val", "bb.jpg"),
+    }  # fmt: skip
+    assert all(len(entries) == 1 for _, entries in found.values())
+    assert all(split.report["images"]["unlisted_files"] == 0 for split in index.splits.values())
+
+
+def test_labelmes_folders_of_one_split_are_named(tmp_path, make_picture, quiet_run):
+    for place in ("1/train", "2/train", "2/val"):
+        labelme(tmp_path / "set" / place, "a", [shape("cat", RING)], make_picture)
+    with pytest.raises(UserError, match=r"1/train and .*2/train: are one split; put their files"):
+        shard(tmp_path / "set", tmp_path / "out", quiet_run)
+
+
 def test_what_lies_beside_labelmes_splits_is_left_out(tmp_path, make_picture, quiet_run):
     """It made one split of all, in which validation was trained on."""
     for place, name in (("train", "a"), ("val", "bb"), ("extra", "ccc"), (".", "dddd")):
