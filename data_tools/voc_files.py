@@ -96,10 +96,16 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _xml_folder(base: Path) -> Path | None:
-    for name in ("Annotations", "annotations", "labels", "xmls", "xml"):
-        if _xml(base / name, deep=True):
-            return base / name
+    for folder in _called(base, ("annotations", "annots", "labels", "xmls", "xml")):
+        if _xml(folder, deep=True):
+            return folder
     return base if _xml(base) else None
+
+
+def _called(base: Path, names: Sequence[str]) -> list[Path]:
+    """Folders of these names in any case, in their order."""
+    found = [folder for folder in sorted(_folders(base)) if folder.name.lower() in names]
+    return sorted(found, key=lambda folder: names.index(folder.name.lower()))
 
 
 def _mask_folder(base: Path) -> Path | None:
@@ -164,8 +170,8 @@ def _listed(base: Path, folder: Path) -> list[VocSplit]:
 
 
 def _image_folder(base: Path, folder: Path, names: Sequence[str]) -> Path:
-    places = ("JPEGImages", "images", "Images", "imgs", "image", folder.relative_to(base), "")
-    folders = [f for f in (base / place for place in places) if f.is_dir() and f.name not in _MASKS]
+    usual = _called(base, ("jpegimages", "images", "imgs", "image"))
+    folders = [f for f in (*usual, folder, base) if f.name not in _MASKS]
     for find in (images_of, _deeper):
         for place in folders:
             if any(find(place, name) for name in names[:_SAMPLE]):

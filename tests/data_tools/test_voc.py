@@ -354,6 +354,10 @@ def test_a_class_may_be_called_train(tmp_path, make_picture, quiet_run):
         ("Annotations", "JPEGImages"),
         (".", "."),
         ("labels", "."),
+        ("ANNOTATIONS", "IMAGES"),
+        ("Labels", "jpegImages"),
+        ("{}/XMLs", "{}/Imgs"),
+        ("annots", "images"),
     ],
 )
 def test_xml_files_of_labelling_tools(annotations, images, tmp_path, make_picture, quiet_run):
