@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from casc.errors import UserError
 from data_tools.boxes import mend_corners
-from data_tools.coco import Annotations, check_annotations, read_annotations
+from data_tools.coco import Annotations, check_annotations, encoding_fault, read_annotations
 from data_tools.foreign import convert, has_objects, is_yolo, yolo_labels
 from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
@@ -56,8 +56,10 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
             " --images FOLDER"
         )
     if not images.is_dir():
+        # Of a file that can't be read no folder could be found, either.
         raise UserError(
-            f"{images}: no such folder; the images of {file.name} belong there, or give --images"
+            (not foreign and encoding_fault(file))
+            or f"{images}: no such folder; the images of {file.name} belong there, or give --images"
         )
     if os.path.realpath(out / split) == os.path.realpath(images):  # out may be a loop of links
         raise UserError(f"{out}: shards would lie among the images; give another --out")

@@ -287,6 +287,22 @@ def test_any_other_layout_by_flags(tmp_path: Path, make_picture, capsys):
     assert "--annotations" in capsys.readouterr().err
 
 
+def test_a_named_file_in_utf_16_is_called_that_before_its_images_are_asked_for(
+    tmp_path: Path, make_picture, capsys
+):
+    """Its names can't be read, by which the folder would be found."""
+    file = tmp_path / "data/x.json"
+    true = export(file, tmp_path / "data/pictures", make_picture)
+    text = file.read_text()
+    arguments = ["shard", "--annotations", file, "--out", tmp_path / "out", "--workers", 1]
+    file.write_text(text, encoding="utf-16")
+    assert run(*arguments) == 1
+    assert "x.json: is UTF-16; save it as UTF-8, as by iconv -f" in capsys.readouterr().err
+    file.write_text(text)
+    assert run(*arguments) == 0
+    assert stored(tmp_path / "out", "x") == true
+
+
 def test_files_that_are_one_split_are_refused(tmp_path: Path, make_picture, settings, quiet_run):
     for name in ("a/train.json", "b/train.json"):
         export(tmp_path / name, tmp_path / "images", make_picture)
