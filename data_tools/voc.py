@@ -161,9 +161,19 @@ def _parse(file: Path, data: bytes) -> Element:
     parser = expat.ParserCreate("utf-8")
     depth = 0
 
-    def refuse(*_: object) -> None:
-        # What a document type may declare grows without end.
-        raise UserError(f"{file}: has a document type, which no annotation of VOC's needs")
+    def refuse(_name: str, _system: str | None, _public: str | None, declares: int) -> None:
+        # What a document type declares may grow without end; what it names is never read.
+        if declares:
+            raise UserError(
+                f"{file}: has a document type with declarations, which no annotation of VOC's"
+                " needs; remove <!DOCTYPE ...>"
+            )
+
+    def lacking(entity: str, _: int) -> None:
+        raise UserError(
+            f"{file}: &{entity}; is declared elsewhere, which isn't read; write the character"
+                " itself"
+        )
 
     def start(tag: str, attributes: dict[str, str]) -> None:
         nonlocal depth
@@ -177,7 +187,7 @@ def _parse(file: Path, data: bytes) -> Element:
         depth -= 1
         builder.end(tag)
 
-    parser.StartDoctypeDeclHandler = refuse
+    parser.StartDoctypeDeclHandler, parser.SkippedEntityHandler = refuse, lacking
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler = builder.data
     try:

@@ -471,13 +471,33 @@ def test_names_that_end_in_upper_case(upper, tmp_path, make_picture, quiet_run):
         np.testing.assert_array_equal(coco_mask.decode(entry["segmentation"]), mask == 1)
 
 
+OUTSIDE = '<!DOCTYPE annotation SYSTEM "annotation.dtd">'
+
+
+@pytest.mark.parametrize("head", ["<!DOCTYPE annotation>", OUTSIDE])
+def test_a_document_type_that_declares_nothing_is_passed_over(
+    head, tmp_path, make_picture, quiet_run
+):
+    text = xml("a.jpg", [("cat & dog", [1, 1, 9, 9], 0)], head=head)
+    add(tmp_path / "set/Annotations", tmp_path / "set/JPEGImages", "a", text, make_picture)
+    index, found = shard(tmp_path / "set", tmp_path / "out", quiet_run)
+    assert [c.name for c in index.categories] == ["cat & dog"]
+    assert [entry["bbox"] for entry in found["train", "a.jpg"][1]] == [[0, 0, 9, 9]]
+
+
 BOMB = '<!DOCTYPE a [<!ENTITY x "xxxxxxxx"><!ENTITY y "&x;&x;&x;&x;">]>'
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (xml("a.jpg", [], head=BOMB), r"a\.xml: has a document type"),
+        (xml("a.jpg", [], head=BOMB), r"a\.xml: has a document type .*; remove <!DOCTYPE"),
+        (
+            xml("a.jpg", [("c", [1, 2, 3, 4], 0)], head=OUTSIDE).replace(
+                "<name>c", "<name>c&nbsp;"
+            ),
+            r"a\.xml: &nbsp; is declared elsewhere, which isn't read; write",
+        ),
         (xml("a.jpg", [("cat", [1, 2, "x", 4], 0)]), r"a\.xml: object 1: bndbox: expected xmin"),
         (xml("a.jpg", [(" ", [1, 2, 3, 4], 0)]), r"a\.xml: object 1: name: missing"),
         (xml("a.jpg", [])[:-5], r"a\.xml: not valid XML"),
