@@ -24,6 +24,7 @@ from data_tools.report import format_findings, format_table
 _LOST = {
     "missing_file": ("missing", "mend the paths"),
     "unreadable": ("unreadable", "mend the files"),
+    "broken_file": ("without a whole XML or JSON file", "restore these"),
     "size_mismatch": ("of another shape than annotated", "mend their width and height"),
 }
 """Findings of images that are left out: what they are, and what to do."""
@@ -74,8 +75,8 @@ class ShardCommand:
     skip_invalid: bool = False
     """Leave out annotations that can't be understood, and report them, instead of refusing."""
     allow_missing: bool = False
-    """End with 0 even though more than 1 % of the images are missing, unreadable or of another
-    shape than annotated."""
+    """End with 0 even though more than 1 % of the images are missing, unreadable, of another shape
+    than annotated, or have an XML or JSON file that is broken off."""
     aspects: tuple[float, ...] = field(default=ASPECTS)
     """Edges between buckets, width over height, ascending. No numbers: a single bucket.
     Images of a bucket share a canvas, for which the training step is compiled once."""

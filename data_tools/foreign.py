@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +18,7 @@ from casc.data.decode import decode_image
 from casc.data.record import MOST_PIXELS
 from casc.errors import UserError
 from data_tools.coco import below
-from data_tools.texts import decode, searchable
+from data_tools.texts import BrokenFileError, decode, is_cut, searchable
 from data_tools.voc import image_size, read_voc
 from data_tools.voc_files import (
     IMAGES,
@@ -63,6 +63,8 @@ class Converted(NamedTuple):
     """SHA-256 of all that was read."""
     other_shapes: list[tuple[int, str]]
     """Ids and kinds of what is no area: points and lines. These aren't in `data`."""
+    broken: list[tuple[int, str]]
+    """Of images whose own files are empty or broken off, an id and why. These aren't in `data`."""
 
 
 def find_foreign(root: Path) -> list[Foreign]:
@@ -124,14 +126,15 @@ def convert(part: Foreign, every: Sequence[Foreign]) -> Converted:
         UserError: naming the file that can't be understood.
     """
     if part.voc is not None:
-        *lists, digest = read_voc(part.voc, [other.voc for other in every if other.voc])
-        return Converted(_coco(*lists), digest, [])
+        voc = [other.voc for other in every if other.voc]
+        *lists, digest, broken = read_voc(part.voc, voc)
+        return Converted(_coco(*lists), digest, [], broken)
     if part.source.is_dir():
         names = sorted({
             _label(shape, f"{file}: shapes[{i}]")
             for other in every
             for file in _labelme_files(other.source)
-            for i, shape in enumerate(_labelme(file)[0]["shapes"])
+            for i, shape in enumerate(_shapes(file))
         })  # fmt: skip
         return _convert_labelme(part, names)
     return _convert_yolo(part)
@@ -238,6 +241,18 @@ def _labelme_files(folder: Path) -> list[Path]:
     return [file for file in files if visible(file, folder) and _is_labelme(file)]
 
 
+def _unknown_files(folder: Path, pictures: Collection[str]) -> list[Path]:
+    """JSON files that are called like a picture and hold no JSON: LabelMe's, broken off."""
+    found = []
+    for file in sorted(folder.rglob("*.[jJ][sS][oO][nN]")):
+        if visible(file, folder) and file.stem.casefold() in pictures and not _is_labelme(file):
+            try:
+                json.loads(file.read_bytes())
+            except (ValueError, RecursionError):
+                found.append(file)
+    return found
+
+
 def _is_labelme(file: Path) -> bool:
     try:
         text = searchable(file.read_bytes())
@@ -258,21 +273,37 @@ def _labelme(file: Path) -> tuple[dict[str, Any], bytes]:
     try:
         found = json.loads(data)
     except UnicodeDecodeError as error:
+        if is_cut(error):
+            raise BrokenFileError(f"{file}: not valid JSON ({error})") from None
         raise UserError(f"{file}: isn't in UTF-8 ({error}); save it as that") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
+        raise BrokenFileError(f"{file}: not valid JSON ({error})") from None
     shapes = found.get("shapes") if isinstance(found, dict) else None
     if not isinstance(shapes, list) or not all(isinstance(shape, dict) for shape in shapes):
         raise UserError(f"{file}: shapes: expected a list of objects; is it a file of LabelMe's?")
     return found, data
 
 
+def _shapes(file: Path) -> list[dict[str, Any]]:
+    try:
+        return _labelme(file)[0]["shapes"]
+    except BrokenFileError:  # told with its split
+        return []
+
+
 def _convert_labelme(part: Foreign, names: Sequence[str]) -> Converted:
-    images, annotations, others = [], [], []
+    images, annotations, others, broken = [], [], [], []
     digest, numbers = hashlib.sha256(json.dumps(names).encode()), itertools.count(1)
     there = {f.name.casefold() for f in part.images.rglob("*.*")}
-    for image_id, file in enumerate(_labelme_files(part.source), 1):
-        about, data = _labelme(file)
+    pictures = {Path(name).stem for name in there if name.endswith(IMAGES)}
+    files = _labelme_files(part.source) + _unknown_files(part.source, pictures)
+    for image_id, file in enumerate(files, 1):
+        try:
+            about, data = _labelme(file)
+        except BrokenFileError as error:
+            digest.update(f"{file.relative_to(part.source)}\0broken".encode())
+            broken.append((image_id, str(error)))
+            continue
         digest.update(f"{file.relative_to(part.source)}\0".encode() + data)
         image = _labelmes_image(file, about)
         if image.name.casefold() not in there and not _exists(image) and about.get("imageData"):
@@ -308,7 +339,7 @@ def _convert_labelme(part: Foreign, names: Sequence[str]) -> Converted:
                 _annotation(next(numbers), image_id, names.index(str(label)) + 1, rings)
             )
     categories = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
-    return Converted(_coco(images, annotations, categories), digest.hexdigest(), others)
+    return Converted(_coco(images, annotations, categories), digest.hexdigest(), others, broken)
 
 
 def _pixels(about: dict[str, Any], key: str, file: Path) -> int | None:
@@ -519,7 +550,7 @@ def _convert_yolo(part: Foreign) -> Converted:
             f" Ultralytics looks, the first's at {yolo_labels(part.files[0])}"
         )
     categories = [{"id": i, "name": name} for i, name in by_number.items()]
-    return Converted(_coco(images, annotations, categories), digest.hexdigest(), [])
+    return Converted(_coco(images, annotations, categories), digest.hexdigest(), [], [])
 
 
 def _keypoints(shape: object, file: Path) -> int:

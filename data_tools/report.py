@@ -21,6 +21,7 @@ KINDS: dict[str, Kind] = {
     # Left out of the shards altogether.
     "missing_file": Kind("image", "left out", "the image file is missing"),
     "unreadable": Kind("image", "left out", "the image can't be decoded"),
+    "broken_file": Kind("image", "left out", "its XML or JSON file is empty or broken off"),
     "size_mismatch": Kind("image", "left out", "of another shape than the annotation file says"),
     "duplicate_image": Kind("image", "left out", "listed twice; the copy is"),
     "image_left_out": Kind("annotation", "left out", "its image is left out"),

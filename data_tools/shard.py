@@ -330,7 +330,9 @@ def _report(
         "listed": annotations.listed_images,
         "stored": len(items),
         "trained": sum(item.train for item in items),
-        "left_out": count("missing_file", "unreadable", "size_mismatch", "duplicate_image"),
+        "left_out": count(
+            "missing_file", "unreadable", "broken_file", "size_mismatch", "duplicate_image"
+        ),
         "unlisted_files": count_unlisted(source, sources),
     }
     objects = {

@@ -65,6 +65,10 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
         raise UserError(f"{out}: shards would lie among the images; give another --out")
     if foreign:
         made = convert(next(other for other in foreign if other.split == split), foreign)
+        if made.broken and not made.data["images"]:
+            raise UserError(
+                f"{made.broken[0][1]}; restore it: no image of {split} has one that is whole"
+            )
         annotations, content = check_annotations(made.data, str(file)), made.digest
         others = [Finding("other_shape", number, kind) for number, kind in made.other_shapes]
         embedded = [
@@ -72,11 +76,17 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
             for image in annotations.images
             if image.file_name.lower().endswith(".json")
         ]
+        broken = [
+            Finding("broken_file", number, told.removeprefix(f"{file}{os.sep}"))
+            for number, told in made.broken
+        ]
         annotations = annotations._replace(
+            listed_images=annotations.listed_images + len(broken),
             listed_annotations=annotations.listed_annotations + len(others),
             # None of these formats has areas.
             findings=[f for f in annotations.findings if f.kind != "missing_area"]
             + others
+            + broken
             + embedded,
         )
     else:

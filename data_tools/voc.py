@@ -13,7 +13,7 @@ from casc.data.decode import ImageError, exif_orientation, open_image, stored_si
 from casc.errors import UserError
 from data_tools.boxes import mask_box
 from data_tools.images import read_file
-from data_tools.texts import decode
+from data_tools.texts import BrokenFileError, decode, is_cut
 from data_tools.voc_files import VocSplit, ending, file_bytes, images_of
 from data_tools.voc_masks import name_objects, pair, read_numbers
 
@@ -35,7 +35,9 @@ class VocObject(NamedTuple):
 
 def read_voc(
     part: VocSplit, every: Sequence[VocSplit]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]], str]:
+) -> tuple[
+    list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]], str, list[tuple[int, str]]
+]:
     """Read a split.
 
     VOC counts pixels from 1 and a box's last one belongs to it; where one of the data set's boxes
@@ -47,7 +49,8 @@ def read_voc(
         every: all of the data set's, whose classes count.
 
     Returns:
-        images, annotations and categories as COCO has them, and the SHA-256 of what was read.
+        images, annotations and categories as COCO has them, the SHA-256 of what was read, and of
+        images whose XML files are broken an id and why: these are left out.
 
     Raises:
         UserError: naming the file that can't be understood.
@@ -58,17 +61,25 @@ def read_voc(
         labels |= other.classes.names() if other.listed else set()
         first = min(first, other.first)
         for name in other.names:
-            tree, _ = _tree(other, name)
+            try:
+                tree = _parse(*_file(other, name))
+            except BrokenFileError:  # told below
+                continue
             for thing in _objects(tree, ending(other.annotations / name, ".xml")):
                 labels.add(thing.label)
                 first = min(first, *thing.corners[:2]) if thing.boxed else 0
     offset = 1 if first >= 1 else 0
     classes = sorted(labels)
     digest = hashlib.sha256(repr((classes, offset)).encode())
-    images, annotations, ids = [], [], itertools.count(1)
+    images, annotations, broken, ids = [], [], [], itertools.count(1)
     for image_id, name in enumerate(part.names, 1):
-        tree, data = _tree(part, name)
-        digest.update(f"{name}\0".encode() + data)
+        file, data = _file(part, name)
+        digest.update(f"{name}\0".encode() + (data or b""))
+        try:
+            tree = _parse(file, data)
+        except BrokenFileError as error:
+            broken.append((image_id, str(error)))
+            continue
         image = _image_name(tree, name, part.images)
         mask = _mask_file(part.masks, name)
         place = part.images / image
@@ -88,7 +99,7 @@ def read_voc(
             about = {"image_id": image_id, "category_id": classes.index(label) + 1}
             annotations.append({"id": next(ids), **about, **entry})
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
-    return images, annotations, categories, digest.hexdigest()
+    return images, annotations, categories, digest.hexdigest(), broken
 
 
 def _entry(thing: VocObject, offset: int) -> dict[str, Any]:
@@ -145,18 +156,22 @@ def _mask_file(folder: Path | None, name: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _tree(part: VocSplit, name: str) -> tuple[Element, bytes]:
-    """What is known of an image, and the file's bytes; nothing where there are masks alone."""
-    if part.masks == part.annotations:
-        return Element("annotation"), b""
+def _file(part: VocSplit, name: str) -> tuple[Path, bytes | None]:
+    """An image's XML file and what it holds; None where there are masks alone."""
     file = ending(part.annotations / name, ".xml")
+    if part.masks == part.annotations:
+        return file, None
     if not file.is_file():
-        raise UserError(f"{file}: not found; the list of {part.split}'s images names it")
-    data = file_bytes(file)
-    return _parse(file, data), data
+        raise UserError(
+            f"{file}: not found; the list of {part.split}'s images names it: put it there, or take"
+            " it from the list"
+        )
+    return file, file_bytes(file)
 
 
-def _parse(file: Path, data: bytes) -> Element:
+def _parse(file: Path, data: bytes | None) -> Element:
+    if data is None:
+        return Element("annotation")
     builder = TreeBuilder()
     parser = expat.ParserCreate("utf-8")
     depth = 0
@@ -172,7 +187,7 @@ def _parse(file: Path, data: bytes) -> Element:
     def lacking(entity: str, _: int) -> None:
         raise UserError(
             f"{file}: &{entity}; is declared elsewhere, which isn't read; write the character"
-                " itself"
+            " itself"
         )
 
     def start(tag: str, attributes: dict[str, str]) -> None:
@@ -194,13 +209,15 @@ def _parse(file: Path, data: bytes) -> Element:
         parser.Parse(_text(data).encode(), True)
         return builder.close()
     except (LookupError, UnicodeError) as error:
+        if is_cut(error):
+            raise BrokenFileError(f"{file}: not valid XML ({error})") from None
         raise UserError(
             f"{file}: not in the encoding that it should be ({error}); save it as UTF-8"
         ) from None
     except (expat.ExpatError, ParseError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: not valid XML ({error})") from None
+        raise BrokenFileError(f"{file}: not valid XML ({error})") from None
 
 
 def _text(data: bytes) -> str:

@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from casc.data.index import read_index
 from casc.data.sample import iter_tar
 from casc.errors import UserError
+from data_tools.cli import main
 from data_tools.plan import Settings
 from data_tools.shard import shard_dataset
 
@@ -247,6 +248,32 @@ def test_a_shape_without_a_label_is_named(tmp_path, make_picture, quiet_run, lab
     labelme(tmp_path / "set", "a", shapes, make_picture)
     with pytest.raises(UserError, match=r"a\.json: shapes\[1\]\.label: expected a class's name"):
         shard(tmp_path / "set", tmp_path / "out", quiet_run)
+
+
+@pytest.mark.parametrize("left", [b"", bytes(99), b'{"shapes": [], "imagePath": "\xc3', 60, -3])
+def test_broken_files_of_labelme_are_left_out_with_their_images(
+    left, tmp_path, make_picture, quiet_run, capsys
+):
+    root = tmp_path / "set"
+    for name in ("a", "bb", "ccc"):
+        labelme(root, name, [shape("cat", RING)], make_picture)
+    file = root / "bb.json"
+    file.write_bytes(left if isinstance(left, bytes) else file.read_bytes()[:left])
+    (root / "notes.json").write_text("of no image")
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert sorted(name for _, name in found) == ["a.jpg", "ccc.jpg"]
+    report = index.splits["train"].report
+    [told] = report["findings"]["broken_file"]["examples"]
+    assert ": bb.json: not valid JSON (" in told
+    images = report["images"]
+    assert (images["listed"], images["left_out"], images["stored"]) == (3, 1, 2)
+    # As of lost images, more than one in a hundred are too many.
+    command = ["shard", str(root), "--out", str(tmp_path / "again"), "--workers", "1"]
+    for more, status in (([], 1), (["--allow-missing"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, *more])
+        assert stop.value.code == status
+        assert "1 of 3 images are lost, without a whole XML or JSON" in capsys.readouterr().err
 
 
 def yolo(root, make_picture, lines, yaml=None):

@@ -471,6 +471,30 @@ def test_names_that_end_in_upper_case(upper, tmp_path, make_picture, quiet_run):
         np.testing.assert_array_equal(coco_mask.decode(entry["segmentation"]), mask == 1)
 
 
+@pytest.mark.parametrize("left", [b"", bytes(99), "<annotation>é".encode()[:-1], 60, -3])
+def test_broken_files_are_left_out_with_their_images(left, tmp_path, make_picture, quiet_run):
+    root = tmp_path / "set"
+    for name, label in (("a", "cat"), ("b", "dog"), ("c", "cat")):
+        text = xml(f"{name}.jpg", [(label, [1, 1, 9, 9], 0)])
+        add(root / "Annotations", root / "JPEGImages", name, text, make_picture)
+    file = root / "Annotations/b.xml"
+    whole = file.read_bytes()
+    file.write_bytes(left if isinstance(left, bytes) else whole[:left])
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert sorted(name for _, name in found) == ["a.jpg", "c.jpg"]
+    report = index.splits["train"].report
+    [told] = report["findings"]["broken_file"]["examples"]
+    assert told.startswith("2: b.xml: not valid XML (")
+    images = report["images"]
+    assert (images["listed"], images["left_out"], images["stored"]) == (3, 1, 2)
+    assert [c.name for c in index.categories] == ["cat"]
+    file.write_bytes(whole)
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    assert sorted(name for _, name in found) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert "broken_file" not in index.splits["train"].report["findings"]
+    assert [c.name for c in index.categories] == ["cat", "dog"]
+
+
 OUTSIDE = '<!DOCTYPE annotation SYSTEM "annotation.dtd">'
 
 
