@@ -187,7 +187,8 @@ def has_objects(labels: Path) -> bool:
     """Whether a text is labels of YOLO's; names of classes and lists of images lie among them."""
     with labels.open("rb") as stream:
         head = decode(stream.read(4096), errors="replace")
-    return bool(re.match(r"\s*\d+(\s+[-+.\deE]+){4}", head))
+    # Those with commas or comments, which are refused by name, too.
+    return bool(re.match(r"(\s*#.*\n)*\s*\d+([\s,;]+[-+.\deE]+){4}", head))
 
 
 def _is_darknet(file: Path) -> bool:
@@ -510,11 +511,22 @@ def _exists(path: Path) -> bool:
 
 
 def yolo_labels(image: Path) -> Path:
-    """Where an image's objects are: labels/ in place of the last images/ of its path, .txt."""
+    """Where an image's objects are: labels/ in place of the last images/ of its path, .txt.
+
+    If there is nothing, Images/ and labels/ may be spelt in capitals.
+    """
     *above, name = image.with_suffix("").parts
-    if "images" in above:
-        above[len(above) - 1 - above[::-1].index("images")] = "labels"
-    return ending(Path(*above, name), ".txt")
+
+    def text(folder: str, labels: str) -> Path:
+        at = len(above) - 1 - above[::-1].index(folder)
+        return ending(Path(*above[:at], labels, *above[at + 1 :], name), ".txt")
+
+    usual = text("images", "labels") if "images" in above else ending(Path(*above, name), ".txt")
+    spelt = [part for part in above[::-1] if part.lower() == "images"][:1]
+    if not spelt or usual.is_file():
+        return usual
+    others = (text(spelt[0], labels) for labels in ("labels", "Labels", "LABELS"))
+    return next((other for other in others if other.is_file()), usual)
 
 
 def _convert_yolo(part: Foreign) -> Converted:
@@ -573,9 +585,20 @@ def _yolo_line(
         first, *rest = line.split()
         number, values = int(first.removesuffix(".0")), [float(value) for value in rest]
     except ValueError:
-        raise UserError(f"{place}: expected a class and numbers, got {line[:40]!a}") from None
+        mend = (
+            "remove the comment" if "#" in line
+            else "write spaces in place of commas" if "," in line
+            else "mend or remove the line"
+        )  # fmt: skip
+        raise UserError(
+            f"{place}: expected a class's number and numbers, with spaces between, got"
+            f" {line[:40]!a}; {mend}"
+        ) from None
     if number not in names:
-        raise UserError(f"{place}: class {number} isn't among the {len(names)} that are named")
+        raise UserError(
+            f"{place}: class {number} isn't among the {len(names)} that are named; name it, or mend"
+            " or remove the line"
+        )
     if not all(abs(value) <= _FARTHEST for value in values):
         wrong = next(value for value in values if not abs(value) <= _FARTHEST)
         raise UserError(
@@ -588,7 +611,10 @@ def _yolo_line(
         x, y, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height
         return number, [], [x - w / 2, y - h / 2, w, h]
     if len(values) < 6 or len(values) % 2:
-        raise UserError(f"{place}: expected x y of 3 points or more, got {len(values)} numbers")
+        raise UserError(
+            f"{place}: expected x y of 3 points or more, got {len(values)} numbers; mend or remove"
+            " the line"
+        )
     return number, [v * (height if i % 2 else width) for i, v in enumerate(values)], None
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -347,13 +348,34 @@ def test_yolo_of_other_spellings(tmp_path, make_picture, quiet_run):
     ("line", "named"),
     [("0 0.1 0.1 0.2 nan 0.2 0.2", "0 to 1, got nan; mend"),
      ("0 12 10 30 10 30 20.5", "0 to 1, got 12.0; mend"), ("0 320 240 64 64", "got 320"),
-     ("7 0.1 0.1 0.2 0.1 0.2 0.2", "class 7"), ("0 0.1 0.1 0.2 0.1 0.2", "5 numbers"),
-     ("cat 0.1", "expected a class")],
+     ("7 0.1 0.1 0.2 0.1 0.2 0.2", "class 7 .*; name it, or"),
+     ("0 0.1 0.1 0.2 0.1 0.2", "5 numbers; mend or remove"),
+     ("cat 0.1", "expected a class's number .*; mend or remove the line"),
+     ("0, 0.5, 0.5, 0.2, 0.2", "with spaces .*; write spaces in place of commas"),
+     ("# of a cat, mine", "remove the comment"), ("0 0.5 0.5 0.2 0.2 # cat", "remove the comment")],
 )  # fmt: skip
 def test_a_line_of_another_form_is_named(tmp_path, make_picture, quiet_run, line, named):
     root = tmp_path / "set"
     yolo(root, make_picture, ["0 0.5 0.5 0.5 0.2", line])
     with pytest.raises(UserError, match=rf"a\.txt: line 2: .*{named}"):
+        shard(root, tmp_path / "out", quiet_run)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("0,0.5,0.5,0.2,0.2\n", "write spaces"),
+        ("# mine\n0 0.5 0.5 0.2 0.2\n", "remove the comment"),
+    ],
+)
+def test_lines_of_another_form_are_yolos_without_a_yaml_too(
+    text, told, tmp_path, make_picture, quiet_run
+):
+    root = tmp_path / "set"
+    boxed(root, "images/a.jpg", 3, make_picture)
+    (root / "labels/a.txt").write_text(text)
+    (root / "classes.txt").write_text("cat\n")
+    with pytest.raises(UserError, match=rf"labels/a\.txt: line 1: .*; {told}"):
         shard(root, tmp_path / "out", quiet_run)
 
 
@@ -452,6 +474,26 @@ def test_yolo_without_a_yaml(folder, files, splits, tmp_path, make_picture, quie
     for split, about in index.splits.items():
         assert sorted(lefts(found, split).values()) == [3, 9]
         assert about.report["images"]["unlisted_files"] == 0
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [("Images", "Labels"), ("images", "Labels"), ("IMAGES", "labels"), ("Images", "Images")],
+)
+def test_yolos_folders_in_capitals(images, labels, tmp_path, make_picture, quiet_run):
+    """And labels beside their images, wherever these are."""
+    root = tmp_path / "set"
+    for split, x in (("train", 3), ("val", 9)):
+        boxed(root, f"images/{split}/a.jpg", x, make_picture)
+    for folder, name in (("images", images), ("labels", labels)):
+        (root / folder).rename(root / "moved")
+        shutil.copytree(root / "moved", root / name, dirs_exist_ok=True)
+        shutil.rmtree(root / "moved")
+    (root / "classes.txt").write_text("cat\ndog\n")
+    index, found = shard(root, tmp_path / "out", quiet_run)
+    for split, x in (("train", 3), ("val", 9)):
+        assert lefts(found, split) == {f"{images}/{split}/a.jpg": x}
+        assert index.splits[split].report["images"]["unlisted_files"] == 0
 
 
 def test_yolo_whose_classes_are_not_told(tmp_path, make_picture, quiet_run):
