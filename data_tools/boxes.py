@@ -7,10 +7,7 @@ count y from the bottom, are read without complaint everywhere, and nothing is e
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as coco_mask
-
-from casc.data.segmentation import pack, usable_segmentation
+from casc.data.segmentation import Box, mask_box
 from data_tools.coco import Annotations, ImageEntry
 from data_tools.report import Finding
 
@@ -21,21 +18,6 @@ _SAMPLE = 2000
 """Annotations that are compared to recognise a file's convention."""
 _ENOUGH = 3
 _SHARE = 0.9
-
-Box = tuple[float, float, float, float]
-"""x, y, width and height in pixels."""
-
-
-def mask_box(segmentation: Any, width: int, height: int) -> Box | None:
-    """Give the bounds of a segmentation, None where there is no mask."""
-    usable = usable_segmentation(segmentation, width, height)
-    if usable is None:
-        return None
-    if isinstance(usable, list):
-        points = np.concatenate([np.reshape(part, (-1, 2)) for part in usable])
-        low, high = points.min(axis=0), points.max(axis=0)
-        return (*low.tolist(), *(high - low).tolist())
-    return tuple(coco_mask.toBbox(pack(usable, width, height)).tolist())  # type: ignore[arg-type]
 
 
 def box_iou(a: Sequence[float], b: Sequence[float]) -> float:

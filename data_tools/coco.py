@@ -21,7 +21,7 @@ from casc.data.segmentation import is_flat
 from casc.errors import UserError
 from data_tools.json_stream import JsonLists
 from data_tools.report import Finding
-from data_tools.store import Kept, Store, is_area, load
+from data_tools.store import Kept, Store, has_box, is_area, load, own_box, plain, without_texts
 
 _NAME = "a text of whole characters that isn't empty"
 LARGEST_ID = 2**63 - 1
@@ -247,6 +247,9 @@ class _Images:
 
     def add(self, entry: dict[str, Any], place: str) -> None:
         file = self._file
+        texts = {key: plain(entry.get(key)) for key in ("width", "height")
+                 if isinstance(entry.get(key), str)}  # fmt: skip
+        entry = {**entry, **texts}
         expected = f"an integer from 0 to {LARGEST_ID}, or a text"
         image = ImageEntry(
             id=as_id(_field(entry, "id", file, place, _is_image_id, expected)) or 0,
@@ -276,6 +279,8 @@ class _Images:
             return
         if is_text_id(entry["id"]):
             self._findings.append(Finding("text_image_id", image.id, f"{entry['id']!a:.60}"))
+        if texts:
+            self._findings.append(Finding("text_size", image.id))
         first = self._names.setdefault(image.file_name, image.id)
         if first != image.id:
             detail = f"{image.file_name} is also image {first}"
@@ -295,14 +300,18 @@ class _Objects:
         """Of annotations that are parsed already."""
         self._rows = array("q")
         self._lacks: list[tuple[str, MutableSequence[int]]] = []
-        for kind in ("missing_area", "missing_iscrowd", "flat_outline", "text_id"):
+        for kind in (
+            "missing_area", "missing_iscrowd", "flat_outline", "text_id", "text_number",
+            "missing_box", "missing_id",
+        ):  # fmt: skip
             self._lacks.append((kind, array("q")))
         self.categories: set[int] = set()
 
     def add(self, entry: dict[str, Any], place: str, where: tuple[int, int] | None) -> None:
+        written, entry = entry, dict(without_texts(entry))
         _check_annotation(entry, self._file, place)
         if where is None:
-            text = json.dumps(entry).encode()
+            text = json.dumps(written).encode()
             where = len(self._texts), len(text)
             self._texts += text
         row = len(self._rows) // _ROW
@@ -310,18 +319,23 @@ class _Objects:
             not is_area(entry.get("area")),
             entry.get("iscrowd") is None,
             is_flat(entry.get("segmentation")),
-            is_text_id(entry["id"]),
+            is_text_id(entry.get("id")),
+            entry != written,
+            not has_box(entry),
+            entry.get("id") is None,
         )
         for (_, rows), lacks in zip(self._lacks, lacking, strict=True):
             if lacks:
                 rows.append(row)
-        about = [as_id(entry[key]) or 0 for key in ("id", "image_id", "category_id")]
+        about = [as_id(entry.get(key)) or 0 for key in ("id", "image_id", "category_id")]
         self._rows.extend((*where, *about))
         self.categories.add(about[2])
 
     def by_image(self, images: list[ImageEntry], findings: list[Finding]) -> Store:
         """Sort by image, leave out copies, and number anew what shares an id."""
         rows = np.frombuffer(self._rows, np.int64).reshape(-1, _ROW).copy()
+        unnumbered = np.array(dict(self._lacks)["missing_id"], np.int64)
+        rows[unnumbered, 2] = _fresh_ids(rows[:, 2], len(unnumbered))
         parsed = isinstance(self._lists, _Parsed)
         source = bytes(self._texts) if parsed else Path(self._file)
         copies, clashes = self._repeated(rows, source)
@@ -374,9 +388,9 @@ def _fresh_ids(ids: np.ndarray, count: int) -> list[int]:
 
 
 def _check_annotation(entry: dict[str, Any], file: str, place: str) -> None:
-    _field(entry, "bbox", file, place, _is_box, f"4 finite numbers up to {FARTHEST}")
     for key in ("id", "image_id"):
-        _field(entry, key, file, place, _is_any_id, "an integer or a text")
+        if key != "id" or entry.get(key) is not None:
+            _field(entry, key, file, place, _is_any_id, "an integer or a text")
     _field(entry, "category_id", file, place, _is_id, "an integer")
     for key in ("iscrowd", "ignore"):
         if entry.get(key) is not None:
@@ -386,6 +400,12 @@ def _check_annotation(entry: dict[str, Any], file: str, place: str) -> None:
     if fault:
         where, expected, found = fault
         raise _error(file, f"{place}.segmentation{where}", expected, found)
+    expected = f"4 finite numbers up to {FARTHEST}"
+    box = own_box(entry)
+    if box is None:
+        raise UserError(f"{file}: {place}.bbox: missing, expected {expected}, or a mask; mend it")
+    if not _is_box(box):
+        raise _error(file, f"{place}.bbox", expected, box)
 
 
 def _segmentation_fault(segmentation: object) -> tuple[str, str, object] | None:

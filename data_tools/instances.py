@@ -9,8 +9,16 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from casc.data.record import AnnotationRecord
-from casc.data.segmentation import mask_area, pack, part_fault, polygon_areas, rle_counts
-from data_tools.boxes import Box, mask_box, mismatch
+from casc.data.segmentation import (
+    Box,
+    mask_area,
+    mask_box,
+    pack,
+    part_fault,
+    polygon_areas,
+    rle_counts,
+)
+from data_tools.boxes import mismatch
 from data_tools.report import Finding
 from data_tools.rings import (
     fill_rings,

@@ -20,7 +20,7 @@ from data_tools.voc_files import visible
 
 _BESIDE_IMAGES = (".txt", ".cache", ".npy", ".yaml", ".yml", ".json", ".xml", ".labels")
 """What Ultralytics and labelling tools put among images."""
-_CONTENT_VERSION = 7
+_CONTENT_VERSION = 8
 """Raised when the same input gives other shards than before, so that old ones aren't reused."""
 
 

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 
 from casc.data.record import as_id
-from casc.data.segmentation import is_flat
+from casc.data.segmentation import is_flat, mask_box
 from casc.errors import UserError
 
 Stamp = tuple[int, int]
@@ -171,11 +172,12 @@ def load_each(every: Iterable[Kept]) -> Iterator[Iterator[dict[str, Any]]]:
 def _entries(kept: Kept, stream: BinaryIO) -> Iterator[dict[str, Any]]:
     for first, size, number in kept.places.tolist():
         stream.seek(first)
-        entry = normal(json.loads(stream.read(size)))
+        listed = json.loads(stream.read(size))
+        entry = normal(listed)
         entry["id"] = number
         if kept.objects:
             entry["iscrowd"] = 0
-        if kept.corners:
+        if kept.corners and has_box(listed):
             x0, y0, x1, y1 = entry["bbox"]
             entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
         yield entry
@@ -196,6 +198,66 @@ def is_area(value: object) -> bool:
     return type(value) in (int, float) and abs(cast("float", value)) <= LARGEST_AREA
 
 
+_NUMBER = re.compile(r"[-+]?(\d{1,19}\.?\d*|\.\d+)(e[-+]?\d{1,3})?", re.ASCII)
+_FLAGS = {"false": 0, "true": 1}
+_FAR = 1_000_000
+"""Pixels; no image is as wide."""
+
+
+def plain(value: Any) -> Any:
+    """A number for a text of one, and for those in a list; what is no number stays as it is."""
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    if not _NUMBER.fullmatch(text):
+        return value
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+def without_texts(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An annotation with numbers in place of texts of these; itself if it has none.
+
+    A list's first value tells whether it is of texts, for there are many lists.
+    """
+    changed: dict[str, Any] = {}
+    for key in ("iscrowd", "ignore"):
+        if isinstance(entry.get(key), str):
+            changed[key] = _FLAGS.get(entry[key].strip().lower(), plain(entry[key]))
+    for key in ("bbox", "segmentation"):
+        if isinstance(entry.get(key), list) and _is_text(entry[key]):
+            changed[key] = plain(entry[key])
+    rle = entry.get("segmentation")
+    if isinstance(rle, dict):
+        about = {k: v for k, v in cast("dict[str, Any]", rle).items() if isinstance(v, list)}
+        if any(map(_is_text, about.values())):
+            changed["segmentation"] = {**rle, **{k: plain(v) for k, v in about.items()}}
+    return {**entry, **changed} if changed else entry
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, list) and value:
+        return any(map(_is_text, value)) if isinstance(value[0], list) else _is_text(value[0])
+    return isinstance(value, str)
+
+
+def has_box(entry: Mapping[str, Any]) -> bool:
+    """Whether an annotation's box is given."""
+    return entry.get("bbox") not in (None, [])
+
+
+def own_box(entry: Mapping[str, Any]) -> Any:
+    """An annotation's box, or its mask's where none is given; None without either."""
+    if has_box(entry):
+        return entry["bbox"]
+    mask = entry.get("segmentation")
+    height, width = mask["size"] if isinstance(mask, dict) else (_FAR, _FAR)
+    box = mask_box(mask, width, height)
+    return None if box is None else list(box)
+
+
 def normal(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What counts of an annotation that is checked.
 
@@ -203,11 +265,12 @@ def normal(entry: Mapping[str, Any]) -> dict[str, Any]:
         id, image_id, category_id, bbox, area (None where no number is given), iscrowd, ignore where
         set, segmentation (None where not given).
     """
+    entry = without_texts(entry)
     annotation: dict[str, Any] = {
-        "id": as_id(entry["id"]),
+        "id": as_id(entry.get("id")),
         "image_id": as_id(entry["image_id"]),
         "category_id": as_id(entry["category_id"]),
-        "bbox": entry["bbox"],
+        "bbox": own_box(entry),
         "area": entry.get("area") if is_area(entry.get("area")) else None,
         "iscrowd": int(entry.get("iscrowd") or 0),
         "segmentation": entry.get("segmentation"),

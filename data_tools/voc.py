@@ -10,8 +10,8 @@ from xml.etree.ElementTree import Element, ParseError, TreeBuilder
 from xml.parsers import expat
 
 from casc.data.decode import ImageError, exif_orientation, open_image, stored_size
+from casc.data.segmentation import mask_box
 from casc.errors import UserError
-from data_tools.boxes import mask_box
 from data_tools.images import read_file
 from data_tools.texts import BrokenFileError, decode, is_cut
 from data_tools.voc_files import VocSplit, ending, file_bytes, images_of

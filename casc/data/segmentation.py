@@ -9,7 +9,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from pycocotools import mask as coco_mask
+
+Box = tuple[float, float, float, float]
+"""x, y, width and height in pixels."""
 
 
 def is_flat(segmentation: object) -> bool:
@@ -96,6 +100,18 @@ def pack(segmentation: Any, width: int, height: int) -> dict[str, Any]:
         return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)  # type: ignore[arg-type]
     counts = counts.encode("ascii") if isinstance(counts, str) else counts
     return {"size": [height, width], "counts": counts}
+
+
+def mask_box(segmentation: object, width: int, height: int) -> Box | None:
+    """Give the bounds of a segmentation, None where there is no mask."""
+    usable = usable_segmentation(segmentation, width, height)
+    if usable is None:
+        return None
+    if isinstance(usable, list):
+        points = np.concatenate([np.reshape(part, (-1, 2)) for part in usable])
+        low, high = points.min(axis=0), points.max(axis=0)
+        return (*low.tolist(), *(high - low).tolist())
+    return tuple(coco_mask.toBbox(pack(usable, width, height)).tolist())  # type: ignore[arg-type]
 
 
 def mask_area(segmentation: Any, width: int, height: int) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pycocotools import mask as coco_mask
 
 from casc.data.index import Category
 from casc.errors import UserError
@@ -124,13 +125,16 @@ NAN, INF = float("nan"), float("inf")
         ("annotations.1.image_id", None, "f: annotations[1].image_id"),
         ("annotations.1.category_id", "cat", "f: annotations[1].category_id"),
         ("annotations.1.bbox", [1, 2], "f: annotations[1].bbox: expected 4 finite numbers"),
-        ("annotations.1.bbox", ..., "f: annotations[1].bbox: missing"),
         ("annotations.1.bbox", [1, 2, 3, NAN], "got [1, 2, 3, nan]"),
         ("annotations.1.bbox", [1, 2, 3, INF], "f: annotations[1].bbox"),
         ("annotations.1.bbox", [1, 2, 3, 10**400], "f: annotations[1].bbox"),
         ("annotations.1.bbox", [1, 2, 3, "4"], "f: annotations[1].bbox"),
         ("annotations.1.bbox", [1, 2, 3, True], "f: annotations[1].bbox"),
         ("annotations.1.iscrowd", 2, "f: annotations[1].iscrowd: expected 0 or 1"),
+        ("annotations.1.bbox", ["1", "2", "3", "4 px"], "f: annotations[1].bbox"),
+        ("annotations.1.bbox", ["true", "2", "3", "4"], "f: annotations[1].bbox"),
+        ("images.1.width", "true", "f: images[1].width"),
+        ("images.1.width", "30,5", "f: images[1].width"),
         ("annotations.1.iscrowd", "no", "f: annotations[1].iscrowd"),
         ("annotations.1.ignore", 0.5, "f: annotations[1].ignore"),
         ("annotations.1.segmentation", "abc", "f: annotations[1].segmentation: expected a list"),
@@ -206,6 +210,89 @@ def test_what_is_missing_but_dispensable_is_counted():
     assert annotations.by_image[1][0]["iscrowd"] == 0
     assert annotations.by_image[1][0]["area"] is None
     assert annotations.by_image[2][0]["segmentation"] is None
+
+
+RLE: Any = {"size": [40, 30], "counts": [85, 3, 37, 3, 1072]}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ({"bbox": ["1", "2.5", " 3 ", "4e0"]}, {"bbox": [1, 2.5, 3, 4]}),
+        ({"iscrowd": "0"}, {"iscrowd": 0}),  # a truth, where it is asked whether it is one
+        ({"iscrowd": "1"}, {"iscrowd": 1}),
+        ({"iscrowd": "False", "ignore": "true"}, {"iscrowd": 0, "ignore": 1}),
+        (
+            {"segmentation": [["1", "2", ".5", "2", "4", "6"]]},
+            {"segmentation": [[1, 2, 0.5, 2, 4, 6]]},
+        ),
+        ({"segmentation": ["1", "2", "4", "2", "4", "6"]}, {"segmentation": [[1, 2, 4, 2, 4, 6]]}),
+        (
+            {"segmentation": {"size": ["40", "30"], "counts": list(map(str, RLE["counts"]))}},
+            {"segmentation": RLE},
+        ),
+    ],
+)  # fmt: skip
+def test_numbers_written_as_texts_are_taken_and_reported(tmp_path: Path, written: Any, meant: Any):
+    data = make_data()
+    data["annotations"][1] |= written
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(data))
+    for found in (read_annotations(file), check_annotations(data, "f")):
+        assert ("text_number", 12) in kinds(found)
+        assert {k for k, _ in kinds(found)} <= {"text_number", "flat_outline"}
+        [entry] = found.by_image[2]
+        assert {key: entry[key] for key in meant} == meant
+
+
+def test_sizes_written_as_texts_are_taken_and_reported():
+    data = make_data()
+    data["images"][1] |= {"width": "30", "height": "40.0"}
+    found = check_annotations(data, "f")
+    assert kinds(found) == [("text_size", 2)]
+    assert found.images[1] == check_annotations(make_data(), "f").images[1]
+
+
+@pytest.mark.parametrize("box", [..., None, []])
+def test_boxes_that_are_missing_are_their_masks(tmp_path: Path, box: Any):
+    data = make_data()
+    rle = coco_mask.frPyObjects(RLE, 40, 30)
+    masks = [RLE, {**rle, "counts": rle["counts"].decode()}, [[2, 3, 9, 3, 9, 8]]]
+    boxes = [coco_mask.toBbox(rle).tolist()] * 2 + [[2, 3, 7, 5]]
+    data["annotations"] = [
+        make_annotation(id=i, image_id=2, bbox=box, segmentation=mask)
+        for i, mask in enumerate(masks)
+    ]
+    data["annotations"].append(make_annotation(id=9, image_id=2))
+    if box is ...:
+        for entry in data["annotations"][:3]:
+            del entry["bbox"]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(data))
+    found = read_annotations(file)
+    assert kinds(found)[-3:] == [("missing_box", i) for i in range(3)]
+    given = make_annotation()["bbox"]
+    assert [entry["bbox"] for entry in found.by_image[2]] == [*boxes, given]
+    x, y, w, h = given  # were these [x, y, x, y], the masks' boxes wouldn't be
+    turned = [entry["bbox"] for entry in found.by_image.with_corners()[2]]
+    assert turned == [*boxes, [x, y, w - x, h - y]]
+    data["annotations"][1]["segmentation"] = []
+    file.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"\[1\]\.bbox: missing, .* or a mask; .*--skip-invalid"):
+        read_annotations(file)
+    assert ("invalid", 1) in kinds(read_annotations(file, skip_invalid=True))
+
+
+def test_annotations_without_an_id_are_numbered(tmp_path: Path):
+    data = make_data()
+    data["annotations"] += [make_annotation(id=None), make_annotation(image_id=2, area=3)]
+    del data["annotations"][3]["id"]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(data))
+    for found in (read_annotations(file), check_annotations(data, "f")):
+        assert kinds(found) == [("missing_id", 13), ("missing_id", 14)]
+        assert [entry["id"] for entry in found.by_image[1]] == [11, 13]
+        assert [(e["id"], e["area"]) for e in found.by_image[2]] == [(12, 12.0), (14, 3)]
 
 
 def test_annotations_of_unknown_images_are_counted():
