@@ -250,14 +250,15 @@ class _Images:
         texts = {key: plain(entry.get(key)) for key in ("width", "height")
                  if isinstance(entry.get(key), str)}  # fmt: skip
         entry = {**entry, **texts}
+        pixels = "the file's own, a whole number of pixels"
         expected = f"an integer from 0 to {LARGEST_ID}, or a text"
         image = ImageEntry(
             id=as_id(_field(entry, "id", file, place, _is_image_id, expected)) or 0,
             file_name=below(
                 _field(_named(entry), "file_name", file, place, _is_name, "a file's name")
             ),
-            width=int(_field(entry, "width", file, place, _is_size, "a whole number of pixels")),
-            height=int(_field(entry, "height", file, place, _is_size, "a whole number of pixels")),
+            width=int(_field(entry, "width", file, place, _is_size, pixels)),
+            height=int(_field(entry, "height", file, place, _is_size, pixels)),
         )
         if image.width * image.height > MOST_PIXELS:
             raise UserError(

@@ -351,7 +351,10 @@ def _pixels(about: dict[str, Any], key: str, file: Path) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if value is not None and (type(value) is not int or value < 1):
-        raise UserError(f"{file}: {key}: expected a whole number of pixels, got {value!a:.40}")
+        raise UserError(
+            f"{file}: {key}: expected a whole number of pixels, got {value!a:.40}; remove it: then"
+            " the image file tells"
+        )
     return value
 
 

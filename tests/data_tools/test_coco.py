@@ -106,7 +106,12 @@ NAN, INF = float("nan"), float("inf")
         ("images.1.id", True, "f: images[1].id"),
         ("images.1.id", 1, "f: images[1].id: 1 is also the id of 'a.jpg'"),
         ("images.1.id", ..., "f: images[1].id: missing"),
-        ("images.1.width", 0, "f: images[1].width"),
+        (
+            "images.1.width",
+            0,
+            "[1].width: expected the file's own, a whole number of pixels, got 0",
+        ),
+        ("images.1.height", ..., "f: images[1].height: missing, expected the file's own, a whole"),
         ("images.1.width", 30.5, "f: images[1].width"),
         ("images.1.height", NAN, "f: images[1].height"),
         ("images.1.height", 10**9, "f: images[1].height"),

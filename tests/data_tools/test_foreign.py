@@ -538,8 +538,10 @@ def test_labelmes_image_of_another_kind(tmp_path, make_picture, quiet_run):
     _, found = shard(root, tmp_path / "out", quiet_run)
     assert found["train", "a.jpg"][0] == (root / "a.jpg").read_bytes()
     (root / "a.json").write_text(json.dumps(about | {"imageWidth": "wide"}))
-    with pytest.raises(UserError, match=r"a\.json: imageWidth: expected a whole number .*'wide'"):
+    with pytest.raises(UserError, match=r"a\.json: imageWidth: expected .*'wide'; remove it"):
         shard(root, tmp_path / "out", quiet_run)
+    (root / "a.json").write_text(json.dumps({k: v for k, v in about.items() if k != "imageWidth"}))
+    shard(root, tmp_path / "again", quiet_run)
 
 
 def test_yolo_several_folders(tmp_path, make_picture, quiet_run):
