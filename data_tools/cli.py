@@ -73,7 +73,8 @@ class ShardCommand:
     val_seed: int = 0
     """Chooses which images are held out."""
     skip_invalid: bool = False
-    """Leave out annotations that can't be understood, and report them, instead of refusing."""
+    """Leave out annotations of COCO's files that can't be understood, and report them, instead of
+    refusing."""
     allow_missing: bool = False
     """End with 0 even though more than 1 % of the images are missing, unreadable, of another shape
     than annotated, or have an XML or JSON file that is broken off."""

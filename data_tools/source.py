@@ -64,6 +64,11 @@ def read_source(part: Part, out: Path, settings: Settings) -> Source:
     if os.path.realpath(out / split) == os.path.realpath(images):  # out may be a loop of links
         raise UserError(f"{out}: shards would lie among the images; give another --out")
     if foreign:
+        if settings.skip_invalid:
+            raise UserError(
+                f"--skip-invalid: leaves out annotations of COCO's files only, {file} is none; drop"
+                " it, and mend what is named then"
+            )
         made = convert(next(other for other in foreign if other.split == split), foreign)
         if made.broken and not made.data["images"]:
             raise UserError(

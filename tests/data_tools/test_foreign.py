@@ -131,6 +131,14 @@ def test_texts_of_other_encodings_are_named(name, tmp_path, make_picture, quiet_
         shard(tmp_path / "set", tmp_path / "out", quiet_run)
 
 
+def test_leaving_out_what_is_invalid_is_cocos(tmp_path, make_picture, quiet_run):
+    root, out = tmp_path / "set", tmp_path / "out"
+    labelme(root, "a", [shape("dog", RING)], make_picture)
+    with pytest.raises(UserError, match=r"--skip-invalid: .* COCO's files only, .*set is none"):
+        shard_dataset(root, out, None, Settings(skip_invalid=True), quiet_run())
+    assert shard(root, out, quiet_run)[0].splits["train"].samples == 1
+
+
 def test_labelme_in_parts_shares_its_classes(tmp_path, make_picture, quiet_run):
     labelme(tmp_path / "set/train", "a", [shape("dog", RING)], make_picture)
     labelme(tmp_path / "set/val", "b", [shape("cat", RING)], make_picture)
