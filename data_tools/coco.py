@@ -309,7 +309,7 @@ class _Objects:
         self.categories: set[int] = set()
 
     def add(self, entry: dict[str, Any], place: str, where: tuple[int, int] | None) -> None:
-        written, entry = entry, dict(without_texts(entry))
+        written, entry = entry, without_texts(entry)
         _check_annotation(entry, self._file, place)
         if where is None:
             text = json.dumps(written).encode()
@@ -321,7 +321,7 @@ class _Objects:
             entry.get("iscrowd") is None,
             is_flat(entry.get("segmentation")),
             is_text_id(entry.get("id")),
-            entry != written,
+            entry is not written,
             not has_box(entry),
             entry.get("id") is None,
         )
@@ -389,9 +389,9 @@ def _fresh_ids(ids: np.ndarray, count: int) -> list[int]:
 
 
 def _check_annotation(entry: dict[str, Any], file: str, place: str) -> None:
-    for key in ("id", "image_id"):
-        if key != "id" or entry.get(key) is not None:
-            _field(entry, key, file, place, _is_any_id, "an integer or a text")
+    if entry.get("id") is not None:
+        _field(entry, "id", file, place, _is_any_id, "an integer or a text")
+    _field(entry, "image_id", file, place, _is_any_id, "an integer or a text")
     _field(entry, "category_id", file, place, _is_id, "an integer")
     for key in ("iscrowd", "ignore"):
         if entry.get(key) is not None:

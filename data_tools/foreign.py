@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,11 +22,11 @@ from data_tools.texts import BrokenFileError, decode, is_cut, searchable
 from data_tools.voc import image_size, read_voc
 from data_tools.voc_files import (
     IMAGES,
-    IN_NO_SPLIT,
     VocSplit,
     ending,
     find_voc,
     images_of,
+    in_no_split,
     is_split,
     visible,
 )
@@ -109,9 +109,7 @@ def _find_labelme(root: Path) -> list[Foreign]:
         for split, folder in folders.items()
     ]
     if others:
-        more = f" and {len(others) - 1} more" if others[1:] else ""
-        fault = f"{others[0]}{more}: {IN_NO_SPLIT}"
-        parts.append(Foreign(others[0].stem, root, root, fault=fault))
+        parts.append(Foreign(others[0].stem, root, root, fault=in_no_split(others)))
     return parts
 
 
@@ -237,16 +235,19 @@ def _is_yolo(file: Path) -> bool:
     return all(re.search(rf"^{key}:", text, re.MULTILINE) for key in ("names", "train"))
 
 
+def _json_files(folder: Path) -> list[Path]:
+    return [f for f in sorted(folder.rglob("*.[jJ][sS][oO][nN]")) if visible(f, folder)]
+
+
 def _labelme_files(folder: Path) -> list[Path]:
-    files = sorted(folder.rglob("*.[jJ][sS][oO][nN]"))
-    return [file for file in files if visible(file, folder) and _is_labelme(file)]
+    return [file for file in _json_files(folder) if _is_labelme(file)]
 
 
-def _unknown_files(folder: Path, pictures: Collection[str]) -> list[Path]:
-    """JSON files that are called like a picture and hold no JSON: LabelMe's, broken off."""
+def _broken_files(files: Iterable[Path], pictures: Collection[str]) -> list[Path]:
+    """Those that are called like a picture and hold no JSON: LabelMe's, broken off."""
     found = []
-    for file in sorted(folder.rglob("*.[jJ][sS][oO][nN]")):
-        if visible(file, folder) and file.stem.casefold() in pictures and not _is_labelme(file):
+    for file in files:
+        if file.stem.casefold() in pictures:
             try:
                 json.loads(file.read_bytes())
             except (ValueError, RecursionError):
@@ -297,7 +298,9 @@ def _convert_labelme(part: Foreign, names: Sequence[str]) -> Converted:
     digest, numbers = hashlib.sha256(json.dumps(names).encode()), itertools.count(1)
     there = {f.name.casefold() for f in part.images.rglob("*.*")}
     pictures = {Path(name).stem for name in there if name.endswith(IMAGES)}
-    files = _labelme_files(part.source) + _unknown_files(part.source, pictures)
+    files = _labelme_files(part.source)
+    known = set(files)
+    files += _broken_files((f for f in _json_files(part.source) if f not in known), pictures)
     for image_id, file in enumerate(files, 1):
         try:
             about, data = _labelme(file)

@@ -230,7 +230,7 @@ def _candidates(root: Path) -> list[Path]:
     )
     found = [file for file in files if visible(file, root) and _is_coco(file)]
     # Panoptic segments, which aren't read, lie beside the instances of the same images.
-    return [file for file in found if len(found) > 1 and not _has(file, "segments_info")] or found
+    return [file for file in found if not _has(file, "segments_info")] or found
 
 
 def _is_coco(file: Path) -> bool:

@@ -217,7 +217,7 @@ def plain(value: Any) -> Any:
     return int(number) if number.is_integer() else number
 
 
-def without_texts(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_texts(entry: dict[str, Any]) -> dict[str, Any]:
     """An annotation with numbers in place of texts of these; itself if it has none.
 
     A list's first value tells whether it is of texts, for there are many lists.
@@ -258,7 +258,7 @@ def own_box(entry: Mapping[str, Any]) -> Any:
     return None if box is None else list(box)
 
 
-def normal(entry: Mapping[str, Any]) -> dict[str, Any]:
+def normal(entry: dict[str, Any]) -> dict[str, Any]:
     """What counts of an annotation that is checked.
 
     Returns:

@@ -26,10 +26,6 @@ _DEEPEST = 3
 _SAMPLE = 5
 """Names of files that folders of images are tried with."""
 _MOST_BYTES = 2**26
-IN_NO_SPLIT = (
-    "in no folder that is called by a split (train, val, test); move the files that are to be taken"
-    " into one"
-)
 _XML, _PNG = "*.[xX][mM][lL]", "*.[pP][nN][gG]"
 
 
@@ -75,7 +71,7 @@ def find_voc(root: Path) -> list[VocSplit]:
                 for part in _listed(base, folder)[:1]
             ]
             return [
-                part if base in named else part._replace(fault=f"{base}: {IN_NO_SPLIT}")
+                part if base in named else part._replace(fault=in_no_split([base]))
                 for base, part in parts
             ]
         if len(bases) > 1 and bases == {base: base for base in bases} and not named:
@@ -122,6 +118,15 @@ def is_split(splits: Collection[str], whole: bool) -> bool:
     return len(splits) > 1 or (len(splits) == 1 and whole)
 
 
+def in_no_split(files: Sequence[Path]) -> str:
+    """Why files are left out beside those of splits."""
+    more = f" and {len(files) - 1} more" if files[1:] else ""
+    return (
+        f"{files[0]}{more}: in no folder that is called by a split (train, val, test); move the"
+        " files that are to be taken into one"
+    )
+
+
 def _split(name: str) -> str:
     return _SETS.get(name.lower(), name)
 
@@ -161,9 +166,7 @@ def _listed(base: Path, folder: Path) -> list[VocSplit]:
     if is_split(groups, not others):
         parts = [VocSplit(s, folder, images, masks, tuple(n), *about) for s, n in groups.items()]
         if others:
-            first = f"{folder}/{others[0]}.xml"
-            more = f" and {len(others) - 1} more" if others[1:] else ""
-            fault = f"{first}{more}: {IN_NO_SPLIT}"
+            fault = in_no_split([folder / f"{name}.xml" for name in others])
             parts.append(VocSplit(others[0], folder, images, masks, tuple(others), *about, fault))
         return parts
     return [VocSplit("train", folder, images, masks, present, *about)]

@@ -165,6 +165,15 @@ def test_rles_are_traced_exactly(mask: np.ndarray, compressed: bool):
     np.testing.assert_array_equal((crossed * np.sign(y0 - y1)).sum(-1), mask)
 
 
+def test_what_is_not_trained_on_is_not_traced():
+    packed: Any = coco_mask.encode(np.asfortranarray(np.ones((50, 60), np.uint8)))
+    rle = {"size": [50, 60], "counts": packed["counts"].decode()}
+    for name, iscrowd in (("objects", 0), ("crowds", 1)):
+        record = make_record(annotation(segmentation=rle, iscrowd=iscrowd), FRAME, LABELS)
+        assert record.entry["segmentation"] == rle, name
+        assert ("rings" in record.entry, "rle_mask" in kinds(record)) == (not iscrowd,) * 2
+
+
 @pytest.mark.parametrize(
     ("rle", "why"),
     [
