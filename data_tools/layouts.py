@@ -22,7 +22,8 @@ from urllib.parse import unquote
 
 from casc.errors import UserError
 from data_tools.coco import below, encoding_fault
-from data_tools.foreign import Foreign, find_foreign
+from data_tools.converted import Foreign
+from data_tools.foreign import find_foreign
 from data_tools.others import name_other
 from data_tools.voc_files import visible
 

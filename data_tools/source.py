@@ -12,11 +12,12 @@ from typing import NamedTuple
 from casc.errors import UserError
 from data_tools.boxes import mend_corners
 from data_tools.coco import Annotations, check_annotations, encoding_fault, read_annotations
-from data_tools.foreign import convert, has_objects, is_yolo, yolo_labels
+from data_tools.foreign import convert
 from data_tools.layouts import Part, find_files
 from data_tools.plan import PlannedShard, Settings
 from data_tools.report import Finding
 from data_tools.voc_files import visible
+from data_tools.yolo import has_objects, is_yolo, yolo_labels
 
 _BESIDE_IMAGES = (".txt", ".cache", ".npy", ".yaml", ".yml", ".json", ".xml", ".labels")
 """What Ultralytics and labelling tools put among images."""
