@@ -15,13 +15,14 @@ from casc.model.backbone import feature_maps, init_backbone, is_frozen, map_chan
 from casc.model.box_head import BoxOutput, init_box_head, own_deltas, regressed_class
 from casc.model.detector_config import ROI_LEVELS, DetectorConfig, mask_stages, scores_masks
 from casc.model.fpn import fpn, init_fpn
-from casc.model.layers import Params, cast_together, gathers_gradients, image_cells
+from casc.model.layers import Params, cast_together, casts_together, image_cells
 from casc.model.mask_head import init_mask_head
 from casc.model.mask_scoring import init_mask_iou_head
 from casc.model.rpn import init_rpn
 from casc.model.targets import Targets
 from casc.ops.probe import Probe, unwatched
 from casc.ops.pyramid import Pyramid, flatten_pyramid
+from casc.ops.roi_align import is_native
 
 NORM_STRIDES = (2, 4, 8, 16, 32)
 """Of all maps that group norms may see."""
@@ -80,11 +81,11 @@ def cast_heads(params: Params, image: Tensor, *, masks: bool = True) -> Params:
 
     See `cast_together`. The masks' last layer stays in float32, in which its rows are chosen.
     """
-    if not gathers_gradients(image):
+    if not casts_together(image):
         return params
     left_out = ("backbone.",) if masks else ("backbone.", "roi_head.mask_head.")
     names = (k for k in params if not k.startswith(left_out) and "conv_logits" not in k)
-    return cast_together(params, names, image.dtype)
+    return cast_together(params, names, image)
 
 
 def extract(
@@ -107,7 +108,11 @@ def extract(
     maps = probe("maps", feature_maps(params, buffers, config.backbone, image, drop, cells))
     levels = probe("levels", fpn(params, config.fpn, maps, cells))
     strides = config.anchors.strides[:ROI_LEVELS]
-    return Features(levels, flatten_pyramid(levels[:ROI_LEVELS], strides))
+    pyramid = flatten_pyramid(levels[:ROI_LEVELS], strides)
+    if is_native(config.roi_align, config.roi_kernel):
+        # What such operators read: cast once, not for every one of them.
+        pyramid = pyramid.with_levels([level.float() for level in pyramid.levels])
+    return Features(levels, pyramid)
 
 
 def level_sizes(levels: list[Tensor]) -> list[tuple[int, int]]:

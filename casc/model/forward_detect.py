@@ -11,6 +11,7 @@ from torch import Tensor
 
 from casc.model.box_head import box_head, refine
 from casc.model.detector import (
+    cast_heads,
     Inputs,
     anchor_lengths,
     chosen_deltas,
@@ -68,6 +69,7 @@ def detect(
     turned into scores once (see `InferenceConfig.average`). Masks are the mean of the three
     heads' probabilities. `fixed` is as for `forward_train.box_branch`.
     """
+    params = cast_heads(params, inputs.image)
     features = extract(params, buffers, config, inputs.image, probe, size=inputs.size)
     if fixed is None:
         fixed = make_fixed(config, level_sizes(features.levels), inputs.image.device)

@@ -173,7 +173,7 @@ def conv_affine(
 def gathers_gradients(x: Tensor) -> bool:
     """Whether a step with these activations is compiled for a GPU, to be trained.
 
-    There `fold_together` and `cast_together` pay. On a CPU launches are cheap, and the weights
+    There `fold_together` pays, and `cast_together`. On a CPU launches are cheap, and the weights
     made of parameters had better be made again for the backward pass. On an NPU functions of lists
     are as many launches as the lists are long.
     """
@@ -251,16 +251,33 @@ class _Fold(torch.autograd.Function):
         )
 
 
-def cast_together(params: Params, names: Iterable[str], dtype: torch.dtype) -> Params:
+def casts_together(x: Tensor) -> bool:
+    """Whether `cast_together` pays with these activations: each cast by itself is a launch."""
+    return folds_rows(x) or gathers_gradients(x)
+
+
+def cast_together(params: Params, names: Iterable[str], x: Tensor) -> Params:
     """The parameters with those named in the activations' dtype, their gradients cast at once.
 
-    For what `fold_together` is for.
+    Args:
+        params: weights by name.
+        names: which to cast.
+        x: activations that `casts_together` holds for.
     """
-    names = [name for name in names if params[name].dtype != dtype]
+    names = [name for name in names if params[name].dtype != x.dtype]
     if not names:
         return params
-    made = _Cast.apply(dtype, *(params[name] for name in names))
-    return params | dict(zip(names, made, strict=True))
+    if not folds_rows(x):
+        made = _Cast.apply(x.dtype, *(params[name] for name in names))
+        return params | dict(zip(names, made, strict=True))
+    cast: Params = {}
+    for trains in (True, False):
+        own = [name for name in names if params[name].requires_grad == trains]
+        if own:
+            flat = torch.cat([params[name].flatten() for name in own]).to(x.dtype)
+            parts = flat.split([params[name].numel() for name in own])
+            cast |= {name: p.view_as(params[name]) for name, p in zip(own, parts, strict=True)}
+    return params | cast
 
 
 class _Cast(torch.autograd.Function):

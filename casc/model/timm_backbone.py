@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from casc.errors import UserError
-from casc.model.layers import Params, cast_together, gathers_gradients, keep_path
+from casc.model.layers import Params, cast_together, casts_together, keep_path
 from casc.model.resnet import LAYER_BLOCKS, PREFIX
 
 STRIDES = (4, 8, 16, 32)
@@ -92,8 +92,8 @@ def timm_features(
     names = [name for name in params if name.startswith(start)]
     held = {name.rpartition(".")[0] for name in buffers if name.endswith(_STATISTICS)}
     cast = [name for name in names if name.rpartition(".")[0] not in held]
-    if gathers_gradients(image):
-        params = cast_together(params, cast, image.dtype)
+    if casts_together(image):
+        params = cast_together(params, cast, image)
     else:
         params = params | {name: params[name].to(image.dtype) for name in cast}
     tensors = {name: params[name] for name in names}

@@ -17,8 +17,8 @@ from casc.model.layers import (
     LN_EPS,
     Params,
     cast_together,
+    casts_together,
     conv,
-    gathers_gradients,
     keep_path,
     linear,
     new_norm,
@@ -80,9 +80,9 @@ def vit(params: Params, config: ViTConfig, image: Tensor, drop: Tensor | None = 
     Returns:
         [B, C, H / 16, W / 16].
     """
-    if gathers_gradients(image):
+    if casts_together(image):
         names = [name for name in params if name.startswith(f"{PREFIX}.")]
-        params = cast_together(params, names, image.dtype)
+        params = cast_together(params, names, image)
     x = conv(params, f"{PREFIX}.patch_embed.proj", image, stride=PATCH).permute(0, 2, 3, 1)
     x = x + _positions(params[f"{PREFIX}.pos_embed"], x.shape[1], x.shape[2]).to(x.dtype)
     keep = None

@@ -16,11 +16,15 @@ class Pyramid(NamedTuple):
     """A feature pyramid in the form that RoIAlign reads."""
 
     levels: list[Tensor]
-    """L tensors [B, C, H_l, W_l]."""
+    """L tensors [B, C, H_l, W_l], float32 where the device's own operator reads them."""
     pixels: Tensor
-    """[B * P, C], the same values flattened (image, level, y, x)."""
+    """[B * P, C], the same values flattened (image, level, y, x), of the features' dtype."""
     strides: tuple[int, ...]
     """Pixels per cell of each level."""
+
+    def with_levels(self, levels: list[Tensor]) -> "Pyramid":
+        """The same with other levels."""
+        return Pyramid(levels, self.pixels, self.strides)
 
     def with_pixels(self, pixels: Tensor) -> "Pyramid":
         """The same for the next reader."""

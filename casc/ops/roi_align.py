@@ -13,6 +13,7 @@ Legend: B images, R RoIs, C channels, L levels, P all pixels of all levels, O ou
 per side, T taps per output cell.
 """
 
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,13 +28,15 @@ RoiKernel = Literal["auto", "aten", "native", "triton"]
 
 # A RoI of sqrt(area) below 2 * 56 pixels reads the finest level; each doubling goes one up.
 FINEST_SIDE = 56.0
+# The reference adds it to that quotient.
+EPSILON = 1e-6
 GRID = 2
 # What the device's own operator takes for a grid that depends on the RoI.
 ADAPTIVE = 0
 
 
 def roi_levels(boxes: Tensor, count: int) -> Tensor:
-    """The pyramid level of each RoI: floor(log2(sqrt(area) / 56)), clamped.
+    """The pyramid level of each RoI: floor(log2(sqrt(area) / 56 + 1e-6)), clamped.
 
     Args:
         boxes: [R, 4] xyxy in pixels.
@@ -42,9 +45,17 @@ def roi_levels(boxes: Tensor, count: int) -> Tensor:
     Returns:
         [R] int64 in [0, L).
     """
-    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
-    side = (width * height).clamp(min=0).sqrt()
-    return torch.floor(torch.log2(side / FINEST_SIDE + 1e-6)).clamp(0, count - 1).long()
+    return sum(_beyond(boxes, count), torch.zeros_like(boxes[:, 0], dtype=torch.long))
+
+
+def _beyond(boxes: Tensor, count: int) -> list[Tensor]:
+    """Whether each RoI's level is above the first, the second, ...: count - 1 of [R] bool.
+
+    As areas are compared, there is no root or logarithm, whose last digit is the device's.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    area = sides[:, 0] * sides[:, 1]
+    return [area >= (FINEST_SIDE * (2**i - EPSILON)) ** 2 for i in range(1, count)]
 
 
 def roi_align(
@@ -71,7 +82,8 @@ def roi_align(
         [R, C, O, O] of the features' dtype; channels_last in memory for the bag's.
     """
     if is_native(sampling, kernel):
-        return _natively(pyramid, boxes.detach(), image, cells, sampling)
+        made = _natively(pyramid, boxes.detach(), image, cells, sampling)
+        return made.to(pyramid.pixels.dtype)
     if kernel == "triton":
         from casc.ops.roi_align_triton import align  # there isn't Triton for every device
 
@@ -99,18 +111,25 @@ def detach_unread(pyramid: Pyramid, sampling: Sampling, kernel: RoiKernel) -> Py
 def _natively(
     pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int, sampling: Sampling
 ) -> Tensor:
-    level = roi_levels(boxes, len(pyramid.levels))
     rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
     scales = [1 / stride for stride in pyramid.strides]
-    here = level == torch.arange(len(scales), device=level.device)[:, None]
+    here = _on_levels(boxes, len(scales))
     if not traits(rois.device).select_rois:
-        # Each level reads as many: those of other levels are replaced by the first image's first
-        # pixel, which costs little and whose result isn't used.
-        pixel = torch.arange(-2, 3, device=rois.device, dtype=rois.dtype).clamp(0, 1)
-        rois = torch.where(here[..., None], rois, pixel)
+        # Each level reads as many: those of other levels become points of the first image, which
+        # cost little and whose results aren't used.
+        rois = rois * here[..., None]
     if sampling == "adaptive":
         return _native(pyramid.levels, rois, here, scales, cells, ADAPTIVE)
     return _native(pyramid.levels, rois, here, scales, cells, GRID)
+
+
+def _on_levels(boxes: Tensor, count: int) -> Tensor:
+    """Which RoIs are of each level: [L, R] bool."""
+    beyond = _beyond(boxes, count)
+    if not beyond:
+        return torch.ones_like(boxes[None, :, 0], dtype=torch.bool)
+    between = [low ^ high for low, high in pairwise(beyond)]
+    return torch.stack([~beyond[0], *between, beyond[-1]])
 
 
 def fixed_taps(pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int) -> tuple[Tensor, Tensor]:
@@ -149,8 +168,7 @@ def sample_grid(pyramid: Pyramid, boxes: Tensor, image: Tensor, cells: int) -> S
         image: [R] int64.
         cells: O.
     """
-    number = roi_levels(boxes, len(pyramid.levels))
-    level = Level(number, [number >= i for i in range(1, len(pyramid.levels))])
+    level = Level(image, _beyond(boxes, len(pyramid.levels)))
     sizes = [(f.shape[2], f.shape[3]) for f in pyramid.levels]
     per_image = sum(h * w for h, w in sizes)
     offsets = [sum(h * w for h, w in sizes[:i]) for i in range(len(sizes))]
