@@ -11,9 +11,9 @@ from torch import Tensor
 
 from casc.model.box_head import box_head, refine
 from casc.model.detector import (
-    cast_heads,
     Inputs,
     anchor_lengths,
+    cast_heads,
     chosen_deltas,
     extract,
     flat_rois,

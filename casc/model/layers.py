@@ -9,8 +9,8 @@ activations' dtype where they are used, so the dtype of the input decides the pr
 # pyright: reportPrivateImportUsage=false
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
 from typing import Literal
 
 import torch
@@ -114,9 +114,9 @@ def fold_rows(
 ) -> tuple[Params, Affine]:
     """Fold norms into their convolutions' weights where each operator is a launch.
 
-    Weights that have as many numbers for each channel are scaled as one matrix, which takes
-    two launches where each by itself takes one, and four in place of three for their gradients:
-    ResNet-50 has 53 weights, and 8 lengths of rows among those that train.
+    All weights are scaled as one matrix, whose rows are as long as divides the rows of each:
+    ResNet-50 has 53, and 7 lengths of rows among those that train. Scales are repeated, and their
+    gradients added up, for all weights of a length at once.
 
     Args:
         params: weights by name.
@@ -136,18 +136,44 @@ def fold_rows(
     for group in _alike(params, convs):
         norms = sorted(group, key=length)
         scale, shift = _scales_and_shifts(params, buffers, norms, dtype)
-        runs = [[f"{convs[norm]}.weight" for norm in run] for _, run in groupby(norms, key=length)]
-        sizes = [[len(params[name]) for name in run] for run in runs]
-        for names, rows, scales in zip(
-            runs, sizes, scale.split([sum(each) for each in sizes]), strict=True
-        ):
-            flat = [params[name].flatten(1) for name in names]
-            made = ((torch.cat(flat) if flat[1:] else flat[0]) * scales[:, None]).to(dtype)
-            for name, weight in zip(names, made.split(rows), strict=True):
-                folded[name] = weight.view_as(params[name])
-        shifts = shift.split([size for each in sizes for size in each])
-        left |= {norm: (None, part) for norm, part in zip(norms, shifts, strict=True)}
+        weights = {name: params[name] for name in (f"{convs[norm]}.weight" for norm in norms)}
+        channels = [len(weight) for weight in weights.values()]
+        runs: dict[int, int] = defaultdict(int)
+        for norm, count in zip(norms, channels, strict=True):
+            runs[length(norm)] += count
+        flat = torch.cat([weight.flatten() for weight in weights.values()])
+        made = _ScaledRows.apply(flat, scale, dict(runs), dtype)
+        parts = made.split([weight.numel() for weight in weights.values()])
+        folded |= {n: part.view_as(w) for (n, w), part in zip(weights.items(), parts, strict=True)}
+        left |= {n: (None, part) for n, part in zip(norms, shift.split(channels), strict=True)}
     return params | folded, left
+
+
+class _ScaledRows(torch.autograd.Function):
+    """Rows of several lengths, one after the other, each times its own number."""
+
+    @staticmethod
+    def forward(ctx, flat, scales, runs, dtype):
+        # All as rows of a length that divides each: their scales are fewer, and one product.
+        width = math.gcd(*runs)
+        repeated = torch.cat(
+            [
+                own[:, None].expand(-1, size // width).flatten()
+                for own, size in zip(scales.split(list(runs.values())), runs, strict=True)
+            ]
+        )[:, None]
+        ctx.save_for_backward(flat, repeated)
+        ctx.runs = runs
+        return (flat.view(-1, width) * repeated).to(dtype).flatten()
+
+    @staticmethod
+    def backward(ctx, grad):
+        flat, repeated = ctx.saved_tensors
+        grad = grad.to(flat.dtype)
+        rows = grad.view(len(repeated), -1) * repeated
+        parts = (grad * flat).split([size * count for size, count in ctx.runs.items()])
+        sums = [part.view(-1, size).sum(1) for part, size in zip(parts, ctx.runs, strict=True)]
+        return rows.flatten(), torch.cat(sums), None, None
 
 
 def conv_affine(

@@ -184,12 +184,22 @@ def test_fills_follow_the_generator():
         assert not torch.equal(made[0], made[2])
 
 
-def test_weights_cast_together_are_those_cast_alone():
+@pytest.mark.parametrize("as_one", [False, True])
+def test_weights_cast_together_are_those_cast_alone(monkeypatch, as_one):
+    monkeypatch.setattr(layers, "folds_rows", lambda x: as_one)
     params = {"a": randn(3, 4).requires_grad_(), "b": randn(5, seed=1).requires_grad_()}
-    made = layers.cast_together(params, ["a"], torch.bfloat16)
-    assert torch.equal(made["a"], params["a"].bfloat16())
+    params |= {"c": randn(2, 3, 1, 1, seed=3).requires_grad_(), "d": randn(4, seed=4)}
+    names = ["a", "c", "d"]
+    made = layers.cast_together(params, names, torch.empty(1, dtype=torch.bfloat16))
+    for name in names:
+        assert torch.equal(made[name], params[name].bfloat16())
     assert made["b"] is params["b"]
-    weight = randn(3, 4, seed=2).bfloat16()
-    (grad,) = torch.autograd.grad((made["a"] * weight).sum(), params["a"])
-    assert torch.equal(grad, weight.float())
-    assert layers.cast_together(params, ["b"], torch.float32) is params
+    assert made["c"].requires_grad
+    if as_one:  # what doesn't train isn't given a gradient with the rest
+        assert not made["d"].requires_grad
+    weights = [randn(3, 4, seed=5).bfloat16(), randn(2, 3, 1, 1, seed=6).bfloat16()]
+    total = (made["a"] * weights[0]).sum() + (made["c"] * weights[1]).sum()
+    grads = torch.autograd.grad(total, (params["a"], params["c"]))
+    for grad, weight in zip(grads, weights, strict=True):
+        assert torch.equal(grad, weight.float())
+    assert layers.cast_together(params, ["b"], torch.empty(1)) is params
