@@ -7,7 +7,7 @@ import pytest
 # torchvision's step, as measured; casc's is asserted exactly.
 TORCHVISION_READS = 47
 # The most that an eager step may launch on the small canvas; docs/npu.md has a large one's.
-LAUNCHES = {"casc": 1496}
+LAUNCHES = {"casc": 1449, "casc, bfloat16": 1491}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,8 @@ def reads(step: dict) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "allowed"), [("casc", 0), ("casc, counted", 1), ("casc, inference", 0)]
+    ("name", "allowed"),
+    [("casc", 0), ("casc, bfloat16", 0), ("casc, counted", 1), ("casc, inference", 0)],
 )
 def test_the_host_reads_no_more_than_documented(counts, name, allowed):
     for step in counts[name]["steps"]:
@@ -33,7 +34,7 @@ def test_the_host_reads_no_more_than_documented(counts, name, allowed):
         assert "steps.py" in where
 
 
-@pytest.mark.parametrize("name", ["casc", "casc, counted", "casc, inference"])
+@pytest.mark.parametrize("name", ["casc", "casc, bfloat16", "casc, counted", "casc, inference"])
 def test_only_the_batch_is_copied_and_without_waiting(counts, name):
     for step in counts[name]["steps"]:
         kinds, sizes, _ = zip(*step["copies"], strict=True)

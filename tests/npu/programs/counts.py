@@ -70,12 +70,12 @@ def pinned(batch: Batch) -> Batch:
     return Batch(*[column.pin_memory() for column in batch if column is not None])
 
 
-def casc_step(capacity: str) -> Callable[[int], Tensor]:
+def casc_step(capacity: str, dtype: str = "float32") -> Callable[[int], Tensor]:
     """The loop's step: batch to the device, losses, gradients, update, figures for the log."""
     device = choose_device("npu:0")
     mask_head = replace(MODEL.mask_head, capacity=capacity)
     model = replace(MODEL, mask_head=mask_head)
-    compute, _ = choose_compute(model, device, dtype="float32", compile=False)
+    compute, _ = choose_compute(model, device, dtype=dtype, compile=False)
     # Also where kernels are counted but compute nothing, and so don't prove right.
     compute = compute._replace(roi_kernel="native")
     params, buffers = detector.init(model, torch.Generator().manual_seed(0))
@@ -203,6 +203,7 @@ if __name__ == "__main__":
     result: dict = {"batch": [column.nbytes for column in batch]}
     with without_fallbacks(MISSING):
         result["casc"] = counts(casc_step("full"))
+        result["casc, bfloat16"] = counts(casc_step("full", "bfloat16"))
         result["casc, counted"] = counts(casc_step("counted"))
         result["casc, inference"] = counts(casc_inference())
     result["torchvision"] = counts(torchvision_step())
