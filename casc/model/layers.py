@@ -167,9 +167,9 @@ class _ScaledRows(torch.autograd.Function):
         return (flat.view(-1, width) * repeated).to(dtype).flatten()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         flat, repeated = ctx.saved_tensors
-        grad = grad.to(flat.dtype)
+        grad = grads[0].to(flat.dtype)
         rows = grad.view(len(repeated), -1) * repeated
         parts = (grad * flat).split([size * count for size, count in ctx.runs.items()])
         sums = [part.view(-1, size).sum(1) for part, size in zip(parts, ctx.runs, strict=True)]
