@@ -145,6 +145,24 @@ def test_blocks_of_any_size_give_the_same(monkeypatch, width):
         assert torch.equal(a, b)
 
 
+def test_overlaps_computed_in_parts_are_the_same(monkeypatch):
+    boxes, _, _, valid = crowd(40, 5)
+    right = greedy(boxes, valid.float(), 0.4)
+    assert not torch.equal(right[0], right[1])
+    for pairs in (1, 40 * 40):
+        monkeypatch.setattr(module, "MOST_PAIRS", pairs)
+        assert torch.equal(greedy(boxes, valid.float(), 0.4), right)
+
+
+@pytest.mark.parametrize(("width", "iou", "kept"), [(1.0, 0.1, [0]), (7.0, 0.7, [0, 1])])
+def test_overlaps_at_the_threshold_as_float32_rounds_it(width, iou, kept):
+    """0.1 to a little more, so such a box goes; 0.7 to a little less."""
+    boxes, scores = torch.tensor([[0.0, 0, 10, 1], [0, 0, width, 1]]), torch.tensor([0.9, 0.8])
+    every, group = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.long)
+    assert survivors(boxes, scores, group, every, iou) == kept
+    check(boxes, scores, group, every, iou, 2, 1, 2)
+
+
 class Launches(TorchDispatchMode):
     """Counts operators, and finds those whose result depends on the data or goes to the host."""
 

@@ -52,8 +52,14 @@ def optimizer_of(state, flat, monkeypatch, **settings) -> Optimizer:
 
 
 def test_the_update_is_compiled_by_what_compiles_the_step(monkeypatch):
-    """Inductor isn't everywhere."""
-    state, seen = make_state(3), []
+    """Inductor isn't everywhere; a stretch each for more layers than Dynamo gives a function."""
+    values = {f"backbone.{i}.weight": torch.rand(2, 40 * (i + 1)) for i in range(12)}
+    params, momentum = flatten(values), flatten({k: torch.zeros_like(v) for k, v in values.items()})
+    for value in params.values():
+        value.requires_grad_()
+    state = State(0, params, {}, momentum, new_guard(torch.device("cpu"), scaled=False))
+    layers = {name: i for i, name in enumerate(values)}
+    seen = []
 
     def backend(graph, inputs):
         seen.append(graph)
@@ -61,12 +67,13 @@ def test_the_update_is_compiled_by_what_compiles_the_step(monkeypatch):
 
     monkeypatch.setattr("casc.train.optim.is_accelerator", lambda device: True)
     compute = Compute(compile=True, backend=backend)  # type: ignore[arg-type]
-    optimizer = make_optimizer(Optim(), state, compute=compute)
+    config = Optim(layer_decay=0.9)
+    optimizer = make_optimizer(config, state, compute=compute, layers=layers)
     backward(state)
     before = {name: value.detach().clone() for name, value in state.params.items()}
     update(optimizer, rate_of(0.1), state.guard, torch.ones(()))
     assert isinstance(optimizer, FlatOptimizer)
-    assert len(seen) == len(optimizer.stretches)
+    assert len(seen) == len(optimizer.stretches) == 12
     assert not any(torch.equal(before[name], value) for name, value in state.params.items())
 
 
@@ -102,6 +109,7 @@ SETTINGS = [
     {"kind": "adamw", "weight_decay": 0.1, "decay_vectors": False, "heads_lr": 2.0},
     {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-3, "clip_norm": 0.5},
     {"clip_norm": 0.5, "heads_lr": 3.0},
+    {"clip_norm": 100.0},  # never reached: nothing is scaled up to it
     {"kind": "adamw", "weight_decay": 0.05, "decay_vectors": False, "layer_decay": 0.7},
     {"layer_decay": 0.5, "backbone_lr": 0.5},
 ]
@@ -157,6 +165,20 @@ def test_one_by_one_and_flat_agree(kind, monkeypatch):
         torch.testing.assert_close(*(s.momentum[name] for s in states), rtol=1e-6, atol=1e-7)
 
 
+def test_a_gradient_may_lie_in_memory_otherwise_than_its_parameter(monkeypatch):
+    """As the first convolution's might, whose weight is channels_last."""
+    state = make_state()
+    optimizer = optimizer_of(state, True, monkeypatch, weight_decay=0.0)
+    backward(state)
+    weight = state.params["backbone.conv1.weight"]
+    assert weight.grad is not None
+    weight.grad = weight.grad.contiguous()
+    assert weight.grad.stride() != weight.stride()
+    before = weight.detach().clone()
+    update(optimizer, rate_of(0.01), state.guard)
+    torch.testing.assert_close(weight, before - 0.01 * 3 * before**2)
+
+
 @FLAT
 def test_a_large_parameter_is_updated_to_its_end(flat, monkeypatch):
     values = {"a": torch.ones(400_001), "b": torch.ones(3)}
@@ -190,15 +212,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad, flat, kind, monkeypa
     assert not update(optimizer, rate_of(0.1), state.guard).isfinite()
     assert_unchanged()
     assert state.guard["skipped"] == state.guard["skipped_in_a_row"] == 1
+    # However fine the loss is.
+    backward(state)
+    (state.params["rpn_head.bias"] * bad).sum().backward()
+    update(optimizer, rate_of(0.1), state.guard, torch.tensor(1.0))
+    assert_unchanged()
     # Nor does a loss, with whatever gradient.
     backward(state)
     update(optimizer, rate_of(0.1), state.guard, torch.tensor(bad))
     assert_unchanged()
-    assert state.guard["skipped"] == state.guard["skipped_in_a_row"] == 2
+    assert state.guard["skipped"] == state.guard["skipped_in_a_row"] == 3
     backward(state)
     update(optimizer, rate_of(0.1), state.guard, torch.tensor(1.0))
     assert not torch.equal(before["p", "rpn_head.bias"], state.params["rpn_head.bias"].detach())
-    assert (state.guard["skipped"], state.guard["skipped_in_a_row"]) == (2, 0)
+    assert (state.guard["skipped"], state.guard["skipped_in_a_row"]) == (3, 0)
     # AdamW corrects its moments by the updates that were made.
     assert state.guard["updates"] == 2
 
