@@ -78,7 +78,7 @@ def made_up_batch(load: Load, classes: int, seed: int = 0) -> Batch:
     corner = torch.rand(batch, places, 2, generator=generator) * room
     labels = torch.randint(classes, (batch, places), generator=generator)
     instances = max(load.objects, load.positives or 0)
-    capacity = load.capacity or max(instances, 1)
+    capacity = max(instances, 1) if load.capacity is None else load.capacity
     if capacity < instances:
         raise UserError(f"capacity {capacity} doesn't hold {instances} objects")
     at = torch.arange(capacity) % places

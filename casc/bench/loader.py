@@ -1,5 +1,8 @@
 """How many images per second the loader delivers, end to end, by the number of workers."""
 
+import contextlib
+import io
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -32,7 +35,7 @@ def bench_loader(
     Raises:
         UserError: numbers that make no sense, or a split that isn't there.
     """
-    if min(batch, generated) < 1 or seconds <= 0 or not workers or min(workers) < 0:
+    if min(batch, generated) < 1 or not 0 < seconds < math.inf or not workers or min(workers) < 0:
         raise UserError(
             "--batch, --samples and --seconds must be positive, --workers at least one number"
             " that isn't negative"
@@ -77,5 +80,7 @@ def _generate(folder: Path, images: int) -> Path:
     from data_tools.synth import SynthSettings, synthesise
 
     synthesise(folder / "coco", {"train2017": images}, SynthSettings(size=640))
-    ShardCommand(folder / "coco", folder / "shards", progress=False).run()
+    # What it says of them names a folder that is gone afterwards, and isn't part of the report.
+    with contextlib.redirect_stdout(io.StringIO()):
+        ShardCommand(folder / "coco", folder / "shards", progress=False).run()
     return folder / "shards"

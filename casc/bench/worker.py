@@ -120,6 +120,8 @@ def _serve(pipe: Connection, job: Job) -> None:
             else:
                 # First of all: looking closer needs memory of its own.
                 answer = _memory(job) | subject.facts()
+        except UserError as error:
+            answer = str(error)
         except Exception as error:
             traceback.print_exc()
             answer = f"{type(error).__name__}: {error}"

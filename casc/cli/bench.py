@@ -267,8 +267,13 @@ def _job(what: "What", command: StepCommand, positives: int | None) -> "Job":
     from casc.device.devices import choose_device, choose_dtype
     from casc.train.profile import check_profile
 
-    if min(command.batch, command.steps) < 1 or command.objects < 0:
-        raise UserError("--batch and --steps must be at least 1, --objects at least 0")
+    for name, value, least in (
+        ("batch", command.batch, 1), ("steps", command.steps, 1), ("objects", command.objects, 0),
+        ("threads", command.threads, 1), ("positives", positives, 0),
+        ("capacity", command.capacity, max(command.objects, positives or 0, 1)),
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
     check_canvas(command.canvas)
     check_profile(command.profile)
     device = choose_device(command.device)

@@ -50,7 +50,8 @@ class CardCommand:
         batches = self.batches or ((1, 2) if rehearsal else (2, 4, 8, 16))
         inference_batches = self.inference_batches or ((1, 2) if rehearsal else (1, 8))
         steps = (2 if rehearsal else 10) if self.steps is None else self.steps
-        if min(*batches, *inference_batches, steps) < 1 or self.minutes <= 0:
+        most = 1e6  # minutes that a clock counts; no NaN either
+        if min(*batches, *inference_batches, steps) < 1 or not 0 < self.minutes < most:
             raise UserError(
                 "--batches, --inference-batches, --steps and --minutes must be positive"
             )

@@ -131,6 +131,8 @@ def test_names_on_the_page_are_text(tmp_path):
     ("arguments", "message"),
     [
         (["--batches", "0"], "must be positive"),
+        (["--minutes", "nan"], "must be positive"),
+        (["--minutes", "inf"], "must be positive"),
         (["--canvases", "65", "64"], "multiples of 32"),
         (["--goldens", "nowhere"], "no golden files"),
     ],

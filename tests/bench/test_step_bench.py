@@ -79,7 +79,11 @@ def test_the_report_reads_well(report):
     [
         (["--canvas", "65", "64"], "multiples of 32"),
         (["--batch", "0"], "--batch"),
-        (["--objects", "3", "--capacity", "2", "--no-compile"], "capacity 2"),
+        (["--objects", "3", "--capacity", "2"], "--capacity 2: must be at least 3"),
+        (["--objects", "0", "--capacity", "0"], "--capacity 0: must be at least 1"),
+        (["--positives", "9", "--capacity", "8"], "--capacity 8: must be at least 9"),
+        (["--positives", "-4"], "--positives -4: must be at least 0"),
+        (["--threads", "0"], "--threads 0: must be at least 1"),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--profile", "trace.txt"], "--profile trace.txt"),
         (["--against", "no-such-program"], "no-such-program"),
