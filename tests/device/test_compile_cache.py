@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 
 from casc.device import compile_cache as compiling
 from casc.errors import UserError
@@ -111,6 +113,134 @@ def test_what_one_process_compiles_the_next_one_loads(tmp_path):
     assert f"{program}: can't be loaded" in err
     assert json.loads(out.splitlines()[-1])["total"] == first["total"]
     assert program.stat().st_size > whole - 100
+
+
+class Program:
+    """What a compiler makes, without one."""
+
+    def guard_check(self, *args):
+        return True
+
+    def __call__(self, *args):
+        return "result"
+
+    def save_compiled_function(self, path):
+        Path(path).write_text("program")
+
+
+@pytest.fixture
+def compilations(monkeypatch, tmp_path):
+    """`compilations(*args)`: how many a new process makes that calls a function on these."""
+    made = []
+
+    class Compiled:
+        def aot_compile(self, args):
+            made.append(args)
+            return Program()
+
+    monkeypatch.setattr(compiling, "compile_apart", lambda *args, **settings: Compiled())
+    monkeypatch.setattr(torch.compiler, "load_compiled_function", lambda file: Program())
+
+    def count(*args, settings="", rows=None):
+        made.clear()
+        step = compiling.aot_cached(lambda *args: None, tmp_path, settings, rows=rows)
+        for _ in range(2):
+            assert step(*args) == "result"
+        return len(made)
+
+    return count
+
+
+def test_what_a_kept_program_depends_on(compilations, monkeypatch):
+    """Guards may see to some of it; the file's name has to see to all."""
+    x = torch.zeros(4, 6)
+    assert compilations(x) == 1
+    assert compilations(x) == compilations(x.clone()) == compilations(x + 1) == 0
+    others = [x[:3], x.double(), x.clone().requires_grad_(), torch.zeros(6, 4).t(), x.to("meta")]
+    for other in (*others, {"x": x}, {"y": x}, [x], (x,), 3, 4):
+        assert compilations(other) == 1
+        assert compilations(other) == 0
+    assert compilations(x, settings="other") == 1
+    # Of any size in the first dimension, and in no other.
+    assert compilations(x, rows=lambda x: [x]) == 1
+    assert compilations(torch.zeros(5, 6), rows=lambda x: [x]) == 0
+    assert compilations(torch.zeros(4, 7), rows=lambda x: [x]) == 1
+    with torch.no_grad():
+        assert compilations(x) == 1
+    with inductor.patch(max_autotune=True):
+        assert compilations(x) == 1
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert compilations(x) == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 77)
+        assert compilations(x) == 1
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "timm", SimpleNamespace(__version__="of another day"))
+        assert compilations(x) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(compiling, "_sources", lambda: "other")
+        assert compilations(x) == 1
+    assert compilations(x) == 0
+
+
+def test_which_sources_a_kept_program_depends_on(monkeypatch, tmp_path):
+    """All that a step may import; a gradient's formula also for torch's own cache."""
+    for name in ("ops/one.py", "cli/two.py", "model/three.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("x = 1")
+    monkeypatch.setattr(compiling.casc, "__file__", str(tmp_path / "__init__.py"))
+
+    def digests() -> tuple[str, str]:
+        for made in (compiling._sources, compiling._operators):
+            made.cache_clear()
+        return compiling._sources(), compiling._operators()
+
+    try:
+        sources, operators = digests()
+        (tmp_path / "cli/two.py").write_text("x = 2")
+        assert digests() == (sources, operators)
+        (tmp_path / "model/three.py").write_text("x = 2")
+        changed, same = digests()
+        assert changed != sources
+        assert same == operators
+        (tmp_path / "ops/one.py").write_text("one.register_autograd(half)")
+        _, first = digests()
+        (tmp_path / "ops/one.py").write_text("one.register_autograd(twice)")
+        assert len({operators, first, digests()[1]}) == 3
+    finally:
+        monkeypatch.undo()
+        digests()
+
+
+def test_each_kind_of_machine_has_a_folder_of_its_own(monkeypatch, tmp_path):
+    """In a home that they share."""
+    name = "NVIDIA A100"
+
+    def folder() -> str:
+        compiling._machine.cache_clear()
+        return compiling.cache_folder(tmp_path).name
+
+    try:
+        found = [folder()]
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        module = SimpleNamespace(get_device_name=lambda: name)
+        monkeypatch.setattr(torch, "get_device_module", lambda: module)
+        found.append(folder())
+        name = "NVIDIA H100"
+        found.append(folder())
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+        found.append(folder())
+        monkeypatch.setattr(compiling.sys, "version_info", (3, 99, 0))
+        found.append(folder())
+        monkeypatch.setattr(torch, "__version__", "2.99.0+cu199")
+        found.append(folder())
+        assert len(set(found)) == 6
+    finally:
+        monkeypatch.undo()
+        compiling._machine.cache_clear()
 
 
 def test_where_compiled_code_is_kept(monkeypatch, tmp_path):
