@@ -28,7 +28,12 @@ def falling(batch: int, count: int) -> Tensor:
     return (1 - torch.arange(count) / count).expand(batch, -1)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    # Stages differ by constants.
+    ("mode", "stage"),
+    [("eager", 0), ("eager", 1), ("eager", 2), ("compiled", 1)],
+    indirect=["mode"],
+)
 def test_samples_reproduce_the_reference(unit_goldens, mode, stage):
     boxes, gt, labels = (unit_goldens[f"assign.{k}"] for k in ("boxes", "gt", "gt_labels"))
     everywhere = torch.ones(1, len(boxes), dtype=torch.bool)
@@ -165,7 +170,12 @@ def test_the_head_is_two_layers_and_two_outputs(mode):
 
 
 @pytest.mark.parametrize("objects", [True, False])
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize(
+    # Stages differ by constants.
+    ("mode", "stage"),
+    [("eager", 0), ("eager", 2), ("compiled", 2)],
+    indirect=["mode"],
+)
 def test_losses_are_the_literal_ones(mode, objects, stage):
     rois, targets = draw(SOME if objects else torch.zeros_like(SOME), stage)
     logits = (2 * randn(24, CLASSES + 1)).requires_grad_()
@@ -238,7 +248,11 @@ def test_refining_by_the_target_deltas_lands_on_the_target():
         torch.testing.assert_close(decode(rois.boxes, deltas, stage.stds, size), made)
 
 
-@pytest.mark.parametrize("norm", ["none", "gn", "ln"])
+@pytest.mark.parametrize(
+    ("mode", "norm"),
+    [("eager", "none"), ("eager", "gn"), ("eager", "ln"), ("compiled", "gn"), ("compiled", "ln")],
+    indirect=["mode"],
+)
 def test_convolutions_come_before_the_fully_connected_layers(mode, norm):
     """torchvision's 4conv1fc head, norms included but for the layer norm, which it hasn't."""
     config = replace(CONFIG, convs=2, conv_channels=32, norm=norm, fcs=1, cells=3)
@@ -290,7 +304,14 @@ IOU_LOSSES = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "own"), [("smooth_l1", True), ("giou", False), ("diou", True), ("ciou", False)]
+    ("mode", "kind", "own"),
+    [
+        *(("eager", "smooth_l1", True), ("eager", "giou", False)),
+        *(("eager", "diou", True), ("eager", "ciou", False)),
+        # The losses' own tests compile each kind, and the literal ones above smooth L1.
+        ("compiled", "diou", True),
+    ],
+    indirect=["mode"],
 )
 def test_box_losses_of_all_stages_are_torchvisions(mode, kind, own):
     """Each stage by its own deviations; of each class's own box, the object's.

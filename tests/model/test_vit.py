@@ -59,10 +59,15 @@ def their_features(config: ViTConfig, params: Params) -> Tensor:
         return module.blocks(x).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "relative"),
+    # What relative positions add is in the one graph.
+    [("eager", False), ("eager", True), ("compiled", True)],
+    indirect=["mode"],
+)
 def test_features_are_timms(mode, relative):
     """Windows that must be padded, resized embeddings, a canvas that isn't square."""
-    config = replace(CONFIG, relative=relative)
+    config = replace(CONFIG, depth=2, relative=relative)
     params = random_params(config)
     with torch.no_grad():
         (made,) = mode(partial(feature_maps, config=config))(params, {}, image=image())
