@@ -37,6 +37,8 @@ TESTS = Path(__file__).resolve().parent
 # Read when torch first compiles. A fixed folder, so that only the first run is cold.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(TESTS.parent / ".cache" / "inductor"))
 os.environ.setdefault("CASC_CACHE", str(TESTS.parent / ".cache"))
+# Else each process that compiles starts another, which imports torch, for Triton's kernels.
+os.environ.setdefault("TORCH_WARM_POOL", "0")
 # torch writes down all that it compiles where this log has a handler, and pytest gives one to each
 # log that keeps its records to itself.
 logging.getLogger("torch.__trace").propagate = True
