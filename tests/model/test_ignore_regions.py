@@ -78,7 +78,7 @@ def test_covered_anchors_are_neither(mode):
     )
     keys = torch.rand(2, len(anchors), generator=torch.Generator().manual_seed(0))
     run = mode(rpn_targets)
-    without = run(config, anchors, SIZE, GT, VALID, keys).matches
+    without = rpn_targets(config, anchors, SIZE, GT, VALID, keys).matches
     found = run(config, anchors, SIZE, GT, VALID, keys, regions=REGIONS)
     positive, negative = found.matches.positive, found.matches.negative
     for i in range(2):
@@ -100,7 +100,12 @@ def test_covered_anchors_are_neither(mode):
         assert len(drawn) == int((positive | negative)[i].sum())
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize(
+    # Stages differ by constants.
+    ("mode", "stage"),
+    [("eager", 0), ("eager", 2), ("compiled", 2)],
+    indirect=["mode"],
+)
 def test_covered_proposals_are_neither_and_objects_always_are(mode, stage: int):
     rng = np.random.default_rng(1)
     proposals = torch.from_numpy(boxes_of(rng, 2, 60)).clamp(max=90)
@@ -129,8 +134,13 @@ def test_covered_proposals_are_neither_and_objects_always_are(mode, stage: int):
         assert (valid[i] & ~free).any()
 
 
-@pytest.mark.parametrize("window", [False, True])
 @pytest.mark.parametrize("flip", [[False, True], [True, False]])
+@pytest.mark.parametrize(
+    # What a window adds is in the one graph.
+    ("mode", "window"),
+    [("eager", False), ("eager", True), ("compiled", True)],
+    indirect=["mode"],
+)
 def test_regions_move_as_boxes_do(mode, tiny_batch, window: bool, flip: list[bool]):
     batch = tiny_batch([2, 3])
     # Objects without an outline: of these too the box is all that can be cut.

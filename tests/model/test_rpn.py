@@ -90,7 +90,9 @@ def test_the_head_reads_every_anchor_in_order(mode):
     assert output.logits.dtype == output.deltas.dtype == torch.float32
 
 
-@pytest.mark.parametrize("convs", [2, 3])
+@pytest.mark.parametrize(
+    ("mode", "convs"), [("eager", 2), ("eager", 3), ("compiled", 2)], indirect=["mode"]
+)
 def test_a_head_of_several_convolutions_is_torchvisions(mode, convs):
     config = replace(CONFIG, channels=4, convs=convs)
     params: dict[str, Tensor] = {}
@@ -113,7 +115,12 @@ def test_a_head_of_several_convolutions_is_torchvisions(mode, convs):
     torch.testing.assert_close(made.deltas, torch.cat(deltas, 1), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("convs", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("mode", "convs"),
+    # The step's tests compile a head of one.
+    [("eager", 1), ("eager", 2), ("eager", 3), ("compiled", 2)],
+    indirect=["mode"],
+)
 def test_the_head_at_chosen_anchors_is_the_head_everywhere(mode, convs):
     """Values and gradients; the coarsest level is every second cell of the one before it."""
     params: dict[str, Tensor] = {}
@@ -257,7 +264,12 @@ def proposals(output: RPNOutput, anchors: list[Tensor], size: Tensor, train: boo
     return propose(CONFIG, found, train=train)
 
 
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    # Only numbers of boxes are others.
+    ("mode", "train"),
+    [("eager", True), ("eager", False), ("compiled", True)],
+    indirect=["mode"],
+)
 def test_proposals_are_torchvisions(mode, train):
     output, anchors = make_output(), make_anchors()
 
