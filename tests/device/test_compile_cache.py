@@ -115,17 +115,24 @@ def test_what_one_process_compiles_the_next_one_loads(tmp_path):
     assert program.stat().st_size > whole - 100
 
 
+def first_word(args: tuple) -> str:
+    return args[-1].partition(" ")[0] if isinstance(args[-1], str) else "none"
+
+
 class Program:
-    """What a compiler makes, without one."""
+    """What a compiler makes, without one; its guards refuse what begins with another word."""
+
+    def __init__(self, word: str):
+        self.word = word
 
     def guard_check(self, *args):
-        return True
+        return self.word == first_word(args)
 
     def __call__(self, *args):
-        return "result"
+        return self.word
 
     def save_compiled_function(self, path):
-        Path(path).write_text("program")
+        Path(path).write_text(self.word)
 
 
 @pytest.fixture
@@ -133,19 +140,22 @@ def compilations(monkeypatch, tmp_path):
     """`compilations(*args)`: how many a new process makes that calls a function on these."""
     made = []
 
+    def load(file):
+        return Program(file.read().decode())
+
     class Compiled:
-        def aot_compile(self, args):
-            made.append(args)
-            return Program()
+        def aot_compile(self, call):
+            made.append(call)
+            return Program(first_word(call[0]))
 
     monkeypatch.setattr(compiling, "compile_apart", lambda *args, **settings: Compiled())
-    monkeypatch.setattr(torch.compiler, "load_compiled_function", lambda file: Program())
+    monkeypatch.setattr(torch.compiler, "load_compiled_function", load)
 
     def count(*args, settings="", rows=None):
         made.clear()
         step = compiling.aot_cached(lambda *args: None, tmp_path, settings, rows=rows)
         for _ in range(2):
-            assert step(*args) == "result"
+            assert step(*args) == first_word(args)
         return len(made)
 
     return count
@@ -184,6 +194,28 @@ def test_what_a_kept_program_depends_on(compilations, monkeypatch):
         patch.setattr(compiling, "_sources", lambda: "other")
         assert compilations(x) == 1
     assert compilations(x) == 0
+
+
+def test_guards_that_say_more_than_the_name(compilations, tmp_path):
+    """The name is the same here, whatever the words are: each program is kept beside the others."""
+
+    class Words(str):
+        def __repr__(self):
+            return "words"
+
+    old = os.umask(0)
+    try:
+        assert compilations(Words("one word")) == compilations(Words("two words")) == 1
+    finally:
+        os.umask(old)
+    assert compilations(Words("one more")) == compilations(Words("two more")) == 0
+    kept = sorted(tmp_path.iterdir())
+    assert [file.read_text() for file in kept] == ["one", "two"]
+    assert [file.stat().st_mode & 0o777 for file in kept] == [0o600, 0o600]
+    # In one process, too.
+    step = compiling.aot_cached(lambda *args: None, tmp_path, "")
+    for words in ("one a", "two b", "one c"):
+        assert step(Words(words)) == first_word((words,))
 
 
 def test_which_sources_a_kept_program_depends_on(monkeypatch, tmp_path):

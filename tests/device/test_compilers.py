@@ -10,7 +10,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from casc.device import compilers, devices
 from casc.device.compilers import choose_compiler, find_fault, first_line, tried, wrong_results
-from casc.device.devices import TRAITS, Compiler
+from casc.device.devices import TRAITS, Compiler, Setting
 from casc.errors import UserError
 
 CPU = torch.device("cpu")
@@ -55,6 +55,16 @@ def test_a_compiler_that_kills_its_process(monkeypatch, tmp_path):
     assert find_fault(INDUCTOR, CPU) == "the process died of SIGABRT Duplicated key"
 
 
+def test_the_process_is_told_which_compiler_to_load(monkeypatch, tmp_path):
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "{\\"fault\\": \\"$CASC_TEST_BACKEND\\"}"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    monkeypatch.setenv("CASC_TEST_BACKEND", "other")
+    one = Compiler("dvm", "inductor", "mend", (("CASC_TEST_BACKEND", "one"),))
+    assert find_fault(one, CPU) == "one"
+
+
 @pytest.fixture
 def faults(monkeypatch) -> dict[str, str]:
     """What the compilers are found to do wrong; `tries` counts."""
@@ -77,6 +87,40 @@ def test_answers_are_kept_by_versions(faults, tmp_path, monkeypatch):
     monkeypatch.setattr(compilers, "_versions", lambda: {"torch": "9"})
     choose_compiler("auto", CPU, tmp_path)
     assert faults["tries"] == "iii"
+
+
+def test_an_answer_is_kept_until_anything_changes_that_may_mend_it(faults, tmp_path, monkeypatch):
+    home = Setting("CASC_TEST_SETTING", "1", "for a test")
+    row = replace(TRAITS["cpu"], environment=(home,), toolkits=("CASC_TEST_TOOLKIT",))
+    monkeypatch.setitem(TRAITS, "cpu", row)
+    monkeypatch.setitem(TRAITS, "cuda", row)
+    for name in ("CASC_TEST_SETTING", "CASC_TEST_TOOLKIT", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    program = tmp_path / "g++"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+
+    def tries(device=CPU) -> int:
+        faults["tries"] = ""
+        tried(INDUCTOR, device, tmp_path)
+        return len(faults["tries"])
+
+    assert (tries(), tries()) == (1, 0)
+    assert tries(torch.device("cuda")) == 1
+    for name, value in (
+        ("CASC_TEST_SETTING", "1"), ("CASC_TEST_TOOLKIT", "/opt"), ("CXX", str(program)),
+        ("PATH", f"{tmp_path}:{compilers.os.environ['PATH']}"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert (tries(), tries()) == (1, 0), name
+    with monkeypatch.context() as patch:
+        patch.setitem(TRAITS, "cpu", replace(row, compilers=(INDUCTOR,)))
+        assert tries() == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(compilers, "__file__", str(program))  # what is tried has changed
+        assert tries() == 1
+    assert tries() == 0
 
 
 def test_a_damaged_answer_is_found_again(faults, tmp_path):
