@@ -59,18 +59,19 @@ def use_cache(setting: Path | None = None) -> Path:
         UserError: the folder can't be made, or others may write to it.
     """
     folder = cache_folder(setting)
+    flag, mend = "--compile-cache", "choose another folder"
+    if setting is None:  # and most commands have no such flag
+        flag, mend = "compile cache", "set CASC_CACHE to another folder"
     try:
         for place in (folder.parent, folder, folder / "programs", folder / "inductor"):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
             if fault := _not_mine(place):
                 raise UserError(
-                    f"--compile-cache {place}: {fault}, so it could hold programs of someone"
-                    " else's; delete it, or choose a folder that only you may write to"
+                    f"{flag} {place}: {fault}, so it could hold programs of someone"
+                    f" else's; delete it, or {mend} that only you may write to"
                 )
     except OSError as error:
-        raise UserError(
-            f"--compile-cache {folder}: can't be written ({error}); choose another folder"
-        ) from None
+        raise UserError(f"{flag} {folder}: can't be written ({error}); {mend}") from None
     # Importing Dynamo already fills the variable in, with the default. Inductor reads it
     # whenever it looks for its folder, and so do the processes that it starts.
     if os.environ.get(_INDUCTOR, default := default_cache_dir()) == default:

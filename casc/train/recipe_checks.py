@@ -60,6 +60,7 @@ def check_settings(recipe: Recipe, world: int = 1) -> None:
     _check_optim(recipe)
     check_model(recipe.model)
     _check_device(recipe.device, world)
+    _check_compiling(recipe)
     _check_backbone(recipe)
 
 
@@ -157,6 +158,18 @@ def _check_device(device: str, world: int) -> None:
         raise UserError(f"--device {device}: expected auto or one of {', '.join(TRAITS)}")
     if world > 1 and ":" in device:
         raise UserError(f"--device {device}: torchrun gives each process its own; drop the number")
+
+
+def _check_compiling(recipe: Recipe) -> None:
+    for flag, given in (
+        ("backend", None if recipe.compile_backend == "auto" else recipe.compile_backend),
+        ("cache", recipe.compile_cache),
+    ):
+        if given is not None and not recipe.compile:
+            raise UserError(
+                f"--compile-{flag} {given}: nothing is compiled, by --no-compile or the recipe;"
+                " give --compile too, or leave it out"
+            )
 
 
 def _check_backbone(recipe: Recipe) -> None:

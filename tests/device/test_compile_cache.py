@@ -302,10 +302,14 @@ def test_the_user_s_own_folder_stays_inductor_s(monkeypatch, tmp_path):
         assert torch.compiler.config.cache_key_tag == tag != ""
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--compile-cache"):
+    with pytest.raises(UserError, match=r"--compile-cache .* choose another folder$"):
         compiling.use_cache(tmp_path / "file")
+    # Who gave no flag may not have one: `casc doctor`, `casc eval`.
+    monkeypatch.setenv("CASC_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"^compile cache .* set CASC_CACHE to another folder$"):
+        compiling.use_cache()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")

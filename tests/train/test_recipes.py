@@ -431,6 +431,14 @@ def test_eight_cards_follow_the_references_schedule():
             {"model.backbone": ViTConfig(frozen_stages=13), "init": "random"},
             "--model.backbone.frozen-stages 13: must be from -1 .none. to 12",
         ),
+        (
+            {"compile": False, "compile_backend": "aot_eager"},
+            "--compile-backend aot_eager: nothing is compiled, .* give --compile too",
+        ),
+        (
+            {"compile": False, "compile_cache": Path("there")},
+            "--compile-cache there: nothing is compiled",
+        ),
     ],
 )
 def test_checks_name_the_flag(change, message):
