@@ -1,6 +1,8 @@
 """Compilers are tried, not looked for; what comes out of one is the CPU's or it isn't used."""
 
+import importlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +36,7 @@ def test_a_compiler_that_computes_wrong(factor, fault):
 def test_the_first_line_of_what_a_compiler_wraps():
     error = BackendCompilerFailed("inductor", ValueError("\nno way\nstack"), None)
     assert first_line(error) == "ValueError: no way"
+    assert first_line(BackendCompilerFailed("mine", error, None)) == "ValueError: no way"
 
 
 def test_without_a_cpp_compiler(monkeypatch, tmp_path):
@@ -89,6 +92,24 @@ def test_answers_are_kept_by_versions(faults, tmp_path, monkeypatch):
     assert faults["tries"] == "iii"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the lock is POSIX's")
+def test_one_of_the_ranks_that_start_together_tries(tmp_path, monkeypatch):
+    tries = []
+
+    def find(compiler, device):
+        with (tmp_path / "compilers.lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tries.append("alone")
+        return ""
+
+    fcntl = importlib.import_module("fcntl")
+    monkeypatch.setattr(compilers, "find_fault", find)
+    tried(INDUCTOR, CPU, tmp_path)
+    assert tries == ["alone"]
+
+
 def test_an_answer_is_kept_until_anything_changes_that_may_mend_it(faults, tmp_path, monkeypatch):
     home = Setting("CASC_TEST_SETTING", "1", "for a test")
     row = replace(TRAITS["cpu"], environment=(home,), toolkits=("CASC_TEST_TOOLKIT",))
@@ -109,7 +130,7 @@ def test_an_answer_is_kept_until_anything_changes_that_may_mend_it(faults, tmp_p
     assert tries(torch.device("cuda")) == 1
     for name, value in (
         ("CASC_TEST_SETTING", "1"), ("CASC_TEST_TOOLKIT", "/opt"), ("CXX", str(program)),
-        ("PATH", f"{tmp_path}:{compilers.os.environ['PATH']}"),
+        ("PATH", f"{tmp_path}:{os.environ['PATH']}"),
     ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
