@@ -161,15 +161,12 @@ def _check_device(device: str, world: int) -> None:
 
 
 def _check_compiling(recipe: Recipe) -> None:
-    for flag, given in (
-        ("backend", None if recipe.compile_backend == "auto" else recipe.compile_backend),
-        ("cache", recipe.compile_cache),
-    ):
-        if given is not None and not recipe.compile:
-            raise UserError(
-                f"--compile-{flag} {given}: nothing is compiled, by --no-compile or the recipe;"
-                " give --compile too, or leave it out"
-            )
+    # A cache is no contradiction: scripts name a folder once, for runs of both kinds.
+    if recipe.compile_backend != "auto" and not recipe.compile:
+        raise UserError(
+            f"--compile-backend {recipe.compile_backend}: nothing is compiled, by --no-compile or"
+            " the recipe; give --compile too, or leave it out"
+        )
 
 
 def _check_backbone(recipe: Recipe) -> None:

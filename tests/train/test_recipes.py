@@ -435,10 +435,6 @@ def test_eight_cards_follow_the_references_schedule():
             {"compile": False, "compile_backend": "aot_eager"},
             "--compile-backend aot_eager: nothing is compiled, .* give --compile too",
         ),
-        (
-            {"compile": False, "compile_cache": Path("there")},
-            "--compile-cache there: nothing is compiled",
-        ),
     ],
 )
 def test_checks_name_the_flag(change, message):
