@@ -422,7 +422,9 @@ def test_nothing_found_is_all_padding(world, tiny_batch):
         assert (tensor == 0).all()
 
 
-@pytest.mark.parametrize("detections", [100, 7])
+@pytest.mark.parametrize(
+    ("mode", "detections"), [("eager", 100), ("eager", 7), ("compiled", 7)], indirect=["mode"]
+)
 def test_selection_reproduces_the_reference(unit_goldens, mode, detections):
     boxes, scores, dets, labels = (
         unit_goldens[f"mcnms.{k}"] for k in ("boxes", "scores", "dets", "labels")
@@ -459,11 +461,11 @@ def scored(seed: int = 0, proposals: int = 40, classes: int = 5):
     return logits, boxes, torch.rand(2, proposals, generator=generator) < 0.8
 
 
-def test_classes_can_suppress_each_other(mode):
-    """As torchvision's nms over all boxes of all classes has it."""
+def test_classes_can_suppress_each_other():
+    """As torchvision's nms over all boxes of all classes has it; compiled below."""
     logits, boxes, valid = scored()
     config = InferenceConfig(class_agnostic=True, detections=200)
-    made = mode(lambda *a: forward_detect.select(config, *a))(logits, boxes, valid)
+    made = forward_detect.select(config, logits, boxes, valid)
     scores = logits.softmax(-1)[..., :-1]
     for image in range(2):
         place = ((scores[image] > 0.05) & valid[image, :, None]).nonzero()
@@ -476,7 +478,12 @@ def test_classes_can_suppress_each_other(mode):
         assert torch.equal(labels[there], place[kept, 1])
 
 
-@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "agnostic"),
+    # The reference's own selection is compiled above.
+    [("eager", False), ("eager", True), ("compiled", True)],
+    indirect=["mode"],
+)
 def test_only_some_classes_are_kept(mode, agnostic: bool):
     """What is left when the others' scores are nothing."""
     logits, boxes, valid = scored(1)
@@ -523,10 +530,10 @@ def test_soft_suppression_is_the_papers(mode, way):
 
 
 @pytest.mark.parametrize("way", ["linear", "gaussian"])
-def test_soft_suppression_lowers_scores(mode, way):
+def test_soft_suppression_lowers_scores(way):
     logits, boxes, valid = scored(2)
     config = InferenceConfig(soft_nms=way, detections=60)
-    soft = mode(lambda *a: forward_detect.select(config, *a))(logits, boxes, valid)
+    soft = forward_detect.select(config, logits, boxes, valid)
     hard = forward_detect.select(replace(config, soft_nms="off"), logits, boxes, valid)
     # The best box of an image is nobody's to lower; what hard suppression dropped may be there.
     torch.testing.assert_close(soft[1][:, 0], hard[1][:, 0])
