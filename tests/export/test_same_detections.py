@@ -17,6 +17,7 @@ from casc.export.check import Tolerances, compare_image
 from casc.export.runner import detect, open_program
 from casc.inference.images import read_image
 from casc.model.detector import init
+from casc.model.detector_config import STAGES
 from casc.model.forward_detect import Detections
 
 SIZE = (1040, 1440)
@@ -32,9 +33,10 @@ def folder(tmp_path_factory, tiny) -> Path:
     config, image, _ = tiny
     config = replace(config, classes=2, backbone=replace(config.backbone, norm="gn"))
     config = replace(config, backbone=replace(config.backbone, frozen_stages=-1))
+    # Of one stage, as writing ONNX takes so long for each.
+    config = replace(config, stages=STAGES[:1])
     params, buffers = init(config, torch.Generator().manual_seed(0))
-    for stage in range(3):
-        params[f"roi_head.bbox_head.{stage}.fc_cls.bias"][0] = 6
+    params["roi_head.bbox_head.0.fc_cls.bias"][0] = 6
     categories = [{"id": 3, "name": "disc"}, {"id": 8, "name": "star"}]
     recipe = {"model": to_json(config), "image": to_json(image), "dtype": "float32"}
     metadata = {"recipe": json.dumps(recipe), "classes": json.dumps(categories)}
@@ -93,7 +95,7 @@ def test_a_photograph_is_the_same_four_ways(folder: Path, tmp_path: Path):
 
     # ONNX Runtime, on the canvas of such photographs, to rounding.
     path = tmp_path / "detector.onnx"
-    command("export", weights, path, "--pixels", *SIZE[::-1], "--canvas", 128, 96)
+    command("export", weights, path, "--pixels", *SIZE[::-1], "--canvas", 128, 96, "--no-check")
     (outputs,) = detect(open_program(path), [read_image(photo)])
     columns = {name: torch.from_numpy(outputs[name]) for name in ("boxes", "scores", "labels")}
     every = torch.ones(len(outputs["scores"]), dtype=torch.bool)
