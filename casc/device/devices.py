@@ -358,7 +358,9 @@ def make_deterministic(device: torch.device) -> None:
         UserError: a variable has to be set before the program starts, and isn't.
     """
     for setting in traits(device).environment:
-        if setting.deterministic and not os.environ.get(setting.name):
+        # CUDA has two values that do, so one that doesn't isn't told by not being ours.
+        off = os.environ.get(setting.name, "").lower() in ("", "0", "false")
+        if setting.deterministic and off:
             raise UserError(
                 f"--deterministic: set {setting.name}={setting.value} in the environment first"
             )

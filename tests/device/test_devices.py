@@ -43,6 +43,9 @@ def test_each_rank_sees_its_own_device(monkeypatch, before, rank, after):
     monkeypatch.setenv("WORLD_SIZE", "8")
     choose_device("cpu")
     assert os.environ.get(name) == before
+    monkeypatch.delenv("LOCAL_RANK")  # some schedulers set the other one alone
+    choose_device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
     for _ in range(2):  # the second time there is nothing left to choose
         with pytest.raises(UserError, match="finds no cuda device"):
             choose_device("cuda")

@@ -143,6 +143,7 @@ def test_float32_is_float32_and_shapes_are_tuned(monkeypatch):
     backends = torch.backends
     monkeypatch.setattr(backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(backends.cudnn, "benchmark", False)
+    backends.cuda.matmul.allow_tf32 = True
     devices.TRAITS["cuda"].ready()
     assert backends.cudnn.benchmark
     assert not backends.cudnn.allow_tf32

@@ -1,5 +1,7 @@
 """Compiling on releases of torch that can't count recompilations per call."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -48,3 +50,15 @@ def test_any_size_where_that_is_asked_for(release):
     function = compile_apart(make(0), backend="eager", dynamic=True, recompile_limit=1)
     for size in (5, 6, 7):
         assert function(torch.ones(size)).shape == (size,)
+
+
+def test_options_reach_the_compiler(release):
+    seen = []
+
+    def backend(graph, inputs, options):
+        seen.append(options)
+        return graph
+
+    named: Any = backend
+    compile_apart(make(0), backend=named, options={"combo_kernels": True})(torch.ones(3))
+    assert seen == [{"combo_kernels": True}]

@@ -196,8 +196,11 @@ def test_float16_where_bfloat16_is_missing(monkeypatch):
 
 def test_deterministic_needs_its_variables(like_npu, monkeypatch):
     monkeypatch.delenv("HCCL_DETERMINISTIC", raising=False)
-    with pytest.raises(UserError, match=r"--deterministic: set HCCL_DETERMINISTIC=true"):
-        devices.make_deterministic(torch.device("cpu"))
+    for value in (None, "", "false"):
+        if value is not None:
+            monkeypatch.setenv("HCCL_DETERMINISTIC", value)
+        with pytest.raises(UserError, match=r"--deterministic: set HCCL_DETERMINISTIC=true"):
+            devices.make_deterministic(CPU)
 
 
 def test_deterministic_is_switched_on():
