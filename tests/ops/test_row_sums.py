@@ -1,8 +1,11 @@
 """Weighted sums of rows against plain indexing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from casc.device.devices import TRAITS
 from casc.ops.row_sums import bag_backward, chained_bags, weighted_row_sums
 
 
@@ -64,9 +67,11 @@ def test_bags_sum_weighted_rows():
         )
 
 
+@pytest.mark.parametrize("sorts", [True, False], ids=["sorted", "tap by tap"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_row_that_many_bags_read_has_their_gradients_sum(dtype):
+def test_a_row_that_many_bags_read_has_their_gradients_sum(dtype, sorts, monkeypatch):
     """Rounded once: in bfloat16 a running sum stops growing after some 256 equal terms."""
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], sorts_taps=sorts))
     generator = torch.Generator().manual_seed(4)
     index = torch.randint(0, 5, (3000, 4), generator=generator)
     weight = torch.rand((3000, 4), generator=generator).to(dtype)
