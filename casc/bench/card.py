@@ -28,6 +28,7 @@ from casc.train.profile import STEPS
 
 TRACE = "trace.json.gz"
 _MOST_KERNELS = 40
+_VERIFIED = {True: "passed", False: "did NOT pass", None: "was not run"}
 
 
 @dataclass(frozen=True)
@@ -176,12 +177,12 @@ def card_page(report: dict[str, Any], title: str) -> str:
         ]
         for row in report["kernels"]
     ]
-    verified = report["verify"] or {"passed": False, "lines": ["not run"]}
+    verified = report["verify"] or {"passed": None, "lines": ["not run"]}
     summary = (
         f"<p>{escape(report['device'])}, {escape(report['dtype'])},"
         f" {'compiled' if report['compiled'] else 'eager'};"
         f" {report.get('seconds', 0):,} seconds in all."
-        f" Verify {'passed' if verified['passed'] else 'did NOT pass'}.</p>"
+        f" Verify {_VERIFIED[verified['passed']]}.</p>"
     )
     if report["not_run"]:
         rows = "".join(f"<li>{escape(line)}</li>" for line in report["not_run"])
@@ -222,7 +223,7 @@ def _doctor(seconds: float) -> dict[str, Any]:
 
 def _verify(plan: CardPlan, seconds: float) -> dict[str, Any]:
     if plan.goldens is None:
-        return {"passed": False, "lines": ["not run: no golden files; give them by --goldens"]}
+        return {"passed": None, "lines": ["not run: no golden files; give them by --goldens"]}
     command = ["verify", str(plan.goldens), "--device", plan.device]
     done = _casc(command, seconds)
     lines = [*done.stdout.splitlines(), *done.stderr.splitlines()[-20:]]

@@ -1,5 +1,6 @@
 import gzip
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,10 +76,58 @@ def test_what_there_is_no_time_for_is_said(tmp_path):
     report = measure_card(plan_of(tmp_path, seconds=0.01), lambda line: None)
     assert report["steps"] == []
     assert len(report["not_run"]) == 6
+    assert "Verify was not run" in (tmp_path / "card.html").read_text()
     assert (
         "train, batch 4, 96 x 64, launched: the time was over"
         in (tmp_path / "card.html").read_text()
     )
+
+
+def test_what_each_part_found_is_in_the_report(tmp_path, monkeypatch):
+    """Of made-up parts: verify and the replayed step fail, the one that is launched is traced."""
+
+    class Made:
+        def __init__(self, job, timeout):
+            self.job, self.times = job, iter([9.0, 5.0, 0.5, 0.3, 0.4])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def step(self):
+            if self.job.replay:
+                raise UserError("it reads")
+            return {"step_s": next(self.times)}
+
+        def memory(self):
+            return {"peak_device_gib": 2.5}
+
+        def trace(self, file):
+            assert (self.job.what, self.job.replay) == ("train", False)
+            written([event("gemm", 0, 6, "kernel")], file)
+
+    def run(command, seconds):
+        failed = command[0] == "verify"
+        return subprocess.CompletedProcess(command, int(failed), "" if failed else "{}", "no\n")
+
+    monkeypatch.setattr("casc.bench.card.Worker", Made)
+    monkeypatch.setattr("casc.bench.card._casc", run)
+    monkeypatch.setattr("casc.bench.card.replay_missing", lambda device: None)
+    plan = plan_of(tmp_path, goldens=tmp_path, canvases=[(64, 96)], batches=(4,), steps=3)
+    report = measure_card(plan, lambda line: None)
+    assert report["verify"] == {"passed": False, "lines": ["no"]}
+    assert "Verify did NOT pass" in (tmp_path / "card.html").read_text()
+    replayed, launched, inference = report["steps"]
+    assert replayed["error"] == "it reads"
+    assert "img_per_s" not in replayed
+    assert (launched["first_step_s"], launched["step_s"]) == (9.0, 0.4)
+    assert launched["img_per_s"] == pytest.approx(10.0)
+    assert launched["step_s_spread"] == {"median": 0.4, "low": 0.3, "high": 0.5}
+    assert inference["img_per_s"] == pytest.approx(2.5)
+    assert inference["peak_device_gib"] == 2.5
+    assert [row["name"] for row in report["kernels"]] == ["gemm"]
 
 
 def test_a_process_that_takes_too_long_is_ended():
