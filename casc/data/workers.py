@@ -151,7 +151,7 @@ class BatchStream(Iterator[tuple[int, Batch]]):
             return next(self._batches)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers: left to the garbage collector, they are waited for for seconds."""
         self._batches.close()
 
     def stuck_report(self) -> str:

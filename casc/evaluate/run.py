@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from itertools import groupby, takewhile
 from threading import Event
@@ -243,7 +244,11 @@ def evaluate_split(
     if processes is None:
         processes = 2 if samples >= 500 * ranks.world else 0
     over = Event()
-    with stream.explained(), ThreadPoolExecutor(1, thread_name_prefix="truth") as reader:
+    with (
+        closing(stream),
+        stream.explained(),
+        ThreadPoolExecutor(1, thread_name_prefix="truth") as reader,
+    ):
         truth = reader.submit(_truth, root, index, split, batch, ranks, loading, warn, over)
         try:
             tally = evaluate_images(

@@ -5,6 +5,7 @@ Precision by recall, and the images on which it did best and worst, with what it
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ def analyse(
     sizes = [canvas(bucket, image.short, image.long) for bucket in index.splits[split].buckets]
 
     def chunks() -> Iterator[list[ImageDetections]]:
-        with stream.explained():
+        with closing(stream), stream.explained():
             yield from _chunks(find_in_stream(detector, stream, sizes, watch))
 
     for chunk in chunks():

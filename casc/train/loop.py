@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import NamedTuple, NoReturn
 
 from casc.checkpoints.state import State
@@ -78,6 +78,7 @@ def _loop(run: Run, state: State, activity: Activity, stopping: Stopping, saver:
         if evaluator.missed(state.step):
             evaluator.evaluate(state)
         with (
+            closing(batches),
             batches.explained(),
             _scheduled_collection() as collect,
             profiling(recipe.profile if run.ranks.main else None, log.say) as traced,

@@ -1,6 +1,7 @@
 """The losses of a run's weights on the split that it evaluates on."""
 
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 
@@ -62,7 +63,7 @@ class Validation:
         )  # fmt: skip
         opened(stream)
         sums: dict[str, list[float]] = {}
-        with stream.explained(), torch.no_grad():
+        with closing(stream), stream.explained(), torch.no_grad():
             for bucket, batch in stream:
                 rows = int((batch.image_id >= 0).sum())
                 step = self._step(bucket, whole=rows == len(batch.image_id))

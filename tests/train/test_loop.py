@@ -1,6 +1,8 @@
 import json
+import multiprocessing
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from hashlib import sha256
 
@@ -14,11 +16,32 @@ from casc.checkpoints.model import load_trained
 from casc.errors import UserError
 from casc.report.history import read_history
 from casc.train.loop import train
+from casc.train.watching import Activity
 
 
 def records(recipe, kind):
     lines = (recipe.folder / "log.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.mark.parametrize(
+    "failing", ["nothing", "saving", "evaluating", "computing the validation loss"]
+)
+def test_no_worker_outlives_a_run(tiny_recipe, monkeypatch, failing):
+    """Also where an error is kept, which keeps the run's frames."""
+    follow = Activity.set
+
+    def fail(activity, what, *rest):
+        if what == failing:
+            raise RuntimeError(what)
+        follow(activity, what, *rest)
+
+    monkeypatch.setattr(Activity, "set", fail)
+    recipe = replace(tiny_recipe, max_steps=7, evaluate_every=1, validation_loss=True)
+    fails = pytest.raises(RuntimeError, match=failing)
+    with nullcontext() if failing == "nothing" else fails:
+        train(recipe)
+    assert multiprocessing.active_children() == []
 
 
 def test_stopping_and_resuming_changes_nothing(tiny_recipe, tmp_path):
