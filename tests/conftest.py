@@ -37,8 +37,6 @@ TESTS = Path(__file__).resolve().parent
 # Read when torch first compiles. A fixed folder, so that only the first run is cold.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(TESTS.parent / ".cache" / "inductor"))
 os.environ.setdefault("CASC_CACHE", str(TESTS.parent / ".cache"))
-# Else each process that compiles starts another, which imports torch, for Triton's kernels.
-os.environ.setdefault("TORCH_WARM_POOL", "0")
 # torch writes down all that it compiles where this log has a handler, and pytest gives one to each
 # log that keeps its records to itself.
 logging.getLogger("torch.__trace").propagate = True
@@ -66,7 +64,8 @@ LONGEST = {
     "test_verify.py": 150,
     "test_distributed.py": 150,
     "test_npu_verify.py": 110,
-    "test_resnet.py": 110,
+    "test_vit.py": 60,
+    "test_rpn.py": 60,
     "test_elastic.py": 100,
     "test_npu_training.py": 95,
     "test_step_bench.py": 90,
