@@ -23,14 +23,12 @@ from casc.train.schedule import Schedule
 STEPS = 6
 
 
-def log_of(folder: Path) -> list[dict]:
-    """Every step's figures without the clock's."""
+def log_of(folder: Path, kind: str = "train") -> list[dict]:
+    """Every step's figures without the clock's, or what else was recorded."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     clock = ("time", "images_per_second", "data_wait", "memory")
     return [
-        {k: v for k, v in line.items() if k not in clock}
-        for line in lines
-        if line["kind"] == "train"
+        {k: v for k, v in line.items() if k not in clock} for line in lines if line["kind"] == kind
     ]
 
 
@@ -68,6 +66,10 @@ def test_replayed_steps_are_launched_steps(
     for launched, replayed in (("off", "on"), ("scaled-off", "scaled-on")):
         logs = [log_of(tmp_path / name) for name in (launched, replayed)]
         assert logs[0] == logs[1]
+        # Of updates that were skipped, with the steps' numbers.
+        warned = [log_of(tmp_path / name, "warning") for name in (launched, replayed)]
+        assert warned[0] == warned[1]
+        assert bool(warned[0]) == (launched == "scaled-off")
         assert len({line["lr"] for line in logs[0]}) > 2
         for rank in range(world):
             right, made = (
