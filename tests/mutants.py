@@ -84,7 +84,7 @@ MUTANTS = (
     Mutant("the variance not rooted", "model/layers.py", "torch.rsqrt(var + BN_EPS)", "torch.reciprocal(var + BN_EPS)"),
     Mutant("gathered gradients of the scales without the means", "model/layers.py", "torch._foreach_mul(shift_grads, means),", "torch._foreach_mul(shift_grads, gammas),", ("model/test_resnet.py",)),
     Mutant("scales of NPUs' folded weights get means for gradients", "model/layers.py", "part.view(-1, size).sum(1) for part", "part.view(-1, size).mean(1) for part", ("model/test_layers.py",)),
-    Mutant("what doesn't train cast with what does", "model/layers.py", "if params[name].requires_grad == trains]", "if trains]", ("model/test_layers.py",)),
+    Mutant("what doesn't train cast with what does", "model/layers.py", "if params[name].requires_grad == trains}", "if trains}", ("model/test_layers.py",)),
     Mutant("grey gets the mean of RGB's first weights", "model/layers.py", "* (3 / channels)", "* 1.0", ("train/test_image_channels.py",)),
     Mutant("one stage more is frozen", "model/backbone.py", "return stage <= config.frozen_stages", "return stage <= config.frozen_stages + 1"),
     Mutant("the stem trains", "model/resnet.py", "    if not name.startswith(f\"{PREFIX}.layer\"):\n        return 0", "    if not name.startswith(f\"{PREFIX}.layer\"):\n        return 5"),

@@ -141,12 +141,17 @@ def fold_rows(
         runs: dict[int, int] = defaultdict(int)
         for norm, count in zip(norms, channels, strict=True):
             runs[length(norm)] += count
-        flat = torch.cat([weight.flatten() for weight in weights.values()])
-        made = _ScaledRows.apply(flat, scale, dict(runs), dtype)
-        parts = made.split([weight.numel() for weight in weights.values()])
-        folded |= {n: part.view_as(w) for (n, w), part in zip(weights.items(), parts, strict=True)}
+        own = (scale, dict(runs), dtype)
+        folded |= _as_one(weights, lambda flat, own=own: _ScaledRows.apply(flat, *own))
         left |= {n: (None, part) for n, part in zip(norms, shift.split(channels), strict=True)}
     return params | folded, left
+
+
+def _as_one(tensors: Params, function: Callable[[Tensor], Tensor]) -> Params:
+    """What a function makes of tensors' numbers, all as one vector, in the tensors' shapes."""
+    flat = function(torch.cat([tensor.flatten() for tensor in tensors.values()]))
+    parts = flat.split([tensor.numel() for tensor in tensors.values()])
+    return {n: part.view_as(t) for (n, t), part in zip(tensors.items(), parts, strict=True)}
 
 
 class _ScaledRows(torch.autograd.Function):
@@ -199,7 +204,7 @@ def conv_affine(
 def gathers_gradients(x: Tensor) -> bool:
     """Whether a step with these activations is compiled for a GPU, to be trained.
 
-    There `fold_together` pays, and `cast_together`. On a CPU launches are cheap, and the weights
+    There `fold_together` and `cast_together` pay. On a CPU launches are cheap, and the weights
     made of parameters had better be made again for the backward pass. On an NPU functions of lists
     are as many launches as the lists are long.
     """
@@ -298,11 +303,9 @@ def cast_together(params: Params, names: Iterable[str], x: Tensor) -> Params:
         return params | dict(zip(names, made, strict=True))
     cast: Params = {}
     for trains in (True, False):
-        own = [name for name in names if params[name].requires_grad == trains]
+        own = {name: params[name] for name in names if params[name].requires_grad == trains}
         if own:
-            flat = torch.cat([params[name].flatten() for name in own]).to(x.dtype)
-            parts = flat.split([params[name].numel() for name in own])
-            cast |= {name: p.view_as(params[name]) for name, p in zip(own, parts, strict=True)}
+            cast |= _as_one(own, lambda flat: flat.to(x.dtype))
     return params | cast
 
 
